@@ -1,0 +1,69 @@
+"""Figures that more than one script draws: image grids and training curves. Written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torchvision.utils import make_grid
+
+from common.run import atomic_write
+
+
+def save_figure(figure: Figure, path: Path, formats: Sequence[str] = ("png",)) -> None:
+    """Write a matplotlib figure as `path` with each of the suffixes, and close it."""
+    for suffix in formats:
+        atomic_write(path.with_suffix(f".{suffix}"), lambda file: figure.savefig(file, dpi=150, bbox_inches="tight"))
+    plt.close(figure)
+
+
+def save_grid(pixels: torch.Tensor, path: Path, columns: int, padding: int = 2) -> None:
+    """Write uint8 images (n, 3, height, width), row by row, as one PNG of their true pixels."""
+    grid = make_grid(pixels, nrow=columns, padding=padding, pad_value=255)
+    image = Image.fromarray(
+        grid.permute(1, 2, 0).cpu().numpy()
+    )  # (channels, height, width) → (height, width, channels)
+    atomic_write(path, image.save)
+
+
+def save_curves(rows: list[dict[str, Any]], panels: dict[str, Sequence[str]], path: Path, x: str = "epoch") -> None:
+    """Draw columns of metrics.jsonl against `x`: a panel for each title of `panels`, a line for each of its columns."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.2), squeeze=False)
+    for axis, (title, columns) in zip(axes[0], panels.items(), strict=True):
+        for column in columns:
+            points = [(row[x], row[column]) for row in rows if row.get(column) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=column.replace("_", " "))
+        axis.set(title=title, xlabel=x)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def save_table(rows: list[list[str]], path: Path, title: str = "") -> None:
+    """Write a table (its first row is the header) as `path` with .csv, .md and .png."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    atomic_write(path.with_suffix(".csv"), text.getvalue())
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    atomic_write(path.with_suffix(".md"), "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n")
+    figure, axis = plt.subplots(figsize=(2.2 * len(rows[0]), 0.32 * len(rows) + 0.4))
+    axis.axis("off")
+    drawn = axis.table(rows[1:], colLabels=rows[0], loc="center", cellLoc="center")
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(9)
+    drawn.auto_set_column_width(range(len(rows[0])))
+    drawn.scale(1, 1.3)
+    axis.set_title(title, fontsize=10)
+    save_figure(figure, path.with_suffix(".png"))

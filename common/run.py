@@ -1,0 +1,364 @@
+"""What every command shares: command line, device, seeds, atomic files, checkpoints, the run directory, exact resume.
+
+A run directory holds config.json (arguments, versions, git commit, hardware), metrics.jsonl, log.txt, figures/,
+samples/, last.pt (all that a bitwise resume needs), model.safetensors (all that inference needs) and result.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pickle
+import platform
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16"]
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "torchvision", "accelerate", "numpy", "pillow", "scikit-learn")
+FREE_ARGUMENTS = {"output_dir", "num_workers"}  # may differ when a run is continued: they change no figure
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which published checkpoints keep their weights
+PREFIXES = ("module.", "_orig_mod.", "nn_model.")  # DataParallel and DDP, torch.compile, the public DDPM script
+
+
+class UserError(Exception):
+    """A mistake of the caller's: told in one line that names the file or flag, exit status 2."""
+
+
+def command_line(commands: Any, main: Callable[[Any], Any]) -> None:
+    """Read `commands` (a dataclass; a union of them for sub-commands) from the command line, call main with it."""
+    try:
+        main(tyro.cli(commands, description=sys.modules["__main__"].__doc__))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------------------------------------- device and randomness
+
+
+def make_accelerator(device: Device = "auto", precision: Precision = "auto") -> Accelerator:
+    """Accelerate's device, precision and data parallelism; the same script runs alone and under torchrun.
+
+    "auto" precision is bf16 where the hardware multiplies bf16 matrices (CUDA since Ampere, CPUs with AMX), else fp32.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        device = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available[device]:
+        raise UserError(
+            f"--device {device}: not available here (available: {', '.join(k for k in available if available[k])})"
+        )
+    if precision == "auto":
+        cpu_features = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.12
+        has_bf16 = {
+            "cuda": available["cuda"] and torch.cuda.get_device_capability() >= (8, 0),
+            "cpu": cpu_features.get("amx_bf16"),
+        }
+        precision = "bf16" if has_bf16.get(device) else "fp32"
+    # One program may train in bf16 and predict in fp32; Accelerate would keep the settings of the first.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
+
+
+def derive_seed(*key: int | str) -> int:
+    """A 63-bit seed that depends on the key alone, e.g. derive_seed(args.seed, "step", 17, rank)."""
+    digest = hashlib.sha256(json.dumps(key).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh generator seeded by `derive_seed(*key)`.
+
+    Every draw names its key (seed, purpose, step): a resumed run draws the same numbers without any saved state.
+    """
+    return torch.Generator(device).manual_seed(derive_seed(*key))
+
+
+def warmup_cosine(progress: float, warm_up: float) -> float:
+    """Learning-rate factor at `progress` in [0, 1]: linear up to 1 at `warm_up`, then half a cosine down to 0."""
+    if progress < warm_up:
+        return progress / warm_up
+    return 0.5 + 0.5 * math.cos(math.pi * (progress - warm_up) / (1 - warm_up))
+
+
+def make_ema(net: torch.nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of the parameters, warmed up as min(decay, (1 + n) / (10 + n)); buffers are copied."""
+
+    def average(ema: list[torch.Tensor], current: list[torch.Tensor], updates: torch.Tensor | int) -> None:
+        n = int(updates)
+        torch._foreach_lerp_(list(ema), list(current), 1 - min(decay, (1 + n) / (10 + n)))
+
+    return AveragedModel(net, multi_avg_fn=average, use_buffers=False)
+
+
+# ------------------------------------------------------------------------------------------------- files and weights
+
+
+def atomic_write(path: Path, write: bytes | str | Callable[[Path], Any]) -> None:
+    """Write `path` whole or not at all: to a temporary name, flushed to disk, then renamed.
+
+    `write` is the content, or a function that writes it to the path it is given (which keeps the suffix).
+    """
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if callable(write):
+            write(temporary)
+        else:
+            temporary.write_bytes(write.encode() if isinstance(write, str) else write)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_output_dir(folder: Path, flag: str = "--output-dir") -> Path:
+    """Create `folder` and make sure that files can be written in it, before any work is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
+    return folder
+
+
+def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and configuration of a checkpoint: ours (.safetensors) or a published pickle in any usual wrapping.
+
+    Pickles are read with weights_only=True, so that a hostile file cannot run code. Raises UserError naming the file.
+    """
+    if not path.is_file():
+        raise UserError(f"--checkpoint {path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                config = json.loads((file.metadata() or {}).get("config", "{}"))
+            return safetensors.torch.load_file(path), config
+        except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+            raise UserError(f"--checkpoint {path}: not a whole safetensors file ({error})") from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile):
+        raise UserError(f"--checkpoint {path}: not a whole file of PyTorch weights (only tensors are loaded)") from None
+    for key in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"--checkpoint {path}: holds no dictionary of weights")
+    for prefix in PREFIXES:
+        inside = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
+        content = inside or content
+    return content, {}
+
+
+def load_into(net: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Strictly load `weights` (read from `path`) into `net`; a checkpoint of another net is a UserError."""
+    expected = net.state_dict()
+    for key in expected:
+        if key not in weights:
+            raise UserError(f"--checkpoint {path}: is not a {type(net).__name__} (it has no '{key}')")
+        if weights[key].shape != expected[key].shape:
+            raise UserError(
+                f"--checkpoint {path}: is another {type(net).__name__} ('{key}' is {list(weights[key].shape)}, "
+                f"expected {list(expected[key].shape)})"
+            )
+    unknown = next((key for key in weights if key not in expected), None)
+    if unknown is not None:
+        raise UserError(f"--checkpoint {path}: is not a {type(net).__name__} (it has '{unknown}')")
+    net.load_state_dict(weights)
+
+
+# ----------------------------------------------------------------------------------------------------- run directory
+
+
+class Run:
+    """One run directory. The same command again continues it; a finished run has `result` set.
+
+    Nothing is written before `load_state`, so that a mistake found while the data is read leaves no half-made run.
+    Raises UserError if `args.output_dir` cannot be written or holds a run with other arguments.
+    """
+
+    def __init__(self, args: Any, accelerator: Accelerator, save_minutes: float = 5.0) -> None:
+        self.dir: Path = make_output_dir(args.output_dir)
+        self.accelerator, self.save_minutes = accelerator, save_minutes
+        self.is_main = accelerator.is_main_process
+        self.stop_signal: int | None = None
+        self.last_save = self.started = time.monotonic()
+        self.seconds_before = 0.0  # training time of the earlier sittings
+        self.arguments = json.loads(json.dumps(dataclasses.asdict(args), default=str))
+        self.config_file, result_file = self.dir / "config.json", self.dir / "result.json"
+        if self.config_file.exists():
+            self._compare(json.loads(self.config_file.read_text())["arguments"])
+        elif any(self.dir.glob("*.pt")) or any(self.dir.glob("*.safetensors")):
+            raise UserError(f"--output-dir {self.dir}: holds checkpoints of something else (no config.json)")
+        self.result: dict[str, Any] | None = json.loads(result_file.read_text()) if result_file.exists() else None
+        if self.result is not None:
+            self.print(f"{self.dir}: already finished, nothing to do (another --output-dir starts another run)")
+        accelerator.wait_for_everyone()  # all have looked before the first one writes
+
+    def _compare(self, before: dict[str, Any]) -> None:
+        names = sorted((self.arguments.keys() | before.keys()) - FREE_ARGUMENTS)
+        changed = [name for name in names if self.arguments.get(name) != before.get(name)]
+        if changed:
+            told = ", ".join(
+                f"--{n.replace('_', '-')} was {before.get(n)}, is {self.arguments.get(n)}" for n in changed
+            )
+            raise UserError(f"--output-dir {self.dir}: holds a run with other arguments ({told})")
+
+    def print(self, text: str) -> None:
+        """Print from the main process, beside a progress bar if there is one."""
+        if self.is_main:
+            tqdm.write(text)
+
+    def log(self, text: str) -> None:
+        """Print a line and keep it in log.txt."""
+        self.print(text)
+        if self.is_main:
+            with (self.dir / "log.txt").open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """Append one row (with its "step") to metrics.jsonl."""
+        if self.is_main:
+            with (self.dir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl."""
+        file = self.dir / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def seconds(self) -> float:
+        """Seconds spent on this run, earlier sittings included."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def load_state(self) -> dict[str, Any] | None:
+        """Begin: the state of last.pt, or None for a fresh start. Rows of metrics.jsonl after it are dropped."""
+        path = self.dir / "last.pt"
+        if not path.exists():
+            rows, state = [], None
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.seconds_before = state["seconds"]
+            rows = [row for row in self.history() if row["step"] <= state["step"]]
+            self.log(f"continuing {self.dir} after step {state['step']:,}")
+        if self.is_main:
+            if not self.config_file.exists():
+                config = {"arguments": self.arguments, **environment(self.accelerator)}
+                atomic_write(self.config_file, json.dumps(config, indent=1) + "\n")
+            atomic_write(self.dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        return state
+
+    def save_state(self, step: int, **state: Any) -> None:
+        """Write last.pt: tensors, numbers and containers of them only, so that weights_only=True reads it."""
+        if self.is_main:
+            state |= {"step": step, "seconds": self.seconds()}
+            atomic_write(self.dir / "last.pt", lambda path: torch.save(state, path))
+        self.last_save = time.monotonic()
+
+    def save_due(self) -> bool:
+        """True when a signal asked to stop, or the last save is `save_minutes` old."""
+        return self.stop_signal is not None or time.monotonic() - self.last_save > 60 * self.save_minutes
+
+    def save_model(self, net: torch.nn.Module, config: dict[str, Any]) -> None:
+        """Write model.safetensors: the weights, with `config` (what builds the net) as json in its metadata."""
+        if self.is_main:
+            weights = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+            metadata = {"config": json.dumps(config)}
+            atomic_write(
+                self.dir / "model.safetensors", lambda path: safetensors.torch.save_file(weights, path, metadata)
+            )
+
+    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Write result.json: the run is done."""
+        self.result = result | {"seconds": round(self.seconds(), 1)}
+        if self.is_main:
+            atomic_write(self.dir / "result.json", json.dumps(self.result, indent=1) + "\n")
+        return self.result
+
+    def steps(self, first: int, last: int, images_per_step: int) -> Iterator[int]:
+        """Yield first … last - 1 with a bar on a terminal, plain lines elsewhere, and the time it will take said early.
+
+        SIGINT and SIGTERM let the step under way finish: save when `save_due()` says so, and the loop ends the program.
+        """
+        handlers = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        start, told = time.monotonic(), 0.0
+        try:
+            for step in tqdm(
+                range(first, last), initial=first, total=last, disable=None if self.is_main else True, unit="step"
+            ):
+                yield step
+                if self.stop_signal is not None:
+                    self.log(
+                        f"stopped by signal {self.stop_signal} after step {step + 1:,}; the same command continues"
+                    )
+                    sys.exit(128 + self.stop_signal)
+                spent = time.monotonic() - start
+                if spent - told > (60 if told else 10):
+                    told, rate = spent, (step + 1 - first) / spent
+                    speed, left = f"{rate * images_per_step:,.0f} images/s", clock((last - step - 1) / rate)
+                    self.log(f"step {step + 1:,}/{last:,}, {speed}, about {left} left")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _ask_to_stop(self, number: int, frame: Any) -> None:
+        if self.stop_signal is not None:  # asked twice: stop at once
+            raise KeyboardInterrupt
+        self.stop_signal = number
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Package versions, git commit and hardware, for config.json."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    device = (
+        torch.cuda.get_device_name()
+        if accelerator.device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "command": " ".join(sys.argv),
+        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
+        "git_commit": git.stdout.strip() or None,
+        "hardware": {
+            "device": accelerator.device.type,
+            "name": device,
+            "precision": accelerator.mixed_precision.replace("no", "fp32"),
+            "processes": accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+        },
+    }

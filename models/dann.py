@@ -1,0 +1,126 @@
+"""Domain-adversarial networks (Ganin et al., 2016, https://arxiv.org/abs/1505.07818): the reversal layer and two nets.
+
+Both nets share one contract: `net(images, lambd)` → (class log-probabilities, domain log-probabilities), with domain 0
+the source and 1 the target; `net.features(images)` → the vector that both heads read.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _ReverseGradient(torch.autograd.Function):
+    """Identity forward, -lambda times the gradient backward (equations 16 and 17 of the paper)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lambd: float) -> Tensor:
+        ctx.lambd = lambd
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return -ctx.lambd * gradient, None
+
+
+def reverse_gradient(x: Tensor, lambd: float) -> Tensor:
+    """R_lambda(x): x itself, its gradient times -lambda. A pure function: nothing is kept between calls."""
+    return _ReverseGradient.apply(x, lambd)
+
+
+class DannCNN(nn.Module):
+    """The small net of the course's reports, with the keys of the widely used public checkpoints. Input 28x28.
+
+    The public code is https://github.com/fungtion/DANN; checkpoints of its three parts load as they are.
+    """
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.config = {"net": "cnn", "classes": classes}
+        self.feature = nn.Sequential(
+            OrderedDict(
+                f_conv1=nn.Conv2d(3, 64, 5),
+                f_bn1=nn.BatchNorm2d(64),
+                f_pool1=nn.MaxPool2d(2),
+                f_relu1=nn.ReLU(),
+                f_conv2=nn.Conv2d(64, 50, 5),
+                f_bn2=nn.BatchNorm2d(50),
+                f_drop1=nn.Dropout2d(),
+                f_pool2=nn.MaxPool2d(2),
+                f_relu2=nn.ReLU(),
+            )
+        )
+        self.class_classifier = nn.Sequential(
+            OrderedDict(
+                c_fc1=nn.Linear(50 * 4 * 4, 100),
+                c_bn1=nn.BatchNorm1d(100),
+                c_relu1=nn.ReLU(),
+                c_drop1=nn.Dropout(),
+                c_fc2=nn.Linear(100, 100),
+                c_bn2=nn.BatchNorm1d(100),
+                c_relu2=nn.ReLU(),
+                c_fc3=nn.Linear(100, classes),
+            )
+        )
+        self.domain_classifier = nn.Sequential(
+            OrderedDict(
+                d_fc1=nn.Linear(50 * 4 * 4, 100), d_bn1=nn.BatchNorm1d(100), d_relu1=nn.ReLU(), d_fc2=nn.Linear(100, 2)
+            )
+        )
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (batch, 3, 28, 28) in [-1, 1] → features (batch, 800)."""
+        return self.feature(images).flatten(1)  # (batch, 50, 4, 4) → (batch, 800)
+
+    def forward(self, images: Tensor, lambd: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Images (batch, 3, 28, 28) in [-1, 1] → class (batch, classes) and domain (batch, 2) log-probabilities."""
+        features = self.features(images)
+        classes = self.class_classifier(features).float().log_softmax(1)
+        domains = self.domain_classifier(reverse_gradient(features, lambd)).float().log_softmax(1)
+        return classes, domains
+
+
+class DannDeep(nn.Module):
+    """The stronger net of this project: six convolutions behind an instance-normalised input. Input 28x28.
+
+    Instance normalisation of the input takes brightness and contrast out of both domains before anything is learned.
+    """
+
+    def __init__(self, classes: int = 10, widths: tuple[int, ...] = (32, 32, 64, 64, 128, 128)) -> None:
+        super().__init__()
+        self.config = {"net": "deep", "classes": classes, "widths": list(widths)}
+        layers: list[nn.Module] = [nn.InstanceNorm2d(3)]
+        for index, (before, width) in enumerate(zip((3, *widths), widths, strict=False)):
+            layers.append(nn.Conv2d(before, width, 3, padding=1, bias=False))
+            if index % 2:
+                layers.append(nn.MaxPool2d(2))  # 28 → 14 → 7 → 3
+            layers += [nn.BatchNorm2d(width), nn.ReLU()]
+        self.feature = nn.Sequential(*layers)
+        self.bottleneck = nn.Sequential(nn.Linear(9 * widths[-1], 256, bias=False), nn.BatchNorm1d(256), nn.ReLU())
+        self.class_classifier = nn.Linear(256, classes)
+        self.domain_classifier = nn.Sequential(
+            nn.Linear(256, 512),
+            nn.BatchNorm1d(512),
+            nn.LeakyReLU(0.1),
+            nn.Linear(512, 512),
+            nn.BatchNorm1d(512),
+            nn.LeakyReLU(0.1),
+            nn.Linear(512, 2),
+        )
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (batch, 3, 28, 28) in [-1, 1] → features (batch, 256)."""
+        return self.bottleneck(self.feature(images).flatten(1))  # (batch, channels, 3, 3) → (batch, 9 channels)
+
+    def forward(self, images: Tensor, lambd: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Images (batch, 3, 28, 28) in [-1, 1] → class (batch, classes) and domain (batch, 2) log-probabilities."""
+        features = self.features(images)
+        classes = self.class_classifier(features).float().log_softmax(1)
+        domains = self.domain_classifier(reverse_gradient(features, lambd)).float().log_softmax(1)
+        return classes, domains
+
+
+NETS = {"cnn": DannCNN, "deep": DannDeep}

@@ -1,0 +1,364 @@
+"""p3_dann.py and models/dann.py: the method against independent formulas, honest training, exact resume, commands."""
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import p3_dann
+from common.augment import augment_digits, paste_neighbours
+from common.run import UserError, command_line, generator, load_weights
+from models.dann import DannCNN, DannDeep, reverse_gradient
+from p3_dann import Embed, Predict, Table, Train, embed, lambda_at, losses_of, predict, table, train
+from tests.golden import fill, image
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN_CLASSES = [-3.2987256, -2.4418471, -1.6666993, -1.5560194, -2.2089996, -3.1600661, -3.7140594, -3.4549489]
+GOLDEN_DOMAINS = [-0.6458206, -0.7428253, -0.6462362, -0.7423676]
+
+
+def small(data_dir: Path, name: str, **options) -> Train:
+    """A run of two epochs of three steps."""
+    options = {"net": "cnn", "epochs": 2, "images_per_epoch": 24, "batch_size": 8, "augmentation": 1.0} | options
+    return Train(data_dir=data_dir, output_dir=data_dir.parent / name, device="cpu", precision="fp32", **options)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_weights(folder / "model.safetensors")[0]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    a, b = weights_of(one), weights_of(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+# ------------------------------------------------------------------------------------------------------------- method
+
+
+def test_reversal_is_identity_forward_and_minus_lambda_backward():
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(4, 3, dtype=torch.float64)
+    for lambd in (0.0, 0.3, 2.0):
+        y = reverse_gradient(x, lambd)
+        assert torch.equal(y, x)
+        (gradient,) = torch.autograd.grad((weights * y.sin()).sum(), x)
+        torch.testing.assert_close(gradient, -lambd * weights * x.cos())
+
+
+def test_one_backward_gives_the_gradients_of_the_saddle_point():
+    """Extractor: d(class)/dθ - λ d(domain)/dθ; both classifiers: their own loss (equations 13 to 15)."""
+    torch.manual_seed(0)
+    net, lambd = DannDeep(widths=(4, 4, 4, 4, 4, 4)).double().eval(), 0.7
+    labelled, unlabelled = torch.randn(2, 5, 3, 28, 28, dtype=torch.float64)
+    labels = torch.arange(5)
+    losses = losses_of(net, labelled, labels, unlabelled, lambd, smoothing=0.0)
+    (losses["class_loss"] + losses["domain_loss"]).backward()
+
+    features = net.features(torch.cat([labelled, unlabelled]))
+    class_loss = F.cross_entropy(net.class_classifier(features[:5]), labels)
+    domain_loss = F.cross_entropy(net.domain_classifier(features), torch.tensor([0] * 5 + [1] * 5))
+    for name, parameter in net.named_parameters():
+        of_class, of_domain = (
+            torch.autograd.grad(loss, parameter, retain_graph=True, allow_unused=True)[0]
+            for loss in (class_loss, domain_loss)
+        )
+        expected = (0 if of_class is None else of_class) + (
+            0 if of_domain is None else of_domain * (1 if name.startswith("domain_classifier") else -lambd)
+        )
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-9)  # the heads answer in float32
+
+
+def test_lambda_is_a_function_of_progress_only():
+    assert lambda_at(0.0, 1.0) == 0.0
+    assert lambda_at(0.5, 0.3) == pytest.approx(0.3 * math.tanh(2.5))  # 2 / (1 + exp(-10 p)) - 1 = tanh(5 p)
+    assert lambda_at(1.0, 1.0) == pytest.approx(math.tanh(5))
+
+
+def test_dann_cnn_has_the_published_keys_and_outputs():
+    net = fill(DannCNN())
+    published = json.loads((ROOT / "tests/golden/dann_cnn.json").read_text())
+    assert {key: list(value.shape) for key, value in net.state_dict().items()} == published
+    with torch.inference_mode():
+        classes, domains = net(image(2, 3, 28))
+    # Golden outputs are stated to 1e-7 in float32; 1e-4 allows for another order of the sums.
+    assert classes.flatten()[:8].tolist() == pytest.approx(GOLDEN_CLASSES, rel=1e-4)
+    assert domains.flatten().tolist() == pytest.approx(GOLDEN_DOMAINS, rel=1e-4)
+
+
+@pytest.mark.parametrize("net", [DannCNN(), DannDeep()])
+def test_nets_give_log_probabilities(net):
+    classes, domains = net.eval()(torch.randn(3, 3, 28, 28))
+    assert (classes.shape, domains.shape) == ((3, 10), (3, 2))
+    torch.testing.assert_close(classes.exp().sum(1), torch.ones(3))
+    torch.testing.assert_close(domains.exp().sum(1), torch.ones(3))
+
+
+def test_deep_net_ignores_brightness_and_contrast():
+    torch.manual_seed(0)
+    net, images = DannDeep().eval(), torch.rand(4, 3, 28, 28)
+    torch.testing.assert_close(net(0.5 * images + 0.2)[0], net(images)[0], rtol=1e-3, atol=1e-3)  # epsilon of the norm
+
+
+def test_augmentation_keeps_shape_depends_on_the_generator_and_can_be_off():
+    images = torch.rand(16, 3, 28, 28) * 2 - 1
+    assert augment_digits(images, generator(0), 0.0) is images
+    one, same, other = (augment_digits(images, generator(seed), 1.0) for seed in (0, 0, 1))
+    assert one.shape == images.shape
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_neighbours_touch_only_the_borders():
+    images = torch.rand(200, 1, 28, 28)
+    assert torch.equal(paste_neighbours(images, generator(0), chance=0.0), images)
+    changed = (paste_neighbours(images, generator(0), chance=1.0) != images).any(dim=(0, 1, 2))  # by column
+    assert changed.tolist() == [True] * 8 + [False] * 12 + [True] * 8
+
+
+# ------------------------------------------------------------------------------------------------------------ honesty
+
+
+@pytest.mark.parametrize("method", ["source", "dann", "target"])
+def test_target_labels_are_read_by_target_only_training_alone(data_dir, method):
+    train(small(data_dir, "before", method=method))
+    file = data_dir / "digits/svhn/train.csv"
+    header, *rows = file.read_text().splitlines()
+    rows = [f"{row.split(',')[0]},{(int(row.split(',')[1]) * 7 + 3) % 10}" for row in rows]
+    file.write_text("\n".join([header, *rows]) + "\n")
+    train(small(data_dir, "after", method=method))
+    one, other = weights_of(data_dir.parent / "before"), weights_of(data_dir.parent / "after")
+    assert all(torch.equal(one[key], other[key]) for key in one) == (method != "target")
+
+
+def test_source_only_training_does_not_depend_on_the_target(data_dir):
+    train(small(data_dir, "one", method="source", target="svhn"))
+    result = train(small(data_dir, "two", method="source", target="usps"))
+    assert_same_weights(data_dir.parent / "one", data_dir.parent / "two")
+    assert set(result["accuracy"]) == {"mnistm", "svhn", "usps"}
+    assert result["grey"] == {"mnistm": False, "svhn": False, "usps": True}
+
+
+def test_training_learns_and_records_every_epoch(data_dir):
+    result = train(small(data_dir, "run", epochs=30, lr=3e-3, augmentation=0.0, target="usps"))
+    folder = data_dir.parent / "run"
+    assert result["accuracy"]["mnistm"] >= 60  # the label is printed in the images' corner; chance is 10 %
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, 31))
+    columns = {"lambda", "learning_rate", "class_loss", "source_accuracy", "domain_loss", "domain_accuracy"}
+    assert all(columns | {"accuracy_usps"} <= row.keys() for row in rows)
+    assert rows[-1]["class_loss"] < rows[0]["class_loss"]
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert result["accuracy"]["usps"] == rows[-1]["accuracy_usps"]  # the last epoch, not the best
+    assert result["oracle_best_epoch"] == max(row["accuracy_usps"] for row in rows)
+    assert Image.open(folder / "figures" / "curves.png").size[0] > 500
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+
+
+def command(args: Train) -> list[str]:
+    flags = [
+        f
+        for name, value in vars(args).items()
+        if value is not None
+        for f in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    return [sys.executable, str(ROOT / "p3_dann.py"), "train", *flags]
+
+
+def test_killed_and_interrupted_runs_end_in_the_same_weights(data_dir):
+    whole = small(data_dir, "whole", epochs=40)
+    train(whole)
+    cut = replace(whole, output_dir=data_dir.parent / "cut")
+    for sent, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 128 + signal.SIGINT)):
+        seen = len((cut.output_dir / "metrics.jsonl").read_text().splitlines()) if sent == signal.SIGINT else 0
+        process = subprocess.Popen(command(cut), cwd=data_dir, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:  # until a few more epochs are on record
+            file = cut.output_dir / "metrics.jsonl"
+            if file.exists() and len(file.read_text().splitlines()) >= seen + 3:
+                break
+            time.sleep(0.01)
+        process.send_signal(sent)
+        assert process.wait(60) == code
+        assert not (cut.output_dir / "result.json").exists()
+    train(cut)
+    assert "continuing" in (cut.output_dir / "log.txt").read_text()
+    assert_same_weights(whole.output_dir, cut.output_dir)
+    rows = [(run.output_dir / "metrics.jsonl").read_text() for run in (whole, cut)]
+    assert rows[0] == rows[1]
+
+
+def test_a_run_resumes_in_the_middle_of_an_epoch(data_dir, monkeypatch):
+    whole, cut = small(data_dir, "whole"), small(data_dir, "cut")
+    train(whole)
+
+    def steps_and_stop(self, first, last, images):
+        for step in range(first, last):
+            self.stop_signal = signal.SIGTERM if step == 1 else None  # as if the signal came within step 1
+            yield step
+            if step == 1:
+                sys.exit(128 + signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(p3_dann.Run, "steps", steps_and_stop)
+        with pytest.raises(SystemExit):
+            train(cut)
+    assert torch.load(cut.output_dir / "last.pt", weights_only=True)["step"] == 2
+    train(cut)
+    assert_same_weights(whole.output_dir, cut.output_dir)
+    logged = [json.loads((run.output_dir / "metrics.jsonl").read_text().splitlines()[0]) for run in (whole, cut)]
+    assert logged[0] == logged[1]
+
+
+def test_a_finished_run_stops_at_once_and_other_arguments_are_refused(data_dir, capsys):
+    first = train(small(data_dir, "run"))
+    capsys.readouterr()
+    assert train(small(data_dir, "run")) == first
+    assert "already finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--lr was 0.001, is 0.01"):
+        train(small(data_dir, "run", lr=0.01))
+
+
+def test_two_processes_train_and_write_one_run(data_dir):
+    args = small(data_dir, "run")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*torchrun, *command(args)[1:]], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    config = json.loads((args.output_dir / "config.json").read_text())
+    assert config["hardware"]["processes"] == 2
+    assert len((args.output_dir / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (args.output_dir / "log.txt").read_text().count("epoch 2/2") == 1
+    assert weights_of(args.output_dir).keys() == DannCNN().state_dict().keys()
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.fixture
+def checkpoint(data_dir) -> Path:
+    train(small(data_dir, "trained", target="usps"))
+    return data_dir.parent / "trained" / "model.safetensors"
+
+
+def test_predict_writes_the_graders_csv(checkpoint, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, mode, size in (("b.png", "RGB", (28, 28)), ("a.jpg", "L", (40, 30)), ("c.jpeg", "RGB", (16, 16))):
+        Image.new(mode, size, 128).save(folder / name)
+    (folder / "notes.txt").touch()
+    predict(Predict(checkpoint=checkpoint, image_dir=folder, output_csv=tmp_path / "new" / "out.csv"))
+    text = (tmp_path / "new" / "out.csv").read_text()
+    assert re.fullmatch(r"image_name,label\na.jpg,\d\nb.png,\d\nc.jpeg,\d\n", text)
+
+
+def test_predict_with_a_published_checkpoint_agrees_with_the_net(data_dir, tmp_path):
+    net = fill(DannCNN())
+    torch.save({"state_dict": {f"module.{key}": value for key, value in net.state_dict().items()}}, tmp_path / "x.pth")
+    folder = data_dir / "digits/mnistm/data"
+    predict(Predict(checkpoint=tmp_path / "x.pth", image_dir=folder, output_csv=tmp_path / "out.csv"))
+    with (tmp_path / "out.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image_name"] for row in rows] == [f"{i:05d}.png" for i in range(90)]
+    pixels = np.stack([np.asarray(Image.open(folder / row["image_name"])) for row in rows]).transpose(0, 3, 1, 2)
+    with torch.inference_mode():
+        expected = net(torch.from_numpy(pixels / 127.5 - 1).float())[0].argmax(1)
+    assert [int(row["label"]) for row in rows] == expected.tolist()
+
+
+def test_embed_draws_both_figures_and_keeps_the_features(checkpoint, data_dir, tmp_path):
+    embed(Embed(checkpoint=checkpoint, data_dir=data_dir, output_dir=tmp_path / "figures", per_domain=20, device="cpu"))
+    arrays = np.load(tmp_path / "figures" / "features.npz")
+    assert arrays["features"].shape == (40, 800)
+    assert arrays["points"].shape == (40, 2)
+    assert arrays["domain"].tolist() == [0] * 20 + [1] * 20
+    for name in ("tsne_class", "tsne_domain"):
+        assert Image.open(tmp_path / "figures" / f"{name}.png").size[0] > 500
+        assert (tmp_path / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_table_holds_our_runs_and_the_reports(data_dir, monkeypatch):
+    monkeypatch.setitem(p3_dann.RECIPES, "cnn", {"epochs": 1, "lr": 1e-3, "lambda_max": 0.1, "augmentation": 0.0})
+    output = data_dir.parent / "p3"
+    table(Table(data_dir=data_dir, output_dir=output, nets=("cnn",), seeds=(0, 1), device="cpu", images_per_epoch=128))
+    with (output / "table.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0][1:] == ["mnistm → svhn, %", "mnistm → usps, %"]
+    assert [row[0] for row in rows[1:]] == [
+        "trained on source, cnn net",
+        "adapted by DANN, cnn net",
+        "trained on target, cnn net",
+        "trained on source, the reports",
+        "adapted by DANN, the reports",
+        "trained on target, the reports",
+    ]
+    results = [json.loads((output / f"usps/cnn-dann-seed{seed}/result.json").read_text()) for seed in (0, 1)]
+    values = [result["accuracy"]["usps"] for result in results]
+    assert rows[2][2] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+    assert rows[5][1:] == ["42.06 / 49.60 / 61.57", "82.51 / 82.60 / 89.05"]
+    assert Image.open(output / "table.png").size[0] > 500
+    assert (output / "table.md").read_text().count("\n") == 8
+
+
+def run_command(monkeypatch, capsys, *words: object) -> str:
+    """Run p3_dann.py in this process; it must end with status 2 and one line, which is returned."""
+    monkeypatch.setattr(sys, "argv", ["p3_dann.py", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        command_line(Train | Predict | Embed | Table, p3_dann.main)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_bad_input_is_one_line_and_status_2(data_dir, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    torch.save({"conv.weight": torch.ones(1)}, tmp_path / "other.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:300])
+    torch.save(DannCNN().state_dict(), tmp_path / "good.pth")
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    to_train, csv_file = ["train", "--output-dir", "run", "--data-dir"], tmp_path / "out.csv"
+    to_predict = ["predict", "--output-csv", csv_file, "--image-dir"]
+    for words, told in (
+        ([*to_train, "none"], "--source mnistm: no such domain in --data-dir none"),
+        ([*to_train, data_dir, "--target", "mars"], "--target mars: no such domain in --data-dir"),
+        (["train", "--data-dir", data_dir, "--output-dir", "file/x"], "--output-dir file/x: cannot be written"),
+        ([*to_train, data_dir, "--batch-size", 0], "--batch-size 0"),
+        ([*to_predict, data_dir, "--checkpoint", "x.pth"], "x.pth: no such file"),
+        ([*to_predict, data_dir, "--checkpoint", "cut.pth"], "cut.pth: not a whole file"),
+        ([*to_predict, data_dir, "--checkpoint", "other.pth"], "other.pth: is not a DannCNN"),
+        ([*to_predict, "empty", "--checkpoint", "good.pth"], "empty: no PNG or JPEG image"),
+        ([*to_predict, "nowhere", "--checkpoint", "good.pth"], "nowhere: no such folder"),
+        (["embed", "--checkpoint", "good.pth", "--output-dir", "run"], "does not say its domains"),
+    ):
+        assert told in run_command(monkeypatch, capsys, *words)
+    assert not any((tmp_path / "run").iterdir())
+    assert not csv_file.exists()
+
+
+def test_the_script_says_its_error_and_its_help_from_a_shell():
+    done = subprocess.run(
+        [sys.executable, ROOT / "p3_dann.py", "train", "--output-dir", os.devnull],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
