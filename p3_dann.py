@@ -49,90 +49,60 @@ RECIPES = {  # what the options left at None become, by net
 class Options:
     """What every command but `predict` takes."""
 
-    output_dir: Path
-    """Where everything is written; the same command again continues an interrupted run."""
-    data_dir: Path = Path("hw2_data")
-    """Folder with digits/DOMAIN/{data,train.csv,val.csv}."""
-    seed: int = 0
-    """Seed of initialisation, order, augmentation and choice of images."""
-    device: runs.Device = "auto"
-    """Where to compute."""
-    precision: runs.Precision = "auto"
-    """bf16 autocast where the hardware is fast at it, or fp32."""
+    output_dir: Path  # Where everything is written; the same command again continues an interrupted run.
+    data_dir: Path = Path("hw2_data")  # Folder with digits/DOMAIN/{data,train.csv,val.csv}.
+    seed: int = 0  # Seed of initialisation, order, augmentation and choice of images.
+    device: runs.Device = "auto"  # Where to compute.
+    precision: runs.Precision = "auto"  # bf16 autocast where the hardware is fast at it, or fp32.
 
 
 @dataclass(kw_only=True)
 class Train(Options):
     """Train one net on one scenario. The last epoch counts: no epoch is chosen by target labels."""
 
-    source: str = "mnistm"
-    """Labelled domain."""
-    target: str = "svhn"
-    """Domain to adapt to; its labels are used by --method target only."""
-    method: Literal["source", "dann", "target"] = "dann"
-    """Train on source labels only, adapt (DANN), or train on target labels (the ceiling)."""
-    net: Literal["cnn", "deep"] = "deep"
-    """The reports' small net, or the stronger one of this project."""
-    epochs: int | None = None
-    """Epochs of --images-per-epoch labelled images; None, here and below: the recipe of the net."""
-    images_per_epoch: int = 16_000
-    """Images of each domain in an epoch, whatever the size of the data."""
-    batch_size: int = 128
-    """Images of each domain in a step, over all processes."""
-    lr: float | None = None
-    """Peak learning rate of AdamW."""
-    lambda_max: float | None = None
-    """Weight of the reversed gradient at the end of its ramp."""
-    augmentation: float | None = None
-    """Strength of the augmentation of both domains; 0 is none."""
-    weight_decay: float = 0.01
-    """Of AdamW."""
-    label_smoothing: float = 0.05
-    """Of the class loss."""
-    ema_decay: float = 0.99
-    """Of the averaged net, the one that is judged and saved."""
+    source: str = "mnistm"  # Labelled domain.
+    target: str = "svhn"  # Domain to adapt to; its labels are used by --method target only.
+    method: Literal["source", "dann", "target"] = "dann"  # Train on source labels only, adapt (DANN), or train on target labels (the ceiling).
+    net: Literal["cnn", "deep"] = "deep"  # The reports' small net, or the stronger one of this project.
+    epochs: int | None = None  # Epochs of --images-per-epoch labelled images; None, here and below: the recipe of the net.
+    images_per_epoch: int = 16_000  # Images of each domain in an epoch, whatever the size of the data.
+    batch_size: int = 128  # Images of each domain in a step, over all processes.
+    lr: float | None = None  # Peak learning rate of AdamW.
+    lambda_max: float | None = None  # Weight of the reversed gradient at the end of its ramp.
+    augmentation: float | None = None  # Strength of the augmentation of both domains; 0 is none.
+    weight_decay: float = 0.01  # Of AdamW.
+    label_smoothing: float = 0.05  # Of the class loss.
+    ema_decay: float = 0.99  # Of the averaged net, the one that is judged and saved.
 
 
 @dataclass(kw_only=True)
 class Predict:
     """Label every image of a folder and write the grader's csv."""
 
-    checkpoint: Path
-    """model.safetensors of `train`, or a published DannCNN .pth."""
-    image_dir: Path
-    """PNG or JPEG images, grey or RGB, any size."""
-    output_csv: Path
-    """Rows image_name,label, sorted by name."""
-    device: runs.Device = "auto"
-    """Where to compute."""
+    checkpoint: Path  # model.safetensors of `train`, or a published DannCNN .pth.
+    image_dir: Path  # PNG or JPEG images, grey or RGB, any size.
+    output_csv: Path  # Rows image_name,label, sorted by name.
+    device: runs.Device = "auto"  # Where to compute.
 
 
 @dataclass(kw_only=True)
 class Embed(Options):
     """t-SNE of validation features, one figure by class and one by domain (PNG and PDF), and the features as npz."""
 
-    checkpoint: Path
-    """model.safetensors of `train`."""
-    per_domain: int = 1_000
-    """Validation images of each domain."""
+    checkpoint: Path  # model.safetensors of `train`.
+    per_domain: int = 1_000  # Validation images of each domain.
 
 
 @dataclass(kw_only=True)
 class Table(Options):
     """Train what is missing of source / DANN / target in both scenarios, and tabulate the mean ± sd over seeds."""
 
-    source: str = "mnistm"
-    """Labelled domain."""
-    targets: tuple[str, ...] = ("svhn", "usps")
-    """Domains to adapt to."""
-    nets: tuple[Literal["cnn", "deep"], ...] = ("deep",)
-    """Nets to compare."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """One run for each, instead of --seed."""
-    epochs: int | None = None
-    """Epochs of every run."""
-    images_per_epoch: int = 16_000
-    """As in train."""
+    source: str = "mnistm"  # Labelled domain.
+    targets: tuple[str, ...] = ("svhn", "usps")  # Domains to adapt to.
+    nets: tuple[Literal["cnn", "deep"], ...] = ("deep",)  # Nets to compare.
+    seeds: tuple[int, ...] = (0, 1, 2)  # One run for each, instead of --seed.
+    epochs: int | None = None  # Epochs of every run.
+    images_per_epoch: int = 16_000  # As in train.
 
 
 def lambda_at(progress: float, lambda_max: float) -> float:

@@ -171,6 +171,8 @@ def test_check_names_each_fault(copied, capsys):
     broken = domain / "data" / "00003.png"
     broken.write_bytes(broken.read_bytes()[:200])
     (copied / "digits" / "svhn" / "train.csv").unlink()
+    rows = (copied / "digits" / "usps" / "val.csv").read_text()
+    (copied / "digits" / "usps" / "val.csv").write_text(rows + rows.splitlines()[1] + "\n")
     (copied / "digits" / "usps" / "data" / "00001.png").unlink()
     Image.new("RGB", (32, 32)).save(copied / "face" / "train" / "00001.png")
     text = complaints(copied, capsys)
@@ -179,7 +181,8 @@ def test_check_names_each_fault(copied, capsys):
     assert "svhn/train.csv: missing" in text
     assert "00001.png is not in" in text
     assert "1 images are not 64x64: 00001.png" in text
-    assert len(text.splitlines()) == 5
+    assert "usps/val.csv: 1 images stand in a csv twice: 00020.png" in text
+    assert len(text.splitlines()) == 6
 
 
 def test_check_knows_the_other_years(copied, capsys):
@@ -226,12 +229,14 @@ def test_public_split_has_the_courses_counts(count, train, val):
 
 def test_public_mnistm_is_the_formula_on_a_patch_of_a_photo():
     photo = np.random.default_rng(1).integers(0, 256, (30, 29, 3), np.uint8)
-    images = np.random.default_rng(2).integers(0, 256, (5, 28, 28), np.uint8)
+    images = np.random.default_rng(2).integers(0, 3, (5, 28, 28), np.uint8)
     two = list(public.make_mnistm(images, np.array([4, 1]), [photo], seed=3))
     alone = list(public.make_mnistm(images, np.array([1]), [photo], seed=3))
     assert np.array_equal(two[1], alone[0])  # a row's patch is its own
     patches = [photo[top : top + 28, left : left + 28] for top in range(3) for left in range(2)]
-    expected = [np.abs(patch.astype(int) - images[4].astype(int)[..., None]) for patch in patches]
+    expected = [
+        np.where(images[4][..., None] > 0, 255 - patch, patch) for patch in patches
+    ]  # |patch − 255|, |patch − 0|
     assert sum(np.array_equal(two[0], other) for other in expected) == 1
 
 
@@ -254,7 +259,7 @@ def test_public_parts_are_assembled(tmp_path, monkeypatch):
     prepare_data.main(Check(out))
     row = public.split_rows(50, 0)[0][0]
     with Image.open(out / "digits" / "mnistm" / "data" / "00000.png") as image:
-        expected = np.abs(np.array([10, 20, 30]) - made_of["mnistm"][row][..., None].astype(int))
+        expected = np.where(made_of["mnistm"][row][..., None] > 0, (245, 235, 225), (10, 20, 30))
         assert np.array_equal(np.asarray(image), expected)
     assert read_rows(out / "digits" / "usps" / "train.csv")[1] == ["00000.png", str(row % 10)]
     assert [len(read_rows(out / "digits" / "svhn" / f"{split}.csv")) - 1 for split in ("train", "val")] == [32, 8]
