@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -29,7 +28,7 @@ from torch.nn import functional as F
 from common import run as runs
 from common.augment import augment_digits
 from common.data import DIGIT_DOMAINS, DIGIT_SIZE, Images, decode_images, list_images, load_digits, normalise, shuffled
-from common.figures import save_curves, save_figure, save_table
+from common.figures import save_curves, save_scatter, save_table
 from common.run import Run, UserError, generator
 from models.dann import NETS
 
@@ -39,15 +38,15 @@ REPORTED = {  # what the five course reports state of their own nets, in %
     "dann": {"svhn": (42.06, 49.6, 61.57), "usps": (82.51, 82.6, 89.05)},
     "target": {"svhn": (98.40, 91.5, 94.15), "usps": (90.87, 98.3, 99.26)},
 }
-RECIPES = {  # what the options left at None become, by net
-    "deep": {"epochs": 20, "lr": 2e-3, "lambda_max": 0.3, "augmentation": 1.0},
-    "cnn": {"epochs": 20, "lr": 1e-3, "lambda_max": 0.3, "augmentation": 0.0},
+RECIPES = {  # what options left at None become, by net
+    "deep": {"epochs": 14, "lr": 1.5e-3, "lambda_max": 0.7, "augmentation": 1.0, "forward": "joint"},
+    "cnn": {"epochs": 14, "lr": 1e-3, "lambda_max": 1.0, "augmentation": 0.0, "forward": "separate"},
 }
 
 
 @dataclass(kw_only=True)
 class Options:
-    """What every command but `predict` takes."""
+    """What `train`, `embed` and `table` share."""
 
     output_dir: Path  # Where everything is written; the same command again continues an interrupted run.
     data_dir: Path = Path("hw2_data")  # Folder with digits/DOMAIN/{data,train.csv,val.csv}.
@@ -57,22 +56,41 @@ class Options:
 
 
 @dataclass(kw_only=True)
-class Train(Options):
-    """Train one net on one scenario. The last epoch counts: no epoch is chosen by target labels."""
+class Recipe:
+    """What `train` and `table` share; None stands for the recipe of the net."""
 
     source: str = "mnistm"  # Labelled domain.
-    target: str = "svhn"  # Domain to adapt to; its labels are used by --method target only.
-    method: Literal["source", "dann", "target"] = "dann"  # Train on source labels only, adapt (DANN), or train on target labels (the ceiling).
-    net: Literal["cnn", "deep"] = "deep"  # The reports' small net, or the stronger one of this project.
-    epochs: int | None = None  # Epochs of --images-per-epoch labelled images; None, here and below: the recipe of the net.
-    images_per_epoch: int = 16_000  # Images of each domain in an epoch, whatever the size of the data.
-    batch_size: int = 128  # Images of each domain in a step, over all processes.
+    epochs: int | None = None  # Epochs of --images-per-epoch images of each domain.
+    images_per_epoch: int = 16_000  # Whatever the size of the data.
+    batch_size: int = 64  # Images of each domain in a step, over all processes.
     lr: float | None = None  # Peak learning rate of AdamW.
     lambda_max: float | None = None  # Weight of the reversed gradient at the end of its ramp.
-    augmentation: float | None = None  # Strength of the augmentation of both domains; 0 is none.
+    augmentation: float | None = None  # Strength, the same for both domains; 0 is none.
+    zoom: float = (
+        1.25  # Mean magnification of augmented source images: MNIST digits leave a margin, others fill theirs.
+    )
+    forward: Literal["joint", "separate"] | None = None  # Batch statistics over both domains together, or of each.
     weight_decay: float = 0.01  # Of AdamW.
     label_smoothing: float = 0.05  # Of the class loss.
     ema_decay: float = 0.99  # Of the averaged net, the one that is judged and saved.
+
+
+@dataclass(kw_only=True)
+class Train(Recipe, Options):
+    """Train one net on one scenario. The last epoch counts: no epoch is chosen by target labels."""
+
+    target: str = "svhn"  # Domain to adapt to; its labels are used by --method target only.
+    method: Literal["source", "dann", "target"] = "dann"  # Source labels only, DANN, or target labels (the ceiling).
+    net: Literal["cnn", "deep"] = "deep"  # The reports' small net, or the stronger one of this project.
+
+
+@dataclass(kw_only=True)
+class Table(Recipe, Options):
+    """Train what is missing of source / DANN / target in every scenario; tabulate the mean ± sd over seeds."""
+
+    targets: tuple[str, ...] = ("svhn", "usps")  # Domains to adapt to.
+    nets: tuple[Literal["cnn", "deep"], ...] = ("deep",)  # Nets to compare.
+    seeds: tuple[int, ...] = (0, 1, 2)  # One run for each, instead of --seed.
 
 
 @dataclass(kw_only=True)
@@ -93,39 +111,30 @@ class Embed(Options):
     per_domain: int = 1_000  # Validation images of each domain.
 
 
-@dataclass(kw_only=True)
-class Table(Options):
-    """Train what is missing of source / DANN / target in both scenarios, and tabulate the mean ± sd over seeds."""
-
-    source: str = "mnistm"  # Labelled domain.
-    targets: tuple[str, ...] = ("svhn", "usps")  # Domains to adapt to.
-    nets: tuple[Literal["cnn", "deep"], ...] = ("deep",)  # Nets to compare.
-    seeds: tuple[int, ...] = (0, 1, 2)  # One run for each, instead of --seed.
-    epochs: int | None = None  # Epochs of every run.
-    images_per_epoch: int = 16_000  # As in train.
-
-
 def lambda_at(progress: float, lambda_max: float) -> float:
     """Weight of the reversed gradient at progress p in [0, 1]: from 0 up to lambda_max (section 5.2.2)."""
     return lambda_max * (2 / (1 + math.exp(-10 * progress)) - 1)
 
 
 def losses_of(
-    net: nn.Module, labelled: Tensor, labels: Tensor, unlabelled: Tensor | None, lambd: float, smoothing: float
-):
-    """Class loss of labelled images (batch, 3, 28, 28) and, given unlabelled ones of the target, domain loss of both.
-
-    One forward over both domains, so that batch normalisation sees in training the mixture that it keeps statistics of.
-    """
-    images = labelled if unlabelled is None else torch.cat([labelled, unlabelled])
-    class_logits, domain_logits = net(images.contiguous(memory_format=torch.channels_last), lambd)
-    class_logits = class_logits[: len(labelled)]
-    losses = {"class_loss": F.cross_entropy(class_logits, labels, label_smoothing=smoothing)}  # equation 1
-    losses["source_accuracy"] = (class_logits.argmax(1) == labels).float().mean()
+    net: nn.Module, images: Tensor, labels: Tensor, unlabelled: Tensor | None, lambd: float, args: Recipe
+) -> dict[str, Tensor]:
+    """Class loss of labelled images (batch, 3, 28, 28) and, given unlabelled ones of the target, domain loss."""
+    if unlabelled is None:
+        class_log_p, domain_log_p = net(images, lambd)
+    elif args.forward == "joint":  # batch normalisation sees the mixture of both domains
+        class_log_p, domain_log_p = net(torch.cat([images, unlabelled]), lambd)
+    else:  # each domain is normalised by its own batch
+        (class_log_p, source_domain), (_, target_domain) = net(images, lambd), net(unlabelled, lambd)
+        domain_log_p = torch.cat([source_domain, target_domain])
+    class_log_p = class_log_p[: len(labels)]
+    # Equation 1. cross_entropy takes log-probabilities as they are, for their log_softmax is themselves.
+    losses = {"class_loss": F.cross_entropy(class_log_p, labels, label_smoothing=args.label_smoothing)}
+    losses["class_accuracy"] = (class_log_p.argmax(1) == labels).float().mean()
     if unlabelled is not None:
-        domain = torch.cat([labels.new_zeros(len(labelled)), labels.new_ones(len(unlabelled))])
-        losses["domain_loss"] = F.cross_entropy(domain_logits, domain)  # equation 2
-        losses["domain_accuracy"] = (domain_logits.argmax(1) == domain).float().mean()
+        domain = torch.cat([labels.new_zeros(len(images)), labels.new_ones(len(unlabelled))])
+        losses["domain_loss"] = F.nll_loss(domain_log_p, domain)  # equation 2
+        losses["domain_accuracy"] = (domain_log_p.argmax(1) == domain).float().mean()
     return losses
 
 
@@ -134,11 +143,7 @@ def train(args: Train) -> dict[str, Any]:
     args = replace(args, **{key: value for key, value in RECIPES[args.net].items() if getattr(args, key) is None})
     accelerator = runs.make_accelerator(args.device, args.precision)
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
-    for flag, domain in (("--source", args.source), ("--target", args.target)):
-        if not (args.data_dir / "digits" / domain).is_dir():
-            raise UserError(f"{flag} {domain}: no such domain in --data-dir {args.data_dir}")
-    if not 1 < args.batch_size <= args.images_per_epoch or args.batch_size % processes:
-        raise UserError(f"--batch-size {args.batch_size}: must be shared by {processes} processes and fit in an epoch")
+    check_arguments(args, processes)
     run = Run(args, accelerator)
     if run.result is not None:
         return run.result
@@ -149,50 +154,64 @@ def train(args: Train) -> dict[str, Any]:
     validation = load_validation(args, cache)
 
     torch.manual_seed(runs.derive_seed(args.seed, "init"))
-    raw_net = NETS[args.net]().to(device, memory_format=torch.channels_last)
-    raw_net.domain_classifier.requires_grad_(args.method == "dann")
-    optimizer = torch.optim.AdamW([p for p in raw_net.parameters() if p.requires_grad], weight_decay=args.weight_decay)
-    ema, done, sums = runs.make_ema(raw_net, args.ema_decay), 0, {}
-    net, optimizer = accelerator.prepare(raw_net, optimizer)
+    bare_net = NETS[args.net]().to(device, memory_format=torch.channels_last)
+    bare_net.domain_classifier.requires_grad_(args.method == "dann")
+    parameters = [p for p in bare_net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=args.weight_decay, fused=True)
+    ema, done, sums = runs.make_ema(bare_net, args.ema_decay), 0, {}
+    net, optimizer = accelerator.prepare(bare_net, optimizer)
+    parts = {"net": bare_net, "ema": ema, "optimizer": optimizer}
     if (state := run.load_state()) is not None:
-        raw_net.load_state_dict(state["net"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         done, sums = state["step"], {key: value.to(device) for key, value in state["sums"].items()}
 
+    def draw(images: Tensor, stream: str, step: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """This process's share of a batch: indices, and augmented images (batch, 3, 28, 28)."""
+        rows = shuffled(len(images), step * args.batch_size, args.batch_size, args.seed, stream)[rank::processes]
+        zoom = args.zoom if images is pixels and args.method != "target" else 1.0
+        batch = augment_digits(normalise(images[rows.to(device)]), rng, args.augmentation, zoom)
+        return rows.to(device), batch.contiguous(memory_format=torch.channels_last)
+
     steps_per_epoch = args.images_per_epoch // args.batch_size
-    last_step = args.epochs * steps_per_epoch
-    for step in run.steps(done, last_step, args.batch_size * (2 if args.method == "dann" else 1)):
+    last = args.epochs * steps_per_epoch
+    for step in run.steps(done, last, args.batch_size * (2 if args.method == "dann" else 1)):
         net.train()
-        lambd = lambda_at(step / last_step, args.lambda_max)
-        optimizer.param_groups[0]["lr"] = args.lr * runs.warmup_cosine(step / last_step, warm_up=0.1)
+        lambd = lambda_at(step / last, args.lambda_max)
+        learning_rate = optimizer.param_groups[0]["lr"] = args.lr * runs.warmup_cosine(step / last, warm_up=0.1)
         torch.manual_seed(runs.derive_seed(args.seed, "dropout", step, rank))
         rng = generator(args.seed, "augment", step, rank, device=device)
-        span = (step * args.batch_size, args.batch_size, args.seed)
-        rows = shuffled(len(pixels), *span, "labelled")[rank::processes].to(device)
-        images, unlabelled = augment_digits(normalise(pixels[rows]), rng, args.augmentation), None
-        if args.method == "dann":
-            target_rows = shuffled(len(target_pixels), *span, "unlabelled")[rank::processes].to(device)
-            unlabelled = augment_digits(normalise(target_pixels[target_rows]), rng, args.augmentation)
+        rows, images = draw(pixels, "labelled", step, rng)
+        unlabelled = draw(target_pixels, "unlabelled", step, rng)[1] if args.method == "dann" else None
 
-        losses = losses_of(net, images, labels[rows], unlabelled, lambd, args.label_smoothing)
+        losses = losses_of(net, images, labels[rows], unlabelled, lambd, args)
         optimizer.zero_grad()
         # Equation 9: the extractor descends class loss - lambda * domain loss; the reversal layer carries the minus.
         accelerator.backward(losses["class_loss"] + losses.get("domain_loss", 0.0))
         optimizer.step()
-        ema.update_parameters(raw_net)
+        ema.update_parameters(bare_net)
 
         sums = {key: sums.get(key, 0.0) + value.detach() for key, value in losses.items()}
         epoch, inside = divmod(step + 1, steps_per_epoch)
         if inside == 0:
-            means = {key: value.item() / steps_per_epoch for key, value in sums.items()}
-            schedules = {"lambda": lambd, "learning_rate": optimizer.param_groups[0]["lr"]}
-            end_epoch(run, args, ema.module, validation, {"step": step + 1, "epoch": epoch} | schedules | means)
+            row = {"step": step + 1, "epoch": epoch, "lambda": lambd, "learning_rate": learning_rate}
+            row |= {key: value.item() / steps_per_epoch for key, value in sums.items()}
             sums = {}
+            end_epoch(run, args, ema.module, validation, row)
         if inside == 0 or run.save_due():
-            state = {"net": raw_net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            run.save_state(step + 1, sums=sums, **state)
+            run.save_state(step + 1, sums=sums, **{name: part.state_dict() for name, part in parts.items()})
     return finish(run, args, ema.module, validation)
+
+
+def check_arguments(args: Train, processes: int) -> None:
+    """Refuse what cannot work before anything is read or written."""
+    for flag, domain in (("--source", args.source), ("--target", args.target)):
+        if not (args.data_dir / "digits" / domain).is_dir():
+            raise UserError(f"{flag} {domain}: no such domain in --data-dir {args.data_dir}")
+    if not 1 < args.batch_size <= args.images_per_epoch or args.batch_size % processes:
+        raise UserError(f"--batch-size {args.batch_size}: must be shared by {processes} processes and fit in an epoch")
+    if args.epochs < 1:
+        raise UserError(f"--epochs {args.epochs}: at least one is needed")
 
 
 def load_validation(args: Train, cache: Path) -> dict[str, Images]:
@@ -218,21 +237,22 @@ def end_epoch(run: Run, args: Train, net: nn.Module, validation: dict[str, Image
     """Judge the averaged net on the validation images (for the record: nothing is chosen by it), log, warn."""
     if not run.is_main:
         return
-    before = run.history()
+    best_before = max((before["class_accuracy"] for before in run.history()), default=0)
     judged = {d: images for d, images in validation.items() if d != args.source}
     row |= {f"accuracy_{d}": accuracy(net, images, run.accelerator) for d, images in judged.items()}
     run.metrics(row)
     told = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row.items() if k not in ("step", "epoch"))
     run.log(f"epoch {row['epoch']}/{args.epochs}: {told}")
-    if row["source_accuracy"] < max((r["source_accuracy"] for r in before), default=0) - 0.05:
-        run.log("warning: source accuracy fell by 5 points or more; a smaller --lambda-max or --lr may help")
+    if row["class_accuracy"] < best_before - 0.05:
+        run.log("warning: class accuracy fell by 5 points or more; a smaller --lambda-max or --lr may help")
     if args.method == "dann" and row["epoch"] > args.epochs // 2 and not 0.45 < row["domain_accuracy"] < 0.98:
         run.log(f"warning: domain accuracy is {row['domain_accuracy']:.0%}: the domain classifier collapsed or wins")
 
 
 def finish(run: Run, args: Train, net: nn.Module, validation: dict[str, Images]) -> dict[str, Any]:
-    """Judge the last epoch on every validation set, write the model and result.json."""
-    run.accelerator.wait_for_everyone()
+    """Judge the last epoch on every validation set; write curves, model and result.json."""
+    if not run.is_main:
+        return {}
     rows = run.history()
     recorded = [row[f"accuracy_{args.target}"] for row in rows]
     result = {
@@ -240,14 +260,13 @@ def finish(run: Run, args: Train, net: nn.Module, validation: dict[str, Images])
         "validation_images": {d: len(images.names) for d, images in validation.items()},
         "grey": {d: bool((images.pixels == images.pixels[:, :1]).all()) for d, images in validation.items()},
         "largest_swing_of_last_5_epochs": max((abs(a - b) for a, b in itertools.pairwise(recorded[-5:])), default=0.0),
-        "oracle_best_epoch": max(recorded, default=0.0),
+        "oracle_best_epoch": max(recorded),
     }
-    domains = {"source": args.source, "target": args.target, "method": args.method, "seed": args.seed}
-    run.save_model(net, net.config | domains)
-    panels = {"losses": ["class_loss", "domain_loss"], "training accuracy": ["source_accuracy", "domain_accuracy"]}
+    panels = {"losses": ["class_loss", "domain_loss"], "training accuracy": ["class_accuracy", "domain_accuracy"]}
     panels |= {"validation accuracy, %": [k for k in rows[-1] if k.startswith("accuracy_")], "schedule": ["lambda"]}
-    if run.is_main:
-        save_curves(rows, panels, run.dir / "figures" / "curves.png")
+    save_curves(rows, panels, run.dir / "figures" / "curves.png")
+    names = ("source", "target", "method", "seed")
+    run.save_model(net, net.config | {name: getattr(args, name) for name in names})
     run.log(f"{run.dir}: " + ", ".join(f"{d} {value:.2f} %" for d, value in result["accuracy"].items()))
     return run.finish(result)
 
@@ -289,47 +308,36 @@ def embed(args: Embed) -> None:
     points = TSNE(init="pca", random_state=args.seed).fit_transform(features)  # (images, 2)
     arrays = {"features": features, "labels": labels, "domain": domain, "points": points}
     runs.atomic_write(args.output_dir / "features.npz", lambda path: np.savez(path, **arrays))
-    for kind, values, names in (("class", labels, range(10)), ("domain", domain, domains)):
-        figure, axis = plt.subplots(figsize=(7, 6))
-        for value, name in enumerate(names):
-            axis.scatter(*points[values == value].T, s=5, color=f"C{value}", alpha=0.6, label=name)
-        axis.set(title=f"{' → '.join(domains)}, {METHODS[config['method']]}: t-SNE by {kind}", xticks=[], yticks=[])
-        axis.legend(title=kind, markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
-        save_figure(figure, args.output_dir / f"tsne_{kind}.png", ("png", "pdf"))
+    title = f"{' → '.join(domains)}, {METHODS[config['method']]}: t-SNE by"
+    save_scatter(points, labels, range(10), f"{title} class", args.output_dir / "tsne_class.png")
+    save_scatter(points, domain, domains, f"{title} domain", args.output_dir / "tsne_domain.png")
     print(f"t-SNE of {len(points):,} images: {args.output_dir}/tsne_class.png and tsne_domain.png")
 
 
 def table(args: Table) -> None:
     """Train the missing runs; write table.csv, table.md and table.png beside them."""
-    common = {
-        name: getattr(args, name)
-        for name in ("data_dir", "device", "precision", "source", "epochs", "images_per_epoch")
-    }
+    shared = {key: value for key, value in asdict(args).items() if key in Train.__dataclass_fields__}
     rows, grey = [], {}
     for net, method in itertools.product(args.nets, METHODS):
-        cells = []
+        row = [f"{METHODS[method]}, {net} net"]
         for target in args.targets:
-            scenario = "source" if method == "source" else target  # one source-only run serves every target
-            trained = args.targets[0] if method == "source" else target
-            folders = {seed: args.output_dir / scenario / f"{net}-{method}-seed{seed}" for seed in args.seeds}
-            options = {"target": trained, "method": method, "net": net, **common}
-            results = [train(Train(output_dir=folder, seed=seed, **options)) for seed, folder in folders.items()]
+            # Source-only training has no target: one run serves all.
+            scenario, trained_for = ("source", args.targets[0]) if method == "source" else (target, target)
+            results = []
+            for seed in args.seeds:
+                folder = args.output_dir / scenario / f"{net}-{method}-seed{seed}"
+                own = {"target": trained_for, "method": method, "net": net, "seed": seed, "output_dir": folder}
+                results.append(train(Train(**shared | own)))
             values = [result["accuracy"][target] for result in results]
             grey |= results[0]["grey"]
-            cells.append(f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""))
-        rows.append([f"{METHODS[method]}, {net} net", *cells])
+            row.append(f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""))
+        rows.append(row)
     for method, reported in REPORTED.items():
         told = [" / ".join(f"{value:.2f}" for value in reported.get(target, ())) for target in args.targets]
         rows.append([f"{METHODS[method]}, the reports", *told])
-    names = [
-        f"{args.source} → {'grey ' if grey.get(target) and target != 'usps' else ''}{target}, %"
-        for target in args.targets
-    ]
-    save_table(
-        [["last epoch, validation accuracy", *names], *rows],
-        args.output_dir / "table",
-        f"mean ± sd, seeds {args.seeds}",
-    )
+    names = [f"{'grey ' if grey[target] and target != 'usps' else ''}{target}" for target in args.targets]
+    rows.insert(0, ["last epoch, validation accuracy", *(f"{args.source} → {name}, %" for name in names)])
+    save_table(rows, args.output_dir / "table", f"mean ± sd over seeds {', '.join(map(str, args.seeds))}")
     print((args.output_dir / "table.md").read_text())
 
 

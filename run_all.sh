@@ -1,17 +1,33 @@
 #!/usr/bin/env bash
-# bash run_all.sh [DATA_DIR] [OUTPUT_DIR]: set up, make the data if there is none, train, evaluate, draw. Run again to continue.
+# bash run_all.sh [DATA_DIR] [OUTPUT_DIR]
+# Sets up, makes the data if there is none, then trains, evaluates and draws. Run again to continue where it stopped.
+# PROFILE=quick (default): a few epochs, one seed. PROFILE=full: the recipes of README's tables, both nets, three seeds.
 set -euo pipefail
-data_dir=$(realpath -m "${1:-hw2_data}")
-output_dir=$(realpath -m "${2:-output}")
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
+data_dir=$(absolute "${1:-hw2_data}")
+output_dir=$(absolute "${2:-output}")
 cd "$(dirname "$0")"
 source setup.sh
 
-step() {
+run() {
     echo "+ python $*"
     python "$@"
 }
 
+case "${PROFILE:-quick}" in
+quick) table=(--nets deep --seeds 0 --epochs 6 --images-per-epoch 6400) ;;
+full) table=(--nets deep cnn --seeds 0 1 2) ;;
+*) echo "error: PROFILE=$PROFILE: quick or full" >&2 && exit 2 ;;
+esac
+
 if [ ! -d "$data_dir/digits" ]; then
-    step prepare_data.py synthetic --data-dir "$data_dir"
+    run prepare_data.py synthetic --data-dir "$data_dir"
 fi
-step prepare_data.py check "$data_dir"
+run prepare_data.py check "$data_dir"
+
+run p3_dann.py table --data-dir "$data_dir" --output-dir "$output_dir/p3" "${table[@]}"
+for target in svhn usps; do
+    run p3_dann.py embed --data-dir "$data_dir" --checkpoint "$output_dir/p3/$target/deep-dann-seed0/model.safetensors" \
+        --output-dir "$output_dir/p3/$target/figures"
+done
+echo "Done. The table: $output_dir/p3/table.png; t-SNE: $output_dir/p3/{svhn,usps}/figures/tsne_{class,domain}.png"

@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -67,3 +68,13 @@ def save_table(rows: list[list[str]], path: Path, title: str = "") -> None:
     drawn.scale(1, 1.3)
     axis.set_title(title, fontsize=10)
     save_figure(figure, path.with_suffix(".png"))
+
+
+def save_scatter(points: np.ndarray, values: np.ndarray, names: Sequence[Any], title: str, path: Path) -> None:
+    """Scatter points (n, 2) coloured by `values` (n,), whose i-th kind is called names[i], as PNG and PDF."""
+    figure, axis = plt.subplots(figsize=(7, 6))
+    for value, name in enumerate(names):
+        axis.scatter(*points[values == value].T, s=5, color=f"C{value}", alpha=0.6, label=name)
+    axis.set(title=title, xticks=[], yticks=[])
+    axis.legend(markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
+    save_figure(figure, path, ("png", "pdf"))

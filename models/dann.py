@@ -84,36 +84,39 @@ class DannCNN(nn.Module):
 
 
 class DannDeep(nn.Module):
-    """The stronger net of this project: six convolutions behind an instance-normalised input. Input 28x28.
+    """The stronger net of this project: five convolutions, a bottleneck, and a domain classifier as wide as it needs.
 
     Instance normalisation of the input takes brightness and contrast out of both domains before anything is learned.
+    Pooling stands before normalisation and rectifier, which makes both cheaper. Input 28x28.
     """
 
-    def __init__(self, classes: int = 10, widths: tuple[int, ...] = (32, 32, 64, 64, 128, 128)) -> None:
+    def __init__(self, classes: int = 10, width: int = 32) -> None:
         super().__init__()
-        self.config = {"net": "deep", "classes": classes, "widths": list(widths)}
+        self.config = {"net": "deep", "classes": classes, "width": width}
         layers: list[nn.Module] = [nn.InstanceNorm2d(3)]
-        for index, (before, width) in enumerate(zip((3, *widths), widths, strict=False)):
-            layers.append(nn.Conv2d(before, width, 3, padding=1, bias=False))
-            if index % 2:
-                layers.append(nn.MaxPool2d(2))  # 28 → 14 → 7 → 3
-            layers += [nn.BatchNorm2d(width), nn.ReLU()]
+        for before, after, kernel, pool in (
+            (3, width, 5, True),  # 28 → 14
+            (width, 2 * width, 3, False),
+            (2 * width, 2 * width, 3, True),  # 14 → 7
+            (2 * width, 3 * width, 3, False),
+            (3 * width, 3 * width, 3, True),  # 7 → 3
+        ):
+            layers.append(nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False))
+            if pool:
+                layers.append(nn.MaxPool2d(2))
+            layers += [nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
         self.feature = nn.Sequential(*layers)
-        self.bottleneck = nn.Sequential(nn.Linear(9 * widths[-1], 256, bias=False), nn.BatchNorm1d(256), nn.ReLU())
-        self.class_classifier = nn.Linear(256, classes)
-        self.domain_classifier = nn.Sequential(
-            nn.Linear(256, 512),
-            nn.BatchNorm1d(512),
-            nn.LeakyReLU(0.1),
-            nn.Linear(512, 512),
-            nn.BatchNorm1d(512),
-            nn.LeakyReLU(0.1),
-            nn.Linear(512, 2),
-        )
+        flat, features, hidden = 9 * 3 * width, 8 * width, 16 * width
+        self.bottleneck = nn.Sequential(nn.Linear(flat, features, bias=False), nn.BatchNorm1d(features), nn.ReLU())
+        self.class_classifier = nn.Linear(features, classes)
+        layers = []
+        for before in (features, hidden):
+            layers += [nn.Linear(before, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(0.1)]
+        self.domain_classifier = nn.Sequential(*layers, nn.Linear(hidden, 2))
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (batch, 3, 28, 28) in [-1, 1] → features (batch, 256)."""
-        return self.bottleneck(self.feature(images).flatten(1))  # (batch, channels, 3, 3) → (batch, 9 channels)
+        """Images (batch, 3, 28, 28) in [-1, 1] → features (batch, 8 width)."""
+        return self.bottleneck(self.feature(images).flatten(1))  # (batch, 3 width, 3, 3) → (batch, 27 width)
 
     def forward(self, images: Tensor, lambd: float = 0.0) -> tuple[Tensor, Tensor]:
         """Images (batch, 3, 28, 28) in [-1, 1] → class (batch, classes) and domain (batch, 2) log-probabilities."""
