@@ -322,10 +322,10 @@ def table(args: Table) -> None:
         row = [f"{METHODS[method]}, {net} net"]
         for target in args.targets:
             # Source-only training has no target: one run serves all.
-            scenario, trained_for = ("source", args.targets[0]) if method == "source" else (target, target)
+            scenario, trained_for = (args.source, args.targets[0]) if method == "source" else (target, target)
             results = []
             for seed in args.seeds:
-                folder = args.output_dir / scenario / f"{net}-{method}-seed{seed}"
+                folder = args.output_dir / f"{scenario}-{net}-{method}-seed{seed}"
                 own = {"target": trained_for, "method": method, "net": net, "seed": seed, "output_dir": folder}
                 results.append(train(Train(**shared | own)))
             values = [result["accuracy"][target] for result in results]

@@ -27,7 +27,7 @@ run prepare_data.py check "$data_dir"
 
 run p3_dann.py table --data-dir "$data_dir" --output-dir "$output_dir/p3" "${table[@]}"
 for target in svhn usps; do
-    run p3_dann.py embed --data-dir "$data_dir" --checkpoint "$output_dir/p3/$target/deep-dann-seed0/model.safetensors" \
-        --output-dir "$output_dir/p3/$target/figures"
+    run p3_dann.py embed --data-dir "$data_dir" --checkpoint "$output_dir/p3/$target-deep-dann-seed0/model.safetensors" \
+        --output-dir "$output_dir/p3/figures/$target"
 done
-echo "Done. The table: $output_dir/p3/table.png; t-SNE: $output_dir/p3/{svhn,usps}/figures/tsne_{class,domain}.png"
+echo "Done. The table: $output_dir/p3/table.png; t-SNE: $output_dir/p3/figures/{svhn,usps}/tsne_{class,domain}.png"

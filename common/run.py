@@ -65,20 +65,15 @@ def make_accelerator(device: Device = "auto", precision: Precision = "auto") -> 
 
     "auto" precision is bf16 where the hardware multiplies bf16 matrices (CUDA since Ampere, CPUs with AMX), else fp32.
     """
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        device = next(name for name in ("cuda", "mps", "cpu") if available[name])
-    if not available[device]:
-        raise UserError(
-            f"--device {device}: not available here (available: {', '.join(k for k in available if available[k])})"
-        )
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = [name for name, available in here.items() if available]
+    if device not in ("auto", *here):
+        raise UserError(f"--device {device}: not available here (available: {', '.join(here)})")
+    device = here[0] if device == "auto" else device
     if precision == "auto":
-        cpu_features = getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.12
-        has_bf16 = {
-            "cuda": available["cuda"] and torch.cuda.get_device_capability() >= (8, 0),
-            "cpu": cpu_features.get("amx_bf16"),
-        }
-        precision = "bf16" if has_bf16.get(device) else "fp32"
+        features = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.11
+        fast = torch.cuda.get_device_capability() >= (8, 0) if device == "cuda" else features.get("amx_bf16", False)
+        precision = "bf16" if fast and device != "mps" else "fp32"
     # One program may train in bf16 and predict in fp32; Accelerate would keep the settings of the first.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
@@ -126,17 +121,18 @@ def atomic_write(path: Path, write: bytes | str | Callable[[Path], Any]) -> None
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if callable(write):
-            write(temporary)
-        else:
-            temporary.write_bytes(write.encode() if isinstance(write, str) else write)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            if callable(write):
+                write(temporary)
+            else:
+                temporary.write_bytes(write.encode() if isinstance(write, str) else write)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def make_output_dir(folder: Path, flag: str = "--output-dir") -> Path:
@@ -187,9 +183,9 @@ def load_into(net: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path
         if key not in weights:
             raise UserError(f"--checkpoint {path}: is not a {type(net).__name__} (it has no '{key}')")
         if weights[key].shape != expected[key].shape:
+            shape, ours = list(weights[key].shape), list(expected[key].shape)
             raise UserError(
-                f"--checkpoint {path}: is another {type(net).__name__} ('{key}' is {list(weights[key].shape)}, "
-                f"expected {list(expected[key].shape)})"
+                f"--checkpoint {path}: is another {type(net).__name__} ('{key}' is {shape}, expected {ours})"
             )
     unknown = next((key for key in weights if key not in expected), None)
     if unknown is not None:
@@ -229,10 +225,8 @@ class Run:
         names = sorted((self.arguments.keys() | before.keys()) - FREE_ARGUMENTS)
         changed = [name for name in names if self.arguments.get(name) != before.get(name)]
         if changed:
-            told = ", ".join(
-                f"--{n.replace('_', '-')} was {before.get(n)}, is {self.arguments.get(n)}" for n in changed
-            )
-            raise UserError(f"--output-dir {self.dir}: holds a run with other arguments ({told})")
+            told = [f"--{n.replace('_', '-')} was {before.get(n)}, is {self.arguments.get(n)}" for n in changed]
+            raise UserError(f"--output-dir {self.dir}: holds a run with other arguments ({', '.join(told)})")
 
     def print(self, text: str) -> None:
         """Print from the main process, beside a progress bar if there is one."""

@@ -307,7 +307,7 @@ def test_table_holds_our_runs_and_the_reports(data_dir, monkeypatch):
         "adapted by DANN, the reports",
         "trained on target, the reports",
     ]
-    results = [json.loads((output / f"usps/cnn-dann-seed{seed}/result.json").read_text()) for seed in (0, 1)]
+    results = [json.loads((output / f"usps-cnn-dann-seed{seed}/result.json").read_text()) for seed in (0, 1)]
     values = [result["accuracy"]["usps"] for result in results]
     assert rows[2][2] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
     assert rows[5][1:] == ["42.06 / 49.60 / 61.57", "82.51 / 82.60 / 89.05"]

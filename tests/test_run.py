@@ -120,7 +120,7 @@ def test_bad_checkpoints_are_named_and_run_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(net().state_dict(), "good.pth")
     Path("truncated.pth").write_bytes(Path("good.pth").read_bytes()[:500])
-    Path("hostile.pth").write_bytes(pickle.dumps(Hostile()))
+    Path("hostile.pth").write_bytes(pickle.dumps(Hostile(), protocol=2))
     torch.save({"hostile": Hostile()}, "hostile2.pth")
     Path("empty.pth").touch()
     Path("bad.safetensors").write_bytes(b"12345678")
