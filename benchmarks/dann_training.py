@@ -2,7 +2,7 @@
 
 The textbook loop decodes with PIL in a DataLoader, augments each image with torchvision transforms, and trains in fp32
 with contiguous tensors and one forward pass for each domain. Ours decodes once into one uint8 tensor, augments whole
-batches as tensors, and trains channels-last in the precision that --precision auto chooses, one forward for both domains.
+batches as tensors, and trains channels-last in the precision that --precision auto chooses.
 
     python benchmarks/dann_training.py
     python benchmarks/dann_training.py --net cnn --images 20000
@@ -39,7 +39,7 @@ class Benchmark:
     """Net to train."""
     images: int = 20_000
     """Images of the epoch, half of each domain."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Images of each domain in a step."""
     num_workers: int = 2
     """Workers of the textbook loop's DataLoader."""
