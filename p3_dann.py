@@ -20,15 +20,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from sklearn.manifold import TSNE
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import run as runs
 from common.augment import augment_digits
 from common.data import DIGIT_DOMAINS, DIGIT_SIZE, Images, decode_images, list_images, load_digits, normalise, shuffled
-from common.figures import save_curves, save_scatter, save_table
+from common.figures import save_curves, save_table, save_tsne
+from common.metrics import accuracy, classify
 from common.run import Run, UserError, generator
 from models.dann import NETS
 
@@ -136,6 +136,17 @@ def losses_of(
     return losses
 
 
+def draw(count: int, stream: str, step: int, args: Recipe) -> Tensor:
+    """Indices of a step's images, from endless shuffled passes over `count`; all processes draw the same."""
+    return shuffled(count, step * args.batch_size, args.batch_size, args.seed, stream)
+
+
+def to_batch(pixels: Tensor, args: Recipe, rng: torch.Generator, zoom: float = 1.0) -> Tensor:
+    """uint8 (batch, 3, 28, 28) → augmented float images of the same shape."""
+    images = augment_digits(normalise(pixels), rng, args.augmentation, zoom)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
 def train(args: Train) -> dict[str, Any]:
     """Train one run; returns the content of result.json."""
     args = replace(args, **{key: value for key, value in RECIPES[args.net].items() if getattr(args, key) is None})
@@ -145,11 +156,8 @@ def train(args: Train) -> dict[str, Any]:
     run = Run(args, accelerator)
     if run.result is not None:
         return run.result
-    cache = args.output_dir.parent / "cache"
-    labelled = load_digits(args.data_dir, args.target if args.method == "target" else args.source, "train", cache)
-    pixels, labels = labelled.pixels.to(device), labelled.labels.to(device)
-    target_pixels = load_digits(args.data_dir, args.target, "train", cache).pixels.to(device)  # its labels stay unread
-    validation = load_validation(args, cache)
+    labelled, target_pixels, validation = load_data(args)
+    pixels, labels, target_pixels = (data.to(device) for data in (labelled.pixels, labelled.labels, target_pixels))
 
     torch.manual_seed(runs.derive_seed(args.seed, "init"))
     bare_net = NETS[args.net]().to(device, memory_format=torch.channels_last)
@@ -164,13 +172,6 @@ def train(args: Train) -> dict[str, Any]:
             part.load_state_dict(state[name])
         done, sums = state["step"], {key: value.to(device) for key, value in state["sums"].items()}
 
-    def draw(images: Tensor, stream: str, step: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """This process's share of a batch: indices, and augmented images (batch, 3, 28, 28)."""
-        rows = shuffled(len(images), step * args.batch_size, args.batch_size, args.seed, stream)[rank::processes]
-        zoom = args.zoom if images is pixels and args.method != "target" else 1.0
-        batch = augment_digits(normalise(images[rows.to(device)]), rng, args.augmentation, zoom)
-        return rows.to(device), batch.contiguous(memory_format=torch.channels_last)
-
     steps_per_epoch = args.images_per_epoch // args.batch_size
     last = args.epochs * steps_per_epoch
     for step in run.steps(done, last, args.batch_size * (2 if args.method == "dann" else 1)):
@@ -179,8 +180,11 @@ def train(args: Train) -> dict[str, Any]:
         learning_rate = optimizer.param_groups[0]["lr"] = args.lr * runs.warmup_cosine(step / last, warm_up=0.1)
         torch.manual_seed(runs.derive_seed(args.seed, "dropout", step, rank))
         rng = generator(args.seed, "augment", step, rank, device=device)
-        rows, images = draw(pixels, "labelled", step, rng)
-        unlabelled = draw(target_pixels, "unlabelled", step, rng)[1] if args.method == "dann" else None
+        rows = draw(len(pixels), "labelled", step, args)[rank::processes].to(device)
+        images, unlabelled = to_batch(pixels[rows], args, rng, zoom=1.0 if args.method == "target" else args.zoom), None
+        if args.method == "dann":
+            target_rows = draw(len(target_pixels), "unlabelled", step, args)[rank::processes].to(device)
+            unlabelled = to_batch(target_pixels[target_rows], args, rng)
 
         losses = losses_of(net, images, labels[rows], unlabelled, lambd, args)
         optimizer.zero_grad()
@@ -208,27 +212,25 @@ def check_arguments(args: Train, processes: int) -> None:
             raise UserError(f"{flag} {domain}: no such domain in --data-dir {args.data_dir}")
     if not 1 < args.batch_size <= args.images_per_epoch or args.batch_size % processes:
         raise UserError(f"--batch-size {args.batch_size}: must be shared by {processes} processes and fit in an epoch")
-    if args.epochs < 1:
-        raise UserError(f"--epochs {args.epochs}: at least one is needed")
 
 
-def load_validation(args: Train, cache: Path) -> dict[str, Images]:
-    """Validation images by domain: target and source; for source-only, which has no target, every domain there is."""
+def load_data(args: Train) -> tuple[Images, Tensor, dict[str, Images]]:
+    """Labelled training images, target training images without their labels, and validation images by domain.
+
+    The domains to judge are target and source; for source-only, which has no target, every domain there is.
+    """
+    cache = args.output_dir.parent / "cache"
+    labelled = load_digits(args.data_dir, args.target if args.method == "target" else args.source, "train", cache)
+    target_pixels = load_digits(args.data_dir, args.target, "train", cache).pixels
     others = [d for d in DIGIT_DOMAINS if (args.data_dir / "digits" / d).is_dir()] if args.method == "source" else []
-    return {d: load_digits(args.data_dir, d, "val", cache) for d in dict.fromkeys([args.target, *others, args.source])}
+    judged = dict.fromkeys([args.target, *others, args.source])
+    return labelled, target_pixels, {domain: load_digits(args.data_dir, domain, "val", cache) for domain in judged}
 
 
-@torch.inference_mode()
-def classify(net: nn.Module, pixels: Tensor, accelerator: Accelerator) -> Tensor:
-    """The class of uint8 images (n, 3, 28, 28), as int64 (n,)."""
+def judge(net: nn.Module, images: Images, run: Run) -> float:
+    """Accuracy of the class head in eval mode, in %."""
     net.eval()
-    with accelerator.autocast():
-        return torch.cat([net(normalise(some.to(accelerator.device)))[0].argmax(1).cpu() for some in pixels.split(500)])
-
-
-def accuracy(net: nn.Module, images: Images, accelerator: Accelerator) -> float:
-    """Share of `images` classified right, in %."""
-    return 100 * (classify(net, images.pixels, accelerator) == images.labels).double().mean().item()
+    return accuracy(lambda some: net(some)[0], images, run.accelerator)
 
 
 def end_epoch(run: Run, args: Train, net: nn.Module, validation: dict[str, Images], row: dict[str, Any]) -> None:
@@ -237,7 +239,7 @@ def end_epoch(run: Run, args: Train, net: nn.Module, validation: dict[str, Image
         return
     best_before = max((before["class_accuracy"] for before in run.history()), default=0)
     judged = {d: images for d, images in validation.items() if d != args.source}
-    row |= {f"accuracy_{d}": accuracy(net, images, run.accelerator) for d, images in judged.items()}
+    row |= {f"accuracy_{d}": judge(net, images, run) for d, images in judged.items()}
     run.metrics(row)
     told = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row.items() if k not in ("step", "epoch"))
     run.log(f"epoch {row['epoch']}/{args.epochs}: {told}")
@@ -249,12 +251,11 @@ def end_epoch(run: Run, args: Train, net: nn.Module, validation: dict[str, Image
 
 def finish(run: Run, args: Train, net: nn.Module, validation: dict[str, Images]) -> dict[str, Any]:
     """Judge the last epoch on every validation set; write curves, model and result.json."""
-    if not run.is_main:
-        return {}
+    run.accelerator.wait_for_everyone()  # for the last row of the record
     rows = run.history()
     recorded = [row[f"accuracy_{args.target}"] for row in rows]
     result = {
-        "accuracy": {d: accuracy(net, images, run.accelerator) for d, images in validation.items()},
+        "accuracy": {d: judge(net, images, run) for d, images in validation.items()},
         "validation_images": {d: len(images.names) for d, images in validation.items()},
         "grey": {d: bool((images.pixels == images.pixels[:, :1]).all()) for d, images in validation.items()},
         "largest_swing_of_last_5_epochs": max((abs(a - b) for a, b in itertools.pairwise(recorded[-5:])), default=0.0),
@@ -262,7 +263,8 @@ def finish(run: Run, args: Train, net: nn.Module, validation: dict[str, Images])
     }
     panels = {"losses": ["class_loss", "domain_loss"], "training accuracy": ["class_accuracy", "domain_accuracy"]}
     panels |= {"validation accuracy, %": [k for k in rows[-1] if k.startswith("accuracy_")], "schedule": ["lambda"]}
-    save_curves(rows, panels, run.dir / "figures" / "curves.png")
+    if run.is_main:
+        save_curves(rows, panels, run.dir / "figures" / "curves.png")
     names = ("source", "target", "method", "seed")
     run.save_model(net, net.config | {name: getattr(args, name) for name in names})
     run.log(f"{run.dir}: " + ", ".join(f"{d} {value:.2f} %" for d, value in result["accuracy"].items()))
@@ -280,9 +282,9 @@ def load_net(checkpoint: Path) -> tuple[nn.Module, dict[str, Any]]:
 def predict(args: Predict) -> None:
     """Write the class of every image of a folder as csv."""
     accelerator = runs.make_accelerator(args.device, "fp32")
-    net, _ = load_net(args.checkpoint)
+    net = load_net(args.checkpoint)[0].to(accelerator.device)
     paths = list_images(args.image_dir)
-    labels = classify(net.to(accelerator.device), decode_images(paths, DIGIT_SIZE), accelerator).tolist()
+    labels = classify(lambda some: net(some)[0], decode_images(paths, DIGIT_SIZE), accelerator).tolist()
     rows = [f"{path.name},{label}\n" for path, label in zip(paths, labels, strict=True)]
     runs.atomic_write(args.output_csv, "image_name,label\n" + "".join(rows))
     print(f"{len(paths):,} images labelled: {args.output_csv}")
@@ -303,13 +305,10 @@ def embed(args: Embed) -> None:
         features = net.to(device).features(normalise(images.pixels[rows]).to(device)).cpu()
         parts.append((features, images.labels[rows], torch.full((len(rows),), number)))
     features, labels, domain = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
-    points = TSNE(init="pca", random_state=args.seed).fit_transform(features)  # (images, 2)
-    arrays = {"features": features, "labels": labels, "domain": domain, "points": points}
-    runs.atomic_write(args.output_dir / "features.npz", lambda path: np.savez(path, **arrays))
-    title = f"{' → '.join(domains)}, {METHODS[config['method']]}: t-SNE by"
-    save_scatter(points, labels, range(10), f"{title} class", args.output_dir / "tsne_class.png")
-    save_scatter(points, domain, domains, f"{title} domain", args.output_dir / "tsne_domain.png")
-    print(f"t-SNE of {len(points):,} images: {args.output_dir}/tsne_class.png and tsne_domain.png")
+    title = f"{' → '.join(domains)}, {METHODS[config['method']]}"
+    kinds = {"class": (labels, range(10)), "domain": (domain, domains)}
+    save_tsne(features, kinds, title, args.output_dir, args.seed)
+    print(f"t-SNE of {len(features):,} images: {args.output_dir}/tsne_class.png and tsne_domain.png")
 
 
 def table(args: Table) -> None:
@@ -335,6 +334,8 @@ def table(args: Table) -> None:
         rows.append([f"{METHODS[method]}, the reports", *told])
     names = [f"{'grey ' if grey[target] and target != 'usps' else ''}{target}" for target in args.targets]
     rows.insert(0, ["last epoch, validation accuracy", *(f"{args.source} → {name}, %" for name in names)])
+    if not PartialState().is_main_process:
+        return
     save_table(rows, args.output_dir / "table", f"mean ± sd over seeds {', '.join(map(str, args.seeds))}")
     print((args.output_dir / "table.md").read_text())
 

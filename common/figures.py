@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from sklearn.manifold import TSNE
 from torchvision.utils import make_grid
 
 from common.run import atomic_write
@@ -70,11 +71,20 @@ def save_table(rows: list[list[str]], path: Path, title: str = "") -> None:
     save_figure(figure, path.with_suffix(".png"))
 
 
-def save_scatter(points: np.ndarray, values: np.ndarray, names: Sequence[Any], title: str, path: Path) -> None:
-    """Scatter points (n, 2) coloured by `values` (n,), whose i-th kind is called names[i], as PNG and PDF."""
-    figure, axis = plt.subplots(figsize=(7, 6))
-    for value, name in enumerate(names):
-        axis.scatter(*points[values == value].T, s=5, color=f"C{value}", alpha=0.6, label=name)
-    axis.set(title=title, xticks=[], yticks=[])
-    axis.legend(markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
-    save_figure(figure, path, ("png", "pdf"))
+def save_tsne(
+    features: np.ndarray, kinds: dict[str, tuple[np.ndarray, Sequence[Any]]], title: str, folder: Path, seed: int
+) -> None:
+    """Embed features (n, d) by t-SNE (van der Maaten and Hinton, 2008); scatter the points for each kind of colour.
+
+    `kinds` maps a name to values (n,) and what each value is called. Writes tsne_NAME.png and .pdf, and features.npz.
+    """
+    points = TSNE(init="pca", random_state=seed).fit_transform(features)  # (n, 2)
+    arrays = {name: values for name, (values, _) in kinds.items()}
+    atomic_write(folder / "features.npz", lambda path: np.savez(path, features=features, points=points, **arrays))
+    for kind, (values, names) in kinds.items():
+        figure, axis = plt.subplots(figsize=(7, 6))
+        for value, name in enumerate(names):
+            axis.scatter(*points[values == value].T, s=5, color=f"C{value}", alpha=0.6, label=name)
+        axis.set(title=f"{title}: t-SNE by {kind}", xticks=[], yticks=[])
+        axis.legend(title=kind, markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
+        save_figure(figure, folder / f"tsne_{kind}.png", ("png", "pdf"))
