@@ -39,7 +39,7 @@ REPORTED = {  # what the five course reports state of their own nets, in %
     "target": {"svhn": (98.40, 91.5, 94.15), "usps": (90.87, 98.3, 99.26)},
 }
 RECIPES = {  # what options left at None become, by net
-    "deep": {"epochs": 10, "lr": 1.5e-3, "lambda_max": 0.7, "augmentation": 0.7, "forward": "separate"},
+    "deep": {"epochs": 10, "lr": 1.5e-3, "lambda_max": 0.5, "augmentation": 0.85, "forward": "separate"},
     "cnn": {"epochs": 10, "lr": 1e-3, "lambda_max": 1.0, "augmentation": 0.0, "forward": "separate"},
 }
 
