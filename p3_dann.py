@@ -150,7 +150,7 @@ def to_batch(pixels: Tensor, args: Recipe, rng: torch.Generator, zoom: float = 1
 
 
 def train(args: Train) -> dict[str, Any]:
-    """Train one run; returns the content of result.json."""
+    """Train one run; returns the content of result.json (on the main process)."""
     recipe = RECIPES[args.net] | SCENARIO_RECIPES.get((args.net, args.target), {})
     args = replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
     accelerator = runs.make_accelerator(args.device, args.precision)
@@ -203,9 +203,11 @@ def train(args: Train) -> dict[str, Any]:
             row |= {key: value.item() / steps_per_epoch for key, value in sums.items()}
             sums = {}
             end_epoch(run, args, ema.module, validation, row)
-        if inside == 0 or run.save_due():
+        if run.save_due() or inside == 0:
             run.save_state(step + 1, sums=sums, **{name: part.state_dict() for name, part in parts.items()})
-    return finish(run, args, ema.module, validation)
+    if run.is_main:
+        finish(run, args, ema.module, validation)
+    return run.result or {}
 
 
 def check_arguments(args: Train, processes: int) -> None:
@@ -213,8 +215,10 @@ def check_arguments(args: Train, processes: int) -> None:
     for flag, domain in (("--source", args.source), ("--target", args.target)):
         if not (args.data_dir / "digits" / domain).is_dir():
             raise UserError(f"{flag} {domain}: no such domain in --data-dir {args.data_dir}")
-    if not 1 < args.batch_size <= args.images_per_epoch or args.batch_size % processes:
+    if args.batch_size % processes or not 2 * processes <= args.batch_size <= args.images_per_epoch:
         raise UserError(f"--batch-size {args.batch_size}: must be shared by {processes} processes and fit in an epoch")
+    if args.epochs < 1:
+        raise UserError(f"--epochs {args.epochs}: at least one is needed")
 
 
 def load_data(args: Train) -> tuple[Images, Tensor, dict[str, Images]]:
@@ -230,19 +234,13 @@ def load_data(args: Train) -> tuple[Images, Tensor, dict[str, Images]]:
     return labelled, target_pixels, {domain: load_digits(args.data_dir, domain, "val", cache) for domain in judged}
 
 
-def judge(net: nn.Module, images: Images, run: Run) -> float:
-    """Accuracy of the class head in eval mode, in %."""
-    net.eval()
-    return accuracy(lambda some: net(some)[0], images, run.accelerator)
-
-
 def end_epoch(run: Run, args: Train, net: nn.Module, validation: dict[str, Images], row: dict[str, Any]) -> None:
     """Judge the averaged net on the validation images (for the record: nothing is chosen by it), log, warn."""
     if not run.is_main:
         return
     best_before = max((before["class_accuracy"] for before in run.history()), default=0)
     judged = {d: images for d, images in validation.items() if d != args.source}
-    row |= {f"accuracy_{d}": judge(net, images, run) for d, images in judged.items()}
+    row |= {f"accuracy_{d}": accuracy(net, images, run.accelerator) for d, images in judged.items()}
     run.metrics(row)
     told = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row.items() if k not in ("step", "epoch"))
     run.log(f"epoch {row['epoch']}/{args.epochs}: {told}")
@@ -252,32 +250,38 @@ def end_epoch(run: Run, args: Train, net: nn.Module, validation: dict[str, Image
         run.log(f"warning: domain accuracy is {row['domain_accuracy']:.0%}: the domain classifier collapsed or wins")
 
 
-def finish(run: Run, args: Train, net: nn.Module, validation: dict[str, Images]) -> dict[str, Any]:
+def max_swing(values: list[float]) -> float:
+    """The largest change from one epoch to the next."""
+    return max((abs(after - before) for before, after in itertools.pairwise(values)), default=0.0)
+
+
+def finish(run: Run, args: Train, net: nn.Module, validation: dict[str, Images]) -> None:
     """Judge the last epoch on every validation set; write curves, model and result.json."""
-    run.accelerator.wait_for_everyone()  # for the last row of the record
     rows = run.history()
-    recorded = [row[f"accuracy_{args.target}"] for row in rows]
+    recorded = {d: [row[f"accuracy_{d}"] for row in rows] for d in validation if d != args.source}
     result = {
-        "accuracy": {d: judge(net, images, run) for d, images in validation.items()},
+        "accuracy": {d: accuracy(net, images, run.accelerator) for d, images in validation.items()},
         "validation_images": {d: len(images.names) for d, images in validation.items()},
         "grey": {d: bool((images.pixels == images.pixels[:, :1]).all()) for d, images in validation.items()},
-        "largest_swing_of_last_5_epochs": max((abs(a - b) for a, b in itertools.pairwise(recorded[-5:])), default=0.0),
-        "oracle_best_epoch": max(recorded),
+        "largest_swing_of_last_5_epochs": {d: max_swing(values[-5:]) for d, values in recorded.items()},
+        "oracle_best_accuracy": {d: max(values) for d, values in recorded.items()},  # chosen by labels: not a result
     }
     panels = {"losses": ["class_loss", "domain_loss"], "training accuracy": ["class_accuracy", "domain_accuracy"]}
     panels |= {"validation accuracy, %": [k for k in rows[-1] if k.startswith("accuracy_")], "schedule": ["lambda"]}
-    if run.is_main:
-        save_curves(rows, panels, run.dir / "figures" / "curves.png")
+    save_curves(rows, panels, run.dir / "figures" / "curves.png")
     names = ("source", "target", "method", "seed")
     run.save_model(net, net.config | {name: getattr(args, name) for name in names})
     run.log(f"{run.dir}: " + ", ".join(f"{d} {value:.2f} %" for d, value in result["accuracy"].items()))
-    return run.finish(result)
+    run.finish(result)
 
 
 def load_net(checkpoint: Path) -> tuple[nn.Module, dict[str, Any]]:
     """A net of `train`, or a published DannCNN, with its configuration."""
     weights, config = runs.load_weights(checkpoint)
-    net = NETS[config.get("net", "cnn")]()
+    name = config.get("net", "cnn")
+    if name not in NETS:
+        raise UserError(f"--checkpoint {checkpoint}: is a {name}, not one of {', '.join(NETS)}")
+    net = NETS[name](**{key: config[key] for key in ("classes", "width") if key in config})
     runs.load_into(net, weights, checkpoint)
     return net.eval(), config
 
@@ -285,9 +289,10 @@ def load_net(checkpoint: Path) -> tuple[nn.Module, dict[str, Any]]:
 def predict(args: Predict) -> None:
     """Write the class of every image of a folder as csv."""
     accelerator = runs.make_accelerator(args.device, "fp32")
+    runs.make_output_dir(args.output_csv.parent, "--output-csv")
     net = load_net(args.checkpoint)[0].to(accelerator.device)
     paths = list_images(args.image_dir)
-    labels = classify(lambda some: net(some)[0], decode_images(paths, DIGIT_SIZE), accelerator).tolist()
+    labels = classify(net, decode_images(paths, DIGIT_SIZE), accelerator).tolist()
     rows = [f"{path.name},{label}\n" for path, label in zip(paths, labels, strict=True)]
     runs.atomic_write(args.output_csv, "image_name,label\n" + "".join(rows))
     print(f"{len(paths):,} images labelled: {args.output_csv}")
@@ -316,29 +321,31 @@ def embed(args: Embed) -> None:
 
 def table(args: Table) -> None:
     """Train the missing runs; write table.csv, table.md and table.png beside them."""
+    if not args.seeds:
+        raise UserError("--seeds: at least one is needed")
     shared = {key: value for key, value in asdict(args).items() if key in Train.__dataclass_fields__}
     rows, grey = [], {}
     for net, method in itertools.product(args.nets, METHODS):
         row = [f"{METHODS[method]}, {net} net"]
         for target in args.targets:
-            # Source-only training has no target: one run serves all.
-            scenario, trained_for = (args.source, args.targets[0]) if method == "source" else (target, target)
+            scenario = args.source if method == "source" else target  # source-only training has no target
             results = []
             for seed in args.seeds:
                 folder = args.output_dir / f"{scenario}-{net}-{method}-seed{seed}"
-                own = {"target": trained_for, "method": method, "net": net, "seed": seed, "output_dir": folder}
+                own = {"target": scenario, "method": method, "net": net, "seed": seed, "output_dir": folder}
                 results.append(train(Train(**shared | own)))
-            values = [result["accuracy"][target] for result in results]
-            grey |= results[0]["grey"]
-            row.append(f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""))
+            if PartialState().is_main_process:
+                values = [result["accuracy"].get(target, math.nan) for result in results]
+                grey |= results[0]["grey"]
+                row.append(f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""))
         rows.append(row)
+    if not PartialState().is_main_process:
+        return
     for method, reported in REPORTED.items():
         told = [" / ".join(f"{value:.2f}" for value in reported.get(target, ())) for target in args.targets]
         rows.append([f"{METHODS[method]}, the reports", *told])
-    names = [f"{'grey ' if grey[target] and target != 'usps' else ''}{target}" for target in args.targets]
+    names = [f"{'grey ' if grey.get(target) and target != 'usps' else ''}{target}" for target in args.targets]
     rows.insert(0, ["last epoch, validation accuracy", *(f"{args.source} → {name}, %" for name in names)])
-    if not PartialState().is_main_process:
-        return
     save_table(rows, args.output_dir / "table", f"mean ± sd over seeds {', '.join(map(str, args.seeds))}")
     print((args.output_dir / "table.md").read_text())
 

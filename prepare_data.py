@@ -144,6 +144,7 @@ def one_face_rate(paths: Sequence[Path]) -> float:
 
 
 def synthetic(args: Synthetic) -> None:
+    """Draw the parts that are not there yet; UserError if other data is in their place."""
     counts = {f"digits/{domain}": getattr(args, domain) for domain in digits.DOMAINS} | {"face": args.face}
     for part, (train, val) in counts.items():
         if min(train, val) < 1:
@@ -158,7 +159,7 @@ def synthetic(args: Synthetic) -> None:
         print(f"{args.data_dir}: already finished, nothing to do")
         return
     total = sum(sum(counts[part]) for part in left)
-    print(f"drawing {total:,} images with {args.num_workers} processes, less than a minute on two cores")
+    print(f"drawing {total:,} images with {args.num_workers} processes")
     start = time.monotonic()
     with worker_map(args.num_workers) as run_map:
         for part in left:
@@ -197,6 +198,7 @@ def fill_public(folder: Path, part: Part, args: Download) -> None:
 
 
 def download(args: Download) -> None:
+    """Fetch and unpack an archive, or assemble the layout from public data; UserError says what to fetch by hand."""
     if (args.year is None) != args.public:
         raise UserError("download: give either --year 2022|2023|2024 or --public")
     if args.public and args.archive is not None:
@@ -228,6 +230,7 @@ def download(args: Download) -> None:
 
 
 def main(args: Synthetic | Download | Check) -> None:
+    """Run one sub-command."""
     if isinstance(args, Synthetic):
         synthetic(args)
     elif isinstance(args, Download):

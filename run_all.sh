@@ -7,7 +7,7 @@ absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 data_dir=$(absolute "${1:-hw2_data}")
 output_dir=$(absolute "${2:-output}")
 cd "$(dirname "$0")"
-source setup.sh
+source ./setup.sh
 
 run() {
     echo "+ python $*"
@@ -20,10 +20,13 @@ full) table=(--nets deep cnn --seeds 0 1 2) ;;
 *) echo "error: PROFILE=$PROFILE: quick or full" >&2 && exit 2 ;;
 esac
 
-if [ ! -d "$data_dir/digits" ]; then
+if [ ! -d "$data_dir/digits" ] ||
+    { [ ! -d "$data_dir/face" ] && grep -qs '"synthetic"' "$data_dir"/digits/*/made.json; }; then # none, or half made
     run prepare_data.py synthetic --data-dir "$data_dir"
 fi
-run prepare_data.py check "$data_dir"
+if [ ! -d "$output_dir/p3" ]; then
+    run prepare_data.py check "$data_dir"
+fi
 
 run p3_dann.py table --data-dir "$data_dir" --output-dir "$output_dir/p3" "${table[@]}"
 for target in svhn usps; do

@@ -1,6 +1,6 @@
 # Makes .venv from requirements.txt if it is missing or stale, and puts it first on PATH.
 # Sourced by run_all.sh and tests/run.sh from the repository's root; needs Python 3.11 or 3.12 with venv.
-is_supported() { "$1" -c 'import sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; }
+is_supported() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; }
 
 requirements_hash=$(cksum <requirements.txt)
 if [ "$(cat .venv/requirements.hash 2>/dev/null)" != "$requirements_hash" ] || ! .venv/bin/python -c '' 2>/dev/null; then

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +47,8 @@ def list_images(folder: Path) -> list[Path]:
     """PNG and JPEG files directly in `folder`, sorted by name. UserError if it is missing or has none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    paths = sorted(folder / entry.name for entry in os.scandir(folder) if Path(entry.name).suffix.lower() in SUFFIXES)
+    names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    paths = sorted(folder / name for name in names if Path(name).suffix.lower() in SUFFIXES)
     if not paths:
         raise UserError(f"{folder}: no PNG or JPEG image in it")
     return paths
@@ -57,6 +58,8 @@ def decode_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """One image file as uint8 (3, height, width): grey repeated, resized to (height, width) with antialias."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # PIL would clip the 16-bit values at 255
+                raise UserError(f"{path}: is a 16-bit image; 8-bit ones are read")
             image = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else "not a whole image"
@@ -92,11 +95,11 @@ def read_labels(csv_file: Path, folder: Path) -> tuple[list[Path], torch.Tensor]
         raise UserError(f"{folder}: no such folder")
     there = {entry.name for entry in os.scandir(folder)}
     names, labels = [], []
-    with csv_file.open(newline="") as file:
-        rows = csv.reader(file)
+    with csv_file.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        rows = csv.reader(line.replace("\0", "?") for line in file)
         if (header := next(rows, [])) != ["image_name", "label"]:
             raise UserError(f"{csv_file}: line 1 is {','.join(header)!r}, expected 'image_name,label'")
-        for row in rows:
+        for row in filter(None, rows):
             where = f"{csv_file}: line {rows.line_num}"
             if len(row) != 2:
                 raise UserError(f"{where} is {','.join(row)!r}, expected 'image_name,label'")
@@ -127,6 +130,8 @@ def load_digits(data_dir: Path, domain: str, split: str, cache_dir: Path | None 
         paths, labels = read_labels(folder / f"{split}.csv", folder / "data")
     else:  # 2024's layout: one csv, split by us
         paths, labels = read_labels(folder / "train.csv", folder / "data")
+        if len(paths) < 2:
+            raise UserError(f"{folder / 'train.csv'}: one image cannot be split into train and val")
         rows = split_80_20(len(paths))[split == "val"]
         paths, labels = [paths[row] for row in rows], labels[rows]
     return _cached(paths, labels, DIGIT_SIZE, cache_dir, f"{domain}-{split}")
@@ -140,7 +145,10 @@ def load_folder(folder: Path, size: tuple[int, int] | None, cache_dir: Path | No
 def _cached(
     paths: list[Path], labels: torch.Tensor | None, size: tuple[int, int] | None, cache_dir: Path | None, name: str
 ) -> Images:
-    """Decode `paths`, or read the tensor cached under the same names, sizes and times of change."""
+    """Decode `paths`, or read the tensor cached under the same names, sizes and times of change.
+
+    Hashing what 56,000 files hold would take longer than the second that a cached start may take.
+    """
     names = [path.name for path in paths]
     if cache_dir is None:
         return Images(decode_images(paths, size), labels, names)
@@ -151,9 +159,9 @@ def _cached(
     cache = cache_dir / f"{name}-{key.hexdigest()[:16]}.safetensors"
     try:
         return Images(safetensors.torch.load_file(cache)["pixels"], labels, names)
-    except (FileNotFoundError, safetensors.SafetensorError):
+    except (OSError, safetensors.SafetensorError):
         pixels = decode_images(paths, size)
-    if shutil.disk_usage(cache_dir.parent).free > 2 * pixels.nbytes:
+    with contextlib.suppress(UserError):  # no room or no right to write there: the next start decodes again
         atomic_write(cache, lambda path: safetensors.torch.save_file({"pixels": pixels}, path))
     return Images(pixels, labels, names)
 

@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.manifold import TSNE
 from torchvision.utils import make_grid
 
-from common.run import atomic_write
+from common.run import UserError, atomic_write
 
 
 def save_figure(figure: Figure, path: Path, formats: Sequence[str] = ("png",)) -> None:
@@ -78,7 +78,11 @@ def save_tsne(
 
     `kinds` maps a name to values (n,) and what each value is called. Writes tsne_NAME.png and .pdf, and features.npz.
     """
-    points = TSNE(init="pca", random_state=seed).fit_transform(features)  # (n, 2)
+    if len(features) < 4:
+        raise UserError(f"t-SNE of {len(features)} images: at least 4 are needed")
+    points = TSNE(init="pca", perplexity=min(30, (len(features) - 1) / 3), random_state=seed).fit_transform(
+        features
+    )  # (n, 2)
     arrays = {name: values for name, (values, _) in kinds.items()}
     atomic_write(folder / "features.npz", lambda path: np.savez(path, features=features, points=points, **arrays))
     for kind, (values, names) in kinds.items():

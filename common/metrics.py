@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.data import Images, normalise
 
 
 @torch.inference_mode()
-def classify(classifier: Callable[[Tensor], Tensor], pixels: Tensor, accelerator: Accelerator) -> Tensor:
+def classify(net: nn.Module, pixels: Tensor, accelerator: Accelerator) -> Tensor:
     """The class of uint8 images (n, 3, height, width), as int64 (n,).
 
-    `classifier` takes float images in [-1, 1] and gives (batch, classes); its net must be in eval mode.
+    `net` takes float images in [-1, 1]; it gives (batch, classes), or a tuple whose first part is that.
     """
+    net.eval()
+    parts = []
     with accelerator.autocast():
-        parts = [classifier(normalise(some.to(accelerator.device))).argmax(1).cpu() for some in pixels.split(500)]
+        for some in pixels.split(500):
+            output = net(normalise(some.to(accelerator.device)))
+            scores = output[0] if isinstance(output, tuple) else output
+            parts.append(scores.argmax(1).cpu())
     return torch.cat(parts)
 
 
-def accuracy(classifier: Callable[[Tensor], Tensor], images: Images, accelerator: Accelerator) -> float:
+def accuracy(net: nn.Module, images: Images, accelerator: Accelerator) -> float:
     """Share of labelled `images` classified right, in %."""
-    return 100 * (classify(classifier, images.pixels, accelerator) == images.labels).double().mean().item()
+    return 100 * (classify(net, images.pixels, accelerator) == images.labels).double().mean().item()

@@ -12,13 +12,12 @@ import importlib.metadata
 import json
 import math
 import os
-import pickle
 import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +48,7 @@ def command_line(commands: Any, main: Callable[[Any], Any]) -> None:
     """Read `commands` (a dataclass; a union of them for sub-commands) from the command line, call main with it."""
     try:
         main(tyro.cli(commands, description=sys.modules["__main__"].__doc__))
-    except UserError as error:
+    except (UserError, OSError) as error:  # an OSError is a full disk or the like, and names its file
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -131,17 +130,15 @@ def atomic_write(path: Path, write: bytes | str | Callable[[Path], Any]) -> None
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch's and safetensors' full disk
+        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', error)})") from None
 
 
 def make_output_dir(folder: Path, flag: str = "--output-dir") -> Path:
     """Create `folder` and make sure that files can be written in it, before any work is done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
     return folder
@@ -163,17 +160,18 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             raise UserError(f"--checkpoint {path}: not a whole safetensors file ({error})") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile):
+    except Exception:  # what a damaged or hostile pickle raises is anybody's guess
         raise UserError(f"--checkpoint {path}: not a whole file of PyTorch weights (only tensors are loaded)") from None
     for key in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
+    content = content if isinstance(content, dict) else {}
+    weights = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    if not weights:
         raise UserError(f"--checkpoint {path}: holds no dictionary of weights")
-    for prefix in PREFIXES:
-        inside = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
-        content = inside or content
-    return content, {}
+    while prefix := next((p for p in PREFIXES if any(key.startswith(p) for key in weights)), None):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    return weights, {}
 
 
 def load_into(net: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
@@ -207,19 +205,28 @@ class Run:
         self.dir: Path = make_output_dir(args.output_dir)
         self.accelerator, self.save_minutes = accelerator, save_minutes
         self.is_main = accelerator.is_main_process
-        self.stop_signal: int | None = None
+        self.stop_signal: int | None = None  # that this process received
+        self.stopping = False  # that all processes agreed on
         self.last_save = self.started = time.monotonic()
         self.seconds_before = 0.0  # training time of the earlier sittings
         self.arguments = json.loads(json.dumps(dataclasses.asdict(args), default=str))
         self.config_file, result_file = self.dir / "config.json", self.dir / "result.json"
         if self.config_file.exists():
-            self._compare(json.loads(self.config_file.read_text())["arguments"])
+            self._compare(self._read(self.config_file)["arguments"])
         elif any(self.dir.glob("*.pt")) or any(self.dir.glob("*.safetensors")):
             raise UserError(f"--output-dir {self.dir}: holds checkpoints of something else (no config.json)")
-        self.result: dict[str, Any] | None = json.loads(result_file.read_text()) if result_file.exists() else None
+        self.result: dict[str, Any] | None = self._read(result_file) if result_file.exists() else None
         if self.result is not None:
             self.print(f"{self.dir}: already finished, nothing to do (another --output-dir starts another run)")
         accelerator.wait_for_everyone()  # all have looked before the first one writes
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            if path.suffix == ".pt":
+                return torch.load(path, map_location="cpu", weights_only=True)
+            return json.loads(path.read_text())
+        except Exception:  # nothing of ours writes half a file: something else damaged it
+            raise UserError(f"{path}: damaged; remove {self.dir} to start again") from None
 
     def _compare(self, before: dict[str, Any]) -> None:
         names = sorted((self.arguments.keys() | before.keys()) - FREE_ARGUMENTS)
@@ -249,7 +256,8 @@ class Run:
     def history(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl."""
         file = self.dir / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # a half last line was not finished
 
     def seconds(self) -> float:
         """Seconds spent on this run, earlier sittings included."""
@@ -261,11 +269,13 @@ class Run:
         if not path.exists():
             rows, state = [], None
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = self._read(path)
             self.seconds_before = state["seconds"]
             rows = [row for row in self.history() if row["step"] <= state["step"]]
             self.log(f"continuing {self.dir} after step {state['step']:,}")
         if self.is_main:
+            for left_over in (*self.dir.glob(".*-last.pt"), *self.dir.glob(".*-model.safetensors")):
+                left_over.unlink()  # of a process killed while it wrote
             if not self.config_file.exists():
                 config = {"arguments": self.arguments, **environment(self.accelerator)}
                 atomic_write(self.config_file, json.dumps(config, indent=1) + "\n")
@@ -280,8 +290,16 @@ class Run:
         self.last_save = time.monotonic()
 
     def save_due(self) -> bool:
-        """True when a signal asked to stop, or the last save is `save_minutes` old."""
-        return self.stop_signal is not None or time.monotonic() - self.last_save > 60 * self.save_minutes
+        """True when a signal asked to stop, or the last save is `save_minutes` old. To be called once every step.
+
+        With several processes, what one knows all act on, so that none waits for one that has left.
+        """
+        due = time.monotonic() - self.last_save > 60 * self.save_minutes
+        flags = torch.tensor([self.stop_signal is not None, due], dtype=torch.float32)
+        if self.accelerator.num_processes > 1:
+            flags = self.accelerator.reduce(flags.to(self.accelerator.device), "sum")
+        self.stopping = bool(flags[0] > 0)
+        return self.stopping or bool(flags[1] > 0)
 
     def save_model(self, net: torch.nn.Module, config: dict[str, Any]) -> None:
         """Write model.safetensors: the weights, with `config` (what builds the net) as json in its metadata."""
@@ -307,19 +325,20 @@ class Run:
         handlers = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         start, told = time.monotonic(), 0.0
         try:
-            for step in tqdm(
-                range(first, last), initial=first, total=last, disable=None if self.is_main else True, unit="step"
-            ):
+            hidden = None if self.is_main else True  # None: shown on a terminal only
+            images = {"unit": "image", "unit_scale": images_per_step}
+            for step in tqdm(range(first, last), initial=first, total=last, disable=hidden, **images):
                 yield step
-                if self.stop_signal is not None:
-                    self.log(
-                        f"stopped by signal {self.stop_signal} after step {step + 1:,}; the same command continues"
-                    )
-                    sys.exit(128 + self.stop_signal)
+                if self.stopping:
+                    self.log(f"stopped after step {step + 1:,}; the same command continues")
+                    sys.exit(128 + (self.stop_signal or signal.SIGTERM))
                 spent = time.monotonic() - start
                 if spent - told > (60 if told else 10):
                     told, rate = spent, (step + 1 - first) / spent
-                    speed, left = f"{rate * images_per_step:,.0f} images/s", clock((last - step - 1) / rate)
+                    speed, left = (
+                        f"{rate * images_per_step:,.0f} images/s",
+                        tqdm.format_interval((last - step - 1) / rate),
+                    )
                     self.log(f"step {step + 1:,}/{last:,}, {speed}, about {left} left")
         finally:
             for number, handler in handlers.items():
@@ -331,14 +350,13 @@ class Run:
         self.stop_signal = number
 
 
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
 def environment(accelerator: Accelerator) -> dict[str, Any]:
     """Package versions, git commit and hardware, for config.json."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
     device = (
         torch.cuda.get_device_name()
         if accelerator.device.type == "cuda"
@@ -347,7 +365,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
     return {
         "command": " ".join(sys.argv),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit,
         "hardware": {
             "device": accelerator.device.type,
             "name": device,

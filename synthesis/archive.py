@@ -2,6 +2,7 @@
 
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def unpack(archive: Path, data_dir: Path) -> None:
         moves = list(plan_moves(roots[0], data_dir))
         for source, target in moves:
             source.rename(target)
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError) as error:
         raise UserError(f"{archive}: not a whole zip file, or it cannot be read ({error})") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)

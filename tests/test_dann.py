@@ -164,7 +164,7 @@ def test_training_learns_and_records_every_epoch(data_dir):
     assert rows[-1]["class_loss"] < rows[0]["class_loss"]
     assert json.loads((folder / "result.json").read_text()) == result
     assert result["accuracy"]["usps"] == rows[-1]["accuracy_usps"]  # the last epoch, not the best
-    assert result["oracle_best_epoch"] == max(row["accuracy_usps"] for row in rows)
+    assert result["oracle_best_accuracy"]["usps"] == max(row["accuracy_usps"] for row in rows)
     assert Image.open(folder / "figures" / "curves.png").size[0] > 500
 
 
@@ -182,7 +182,7 @@ def command(args: Train) -> list[str]:
 
 
 def test_killed_and_interrupted_runs_end_in_the_same_weights(data_dir):
-    whole = small(data_dir, "whole", epochs=40)
+    whole = small(data_dir, "whole", epochs=100)
     train(whole)
     cut = replace(whole, output_dir=data_dir.parent / "cut")
     for sent, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 128 + signal.SIGINT)):
@@ -194,6 +194,8 @@ def test_killed_and_interrupted_runs_end_in_the_same_weights(data_dir):
             if file.exists() and len(file.read_text().splitlines()) >= seen + 3:
                 break
             time.sleep(0.01)
+        else:
+            pytest.fail("no epoch within a minute")
         process.send_signal(sent)
         assert process.wait(60) == code
         assert not (cut.output_dir / "result.json").exists()
@@ -212,7 +214,7 @@ def test_a_run_resumes_in_the_middle_of_an_epoch(data_dir, monkeypatch):
         for step in range(first, last):
             self.stop_signal = signal.SIGTERM if step == 1 else None  # as if the signal came within step 1
             yield step
-            if step == 1:
+            if self.stopping:
                 sys.exit(128 + signal.SIGTERM)
 
     with monkeypatch.context() as patch:
@@ -244,7 +246,9 @@ def test_two_processes_train_and_write_one_run(data_dir):
     assert config["hardware"]["processes"] == 2
     assert len((args.output_dir / "metrics.jsonl").read_text().splitlines()) == 2
     assert (args.output_dir / "log.txt").read_text().count("epoch 2/2") == 1
-    assert weights_of(args.output_dir).keys() == DannCNN().state_dict().keys()
+    assert all(value.isfinite().all() for value in weights_of(args.output_dir).values())
+    assert not list(args.output_dir.glob(".*"))
+    assert json.loads((args.output_dir / "result.json").read_text())["accuracy"].keys() == {"svhn", "mnistm"}
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
@@ -279,6 +283,28 @@ def test_predict_with_a_published_checkpoint_agrees_with_the_net(data_dir, tmp_p
     with torch.inference_mode():
         expected = net(torch.from_numpy(pixels / 127.5 - 1).float())[0].argmax(1)
     assert [int(row["label"]) for row in rows] == expected.tolist()
+
+
+def test_a_wider_deep_net_is_built_from_its_file(data_dir, tmp_path):
+    run = p3_dann.Run(small(data_dir, "wide"), p3_dann.runs.make_accelerator("cpu", "fp32"))
+    net = DannDeep(width=8)
+    run.save_model(net, net.config)
+    loaded, config = p3_dann.load_net(run.dir / "model.safetensors")
+    assert config["width"] == 8
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
+def test_warnings_tell_of_collapse(data_dir, capsys):
+    args = small(data_dir, "run")
+    run = p3_dann.Run(args, p3_dann.runs.make_accelerator("cpu", "fp32"))
+    run.load_state()
+    net = DannCNN()
+    p3_dann.end_epoch(run, args, net, {}, {"step": 1, "epoch": 1, "class_accuracy": 0.9, "domain_accuracy": 0.6})
+    assert "warning" not in capsys.readouterr().out
+    p3_dann.end_epoch(run, args, net, {}, {"step": 2, "epoch": 2, "class_accuracy": 0.8, "domain_accuracy": 0.99})
+    told = capsys.readouterr().out
+    assert "class accuracy fell by 5 points" in told
+    assert "domain accuracy is 99%" in told
 
 
 def test_embed_draws_both_figures_and_keeps_the_features(checkpoint, data_dir, tmp_path):
@@ -330,6 +356,7 @@ def test_bad_input_is_one_line_and_status_2(data_dir, tmp_path, monkeypatch, cap
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     torch.save({"conv.weight": torch.ones(1)}, tmp_path / "other.pth")
+    (tmp_path / "hostile.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:300])
     torch.save(DannCNN().state_dict(), tmp_path / "good.pth")
     (tmp_path / "run").mkdir()
@@ -345,6 +372,13 @@ def test_bad_input_is_one_line_and_status_2(data_dir, tmp_path, monkeypatch, cap
         ([*to_predict, data_dir, "--checkpoint", "cut.pth"], "cut.pth: not a whole file"),
         ([*to_predict, data_dir, "--checkpoint", "other.pth"], "other.pth: is not a DannCNN"),
         ([*to_predict, "empty", "--checkpoint", "good.pth"], "empty: no PNG or JPEG image"),
+        ([*to_predict, "hostile", "--checkpoint", "hostile.pth"], "hostile.pth: not a whole file"),
+        (
+            ["predict", "--image-dir", data_dir, "--checkpoint", "good.pth", "--output-csv", "file/x.csv"],
+            "--output-csv",
+        ),
+        ([*to_train, data_dir, "--epochs", 0], "--epochs 0"),
+        (["table", "--output-dir", "run", "--data-dir", data_dir, "--seeds"], "--seeds"),
         ([*to_predict, "nowhere", "--checkpoint", "good.pth"], "nowhere: no such folder"),
         (["embed", "--checkpoint", "good.pth", "--output-dir", "run"], "does not say its domains"),
     ):

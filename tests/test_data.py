@@ -103,6 +103,17 @@ def test_a_truncated_image_is_named(data_dir):
         load_digits(data_dir, "svhn", "val")
 
 
+def test_a_16_bit_image_is_refused_not_clipped(tmp_path):
+    Image.fromarray(np.full((8, 8), 30000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(UserError, match=r"deep.png: is a 16-bit image"):
+        load_folder(tmp_path, None)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(data_dir, tmp_path):
+    (tmp_path / "file").touch()
+    assert len(load_digits(data_dir, "svhn", "val", tmp_path / "file" / "cache").names) == 30
+
+
 def test_empty_missing_and_mixed_folders_are_named(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such folder"):
         load_folder(tmp_path / "nowhere", None)

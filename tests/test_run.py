@@ -1,6 +1,7 @@
 """common/run.py: seeds, whole files, checkpoints in every wrapping, the run directory."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pickle
@@ -123,9 +124,22 @@ def test_bad_checkpoints_are_named_and_run_no_code(tmp_path, monkeypatch):
     Path("hostile.pth").write_bytes(pickle.dumps(Hostile(), protocol=2))
     torch.save({"hostile": Hostile()}, "hostile2.pth")
     Path("empty.pth").touch()
+    for number, garbage in enumerate((b"hello world\n", b"h\x05.", b"\x80\x02K", b"j\x01")):
+        Path(f"garbage{number}.pth").write_bytes(garbage)
+    torch.save({0: torch.ones(1)}, "number.pth")
     Path("bad.safetensors").write_bytes(b"12345678")
     torch.save([1, 2], "list.pth")
-    for name in ("truncated.pth", "hostile.pth", "hostile2.pth", "empty.pth", "bad.safetensors", "list.pth", "no.pth"):
+    for name in (
+        "truncated.pth",
+        "hostile.pth",
+        "hostile2.pth",
+        "empty.pth",
+        "bad.safetensors",
+        "list.pth",
+        "no.pth",
+        "number.pth",
+        *map(str, Path().glob("garbage*")),
+    ):
         with pytest.raises(UserError, match=rf"^--checkpoint {name}: [^\n]+$"):
             load_weights(Path(name))
     assert not Path("hostile-code-ran").exists()
@@ -151,7 +165,7 @@ def test_run_directory_continues_and_refuses_other_arguments(tmp_path):
     run.save_state(2, weights=torch.arange(3))
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["arguments"] == {"output_dir": str(tmp_path / "run"), "lr": 0.1, "num_workers": 0}
-    assert config["versions"]["torch"] == torch.__version__.split("+")[0] or config["versions"]["torch"]
+    assert config["versions"]["torch"] == importlib.metadata.version("torch")
     assert config["hardware"]["precision"] == "fp32"
 
     again = Run(Args(tmp_path / "run", num_workers=4), accelerator)  # workers change nothing
@@ -163,6 +177,22 @@ def test_run_directory_continues_and_refuses_other_arguments(tmp_path):
 
     again.finish({"accuracy": 1.0})
     assert Run(Args(tmp_path / "run"), accelerator).result["accuracy"] == 1.0
+
+
+def test_a_damaged_run_directory_is_named(tmp_path):
+    run = Run(Args(tmp_path), make_accelerator("cpu", "fp32"))
+    run.load_state()
+    run.metrics({"step": 1})
+    run.save_state(1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert run.history() == [{"step": 1}]
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:50])
+    with pytest.raises(UserError, match=r"last.pt: damaged; remove"):
+        run.load_state()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json: damaged; remove"):
+        Run(Args(tmp_path), make_accelerator("cpu", "fp32"))
 
 
 def test_model_file_carries_its_configuration(tmp_path):
