@@ -33,7 +33,7 @@ from common.run import Run, UserError, generator
 from models.dann import NETS
 
 METHODS = {"source": "trained on source", "dann": "adapted by DANN", "target": "trained on target"}
-REPORTED = {  # what the five course reports state of their own nets, in %
+REPORTED = {  # what three course reports state of their own nets, in %
     "source": {"svhn": (37.74, 33.7, 35.50), "usps": (75.25, 76.0, 74.40)},
     "dann": {"svhn": (42.06, 49.6, 61.57), "usps": (82.51, 82.6, 89.05)},
     "target": {"svhn": (98.40, 91.5, 94.15), "usps": (90.87, 98.3, 99.26)},
