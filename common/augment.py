@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def augment_digits(images: Tensor, rng: torch.Generator, strength: float, zoom: float = 1.0) -> Tensor:
+def augment_digits(images: Tensor, rng: torch.Generator, strength: float) -> Tensor:
     """Random grey mix, affine map, stroke width, blur, noise and inversion.
 
     `images` is float (batch, 3, height, width) in [-1, 1]; the result has the same shape and may exceed the range a
-    little. A strength of 0 gives the images back. `zoom` is the geometric mean of the magnification.
+    little. A strength of 0 gives the images back.
     """
     if strength == 0:
         return images
@@ -29,7 +29,7 @@ def augment_digits(images: Tensor, rng: torch.Generator, strength: float, zoom: 
 
     # Rotation, shear, scale, shift.
     angle, shear = strength * uniform(-0.2, 0.2, 1), strength * uniform(-0.25, 0.25, 1)
-    scale_x, scale_y = ((strength * uniform(-0.35, 0.35, 1)).exp() / zoom for _ in "xy")
+    scale_x, scale_y = ((strength * uniform(-0.35, 0.35, 1)).exp() for _ in "xy")
     shift_x, shift_y = strength * uniform(-0.15, 0.15, 1), strength * uniform(-0.15, 0.15, 1)
     row_x = torch.cat([angle.cos() * scale_x, (shear - angle.sin()) * scale_x, shift_x], 1)
     row_y = torch.cat([angle.sin() * scale_y, angle.cos() * scale_y, shift_y], 1)

@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from common.run import UserError, atomic_write, generator
@@ -175,3 +176,9 @@ def shuffled(count: int, start: int, size: int, *key: int | str) -> torch.Tensor
     order = torch.cat([torch.randperm(count, generator=generator(*key, number)) for number in passes])
     offset = start - passes[0] * count
     return order[offset : offset + size]
+
+
+def draw_batch(count: int, step: int, batch_size: int, accelerator: Accelerator, *key: int | str) -> torch.Tensor:
+    """Rows of a step's batch on the device: this process's share of a batch of `batch_size` over all processes."""
+    rows = shuffled(count, step * batch_size, batch_size, *key)
+    return rows[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)

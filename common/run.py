@@ -28,7 +28,6 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -54,9 +53,6 @@ def command_line(commands: Any, main: Callable[[Any], Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-# ---------------------------------------------------------------------------------------------- device and randomness
 
 
 def make_accelerator(device: Device = "auto", precision: Precision = "auto") -> Accelerator:
@@ -99,17 +95,15 @@ def warmup_cosine(progress: float, warm_up: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (progress - warm_up) / (1 - warm_up))
 
 
-def make_ema(net: torch.nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of the parameters, warmed up as min(decay, (1 + n) / (10 + n)); buffers are copied."""
+@torch.no_grad()
+def update_ema(ema: torch.nn.Module, net: torch.nn.Module, decay: float, step: int) -> None:
+    """Move the averaged net towards `net` after step 0, 1, …: decay warmed up as min(decay, (1 + step) / (10 + step)).
 
-    def average(ema: list[torch.Tensor], current: list[torch.Tensor], updates: torch.Tensor | int) -> None:
-        n = int(updates)
-        torch._foreach_lerp_(list(ema), list(current), 1 - min(decay, (1 + n) / (10 + n)))
-
-    return AveragedModel(net, multi_avg_fn=average, use_buffers=False)
-
-
-# ------------------------------------------------------------------------------------------------- files and weights
+    Parameters are averaged, buffers (BatchNorm's statistics) copied.
+    """
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
+    for ours, theirs in zip(ema.buffers(), net.buffers(), strict=True):
+        ours.copy_(theirs)
 
 
 def atomic_write(path: Path, write: bytes | str | Callable[[Path], Any]) -> None:
@@ -174,24 +168,25 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return weights, {}
 
 
-def load_into(net: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Strictly load `weights` (read from `path`) into `net`; a checkpoint of another net is a UserError."""
-    expected = net.state_dict()
-    for key in expected:
-        if key not in weights:
-            raise UserError(f"--checkpoint {path}: is not a {type(net).__name__} (it has no '{key}')")
-        if weights[key].shape != expected[key].shape:
-            shape, ours = list(weights[key].shape), list(expected[key].shape)
-            raise UserError(
-                f"--checkpoint {path}: is another {type(net).__name__} ('{key}' is {shape}, expected {ours})"
-            )
-    unknown = next((key for key in weights if key not in expected), None)
-    if unknown is not None:
-        raise UserError(f"--checkpoint {path}: is not a {type(net).__name__} (it has '{unknown}')")
+def load_net(path: Path, nets: dict[str, type[torch.nn.Module]]) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The net of a checkpoint, in eval mode, and the configuration in its metadata.
+
+    `nets` maps the names of the metadata to classes; a published file, which names none, is the first of them.
+    Loading is strict: a checkpoint of another net is a UserError that names the first key in the way.
+    """
+    weights, config = load_weights(path)
+    name = config.get("net", next(iter(nets)))
+    if name not in nets:
+        raise UserError(f"--checkpoint {path}: is a net '{name}', expected {' or '.join(nets)}")
+    net = nets[name](**config.get("arguments", {}))
+    shapes = ({key: list(value.shape) for key, value in state.items()} for state in (net.state_dict(), weights))
+    expected, found = shapes
+    for key in {**expected, **found}:
+        if found.get(key) != expected.get(key):
+            told = f"'{key}' is {found.get(key, 'missing')}, expected {expected.get(key, 'no such key')}"
+            raise UserError(f"--checkpoint {path}: is not this {nets[name].__name__} ({told})")
     net.load_state_dict(weights)
-
-
-# ----------------------------------------------------------------------------------------------------- run directory
+    return net.eval(), config
 
 
 class Run:
@@ -202,6 +197,11 @@ class Run:
     """
 
     def __init__(self, args: Any, accelerator: Accelerator, save_minutes: float = 5.0) -> None:
+        batch, processes = args.batch_size, accelerator.num_processes
+        if batch % processes or batch < 2 * processes:
+            raise UserError(f"--batch-size {batch}: must be a multiple of the {processes} processes, at least twice it")
+        if args.epochs < 1:
+            raise UserError(f"--epochs {args.epochs}: at least one is needed")
         self.dir: Path = make_output_dir(args.output_dir)
         self.accelerator, self.save_minutes = accelerator, save_minutes
         self.is_main = accelerator.is_main_process
@@ -212,7 +212,12 @@ class Run:
         self.arguments = json.loads(json.dumps(dataclasses.asdict(args), default=str))
         self.config_file, result_file = self.dir / "config.json", self.dir / "result.json"
         if self.config_file.exists():
-            self._compare(self._read(self.config_file)["arguments"])
+            before = self._read(self.config_file)["arguments"]
+            names = sorted((self.arguments.keys() | before.keys()) - FREE_ARGUMENTS)
+            changed = [name for name in names if self.arguments.get(name) != before.get(name)]
+            if changed:
+                told = [f"--{n.replace('_', '-')} was {before.get(n)}, is {self.arguments.get(n)}" for n in changed]
+                raise UserError(f"--output-dir {self.dir}: holds a run with other arguments ({', '.join(told)})")
         elif any(self.dir.glob("*.pt")) or any(self.dir.glob("*.safetensors")):
             raise UserError(f"--output-dir {self.dir}: holds checkpoints of something else (no config.json)")
         self.result: dict[str, Any] | None = self._read(result_file) if result_file.exists() else None
@@ -227,13 +232,6 @@ class Run:
             return json.loads(path.read_text())
         except Exception:  # nothing of ours writes half a file: something else damaged it
             raise UserError(f"{path}: damaged; remove {self.dir} to start again") from None
-
-    def _compare(self, before: dict[str, Any]) -> None:
-        names = sorted((self.arguments.keys() | before.keys()) - FREE_ARGUMENTS)
-        changed = [name for name in names if self.arguments.get(name) != before.get(name)]
-        if changed:
-            told = [f"--{n.replace('_', '-')} was {before.get(n)}, is {self.arguments.get(n)}" for n in changed]
-            raise UserError(f"--output-dir {self.dir}: holds a run with other arguments ({', '.join(told)})")
 
     def print(self, text: str) -> None:
         """Print from the main process, beside a progress bar if there is one."""
@@ -263,16 +261,19 @@ class Run:
         """Seconds spent on this run, earlier sittings included."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def load_state(self) -> dict[str, Any] | None:
-        """Begin: the state of last.pt, or None for a fresh start. Rows of metrics.jsonl after it are dropped."""
-        path = self.dir / "last.pt"
-        if not path.exists():
-            rows, state = [], None
-        else:
+    def load_state(self, parts: dict[str, Any]) -> dict[str, Any]:
+        """Begin: load last.pt into `parts` (nets, optimizers); returns what else was saved, its "step" (0) included.
+
+        Rows of metrics.jsonl after that step are dropped.
+        """
+        path, state, rows = self.dir / "last.pt", {"step": 0, "seconds": 0.0}, []
+        if path.exists():
             state = self._read(path)
-            self.seconds_before = state["seconds"]
+            for name, part in parts.items():
+                part.load_state_dict(state.pop(name))
             rows = [row for row in self.history() if row["step"] <= state["step"]]
             self.log(f"continuing {self.dir} after step {state['step']:,}")
+        self.seconds_before = state["seconds"]
         if self.is_main:
             for left_over in (*self.dir.glob(".*-last.pt"), *self.dir.glob(".*-model.safetensors")):
                 left_over.unlink()  # of a process killed while it wrote
@@ -282,10 +283,11 @@ class Run:
             atomic_write(self.dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         return state
 
-    def save_state(self, step: int, **state: Any) -> None:
+    def save_state(self, step: int, parts: dict[str, Any], **others: Any) -> None:
         """Write last.pt: tensors, numbers and containers of them only, so that weights_only=True reads it."""
         if self.is_main:
-            state |= {"step": step, "seconds": self.seconds()}
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= others | {"step": step, "seconds": self.seconds()}
             atomic_write(self.dir / "last.pt", lambda path: torch.save(state, path))
         self.last_save = time.monotonic()
 
@@ -335,11 +337,8 @@ class Run:
                 spent = time.monotonic() - start
                 if spent - told > (60 if told else 10):
                     told, rate = spent, (step + 1 - first) / spent
-                    speed, left = (
-                        f"{rate * images_per_step:,.0f} images/s",
-                        tqdm.format_interval((last - step - 1) / rate),
-                    )
-                    self.log(f"step {step + 1:,}/{last:,}, {speed}, about {left} left")
+                    left = tqdm.format_interval((last - step - 1) / rate)
+                    self.log(f"step {step + 1:,}/{last:,}, {rate * images_per_step:,.0f} images/s, about {left} left")
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -357,20 +356,13 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or None
     except OSError:  # no git here
         commit = None
-    device = (
-        torch.cuda.get_device_name()
-        if accelerator.device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    return {
-        "command": " ".join(sys.argv),
-        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
-        "git_commit": commit,
-        "hardware": {
-            "device": accelerator.device.type,
-            "name": device,
-            "precision": accelerator.mixed_precision.replace("no", "fp32"),
-            "processes": accelerator.num_processes,
-            "threads": torch.get_num_threads(),
-        },
+    on_cuda = accelerator.device.type == "cuda"
+    hardware = {
+        "device": accelerator.device.type,
+        "name": torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine(),
+        "precision": accelerator.mixed_precision.replace("no", "fp32"),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
     }
+    versions = {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}}
+    return {"command": " ".join(sys.argv), "versions": versions, "git_commit": commit, "hardware": hardware}

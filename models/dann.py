@@ -39,7 +39,7 @@ class DannCNN(nn.Module):
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
-        self.config = {"net": "cnn", "classes": classes}
+        self.config = {"net": "cnn", "arguments": {"classes": classes}}
         self.feature = nn.Sequential(
             OrderedDict(
                 f_conv1=nn.Conv2d(3, 64, 5),
@@ -92,7 +92,7 @@ class DannDeep(nn.Module):
 
     def __init__(self, classes: int = 10, width: int = 32) -> None:
         super().__init__()
-        self.config = {"net": "deep", "classes": classes, "width": width}
+        self.config = {"net": "deep", "arguments": {"classes": classes, "width": width}}
         layers: list[nn.Module] = [nn.InstanceNorm2d(3)]
         for before, after, kernel, pool in (
             (3, width, 5, True),  # 28 → 14

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import p3_dann
 from common.augment import augment_digits, of_3x3
 from common.run import UserError, command_line, generator, load_weights
-from models.dann import DannCNN, DannDeep, reverse_gradient
+from models.dann import NETS, DannCNN, DannDeep, reverse_gradient
 from p3_dann import Embed, Predict, Recipe, Table, Train, embed, lambda_at, losses_of, predict, table, train
 from tests.golden import fill, image
 
@@ -64,12 +64,11 @@ def test_one_backward_gives_the_gradients_of_the_saddle_point(forward):
     """Extractor: d(class)/dθ - λ d(domain)/dθ; both classifiers: their own loss (equations 13 to 15)."""
     torch.manual_seed(0)
     net, lambd = DannDeep(width=4).double().eval(), 0.7
-    labelled, unlabelled = torch.randn(2, 5, 3, 28, 28, dtype=torch.float64)
-    labels = torch.arange(5)
-    losses = losses_of(net, labelled, labels, unlabelled, lambd, Recipe(forward=forward, label_smoothing=0.0))
+    images, labels = torch.randn(10, 3, 28, 28, dtype=torch.float64), torch.arange(5)
+    losses = losses_of(net, images, labels, lambd, Recipe(output_dir=Path(), forward=forward, label_smoothing=0.0))
     (losses["class_loss"] + losses["domain_loss"]).backward()
 
-    features = net.features(torch.cat([labelled, unlabelled]))
+    features = net.features(images)
     class_loss = F.cross_entropy(net.class_classifier(features[:5]), labels)
     domain_loss = F.cross_entropy(net.domain_classifier(features), torch.tensor([0] * 5 + [1] * 5))
     for name, parameter in net.named_parameters():
@@ -289,15 +288,15 @@ def test_a_wider_deep_net_is_built_from_its_file(data_dir, tmp_path):
     run = p3_dann.Run(small(data_dir, "wide"), p3_dann.runs.make_accelerator("cpu", "fp32"))
     net = DannDeep(width=8)
     run.save_model(net, net.config)
-    loaded, config = p3_dann.load_net(run.dir / "model.safetensors")
-    assert config["width"] == 8
+    loaded, config = p3_dann.runs.load_net(run.dir / "model.safetensors", NETS)
+    assert config["arguments"]["width"] == 8
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in loaded.state_dict().items())
 
 
 def test_warnings_tell_of_collapse(data_dir, capsys):
     args = small(data_dir, "run")
     run = p3_dann.Run(args, p3_dann.runs.make_accelerator("cpu", "fp32"))
-    run.load_state()
+    run.load_state({})
     net = DannCNN()
     p3_dann.end_epoch(run, args, net, {}, {"step": 1, "epoch": 1, "class_accuracy": 0.9, "domain_accuracy": 0.6})
     assert "warning" not in capsys.readouterr().out
@@ -364,13 +363,13 @@ def test_bad_input_is_one_line_and_status_2(data_dir, tmp_path, monkeypatch, cap
     to_train, csv_file = ["train", "--output-dir", "run", "--data-dir"], tmp_path / "out.csv"
     to_predict = ["predict", "--output-csv", csv_file, "--image-dir"]
     for words, told in (
-        ([*to_train, "none"], "--source mnistm: no such domain in --data-dir none"),
-        ([*to_train, data_dir, "--target", "mars"], "--target mars: no such domain in --data-dir"),
+        ([*to_train, "none"], "--data-dir none: has no digit domain 'mnistm'"),
+        ([*to_train, data_dir, "--target", "mars"], "has no digit domain 'mars'"),
         (["train", "--data-dir", data_dir, "--output-dir", "file/x"], "--output-dir file/x: cannot be written"),
         ([*to_train, data_dir, "--batch-size", 0], "--batch-size 0"),
         ([*to_predict, data_dir, "--checkpoint", "x.pth"], "x.pth: no such file"),
         ([*to_predict, data_dir, "--checkpoint", "cut.pth"], "cut.pth: not a whole file"),
-        ([*to_predict, data_dir, "--checkpoint", "other.pth"], "other.pth: is not a DannCNN"),
+        ([*to_predict, data_dir, "--checkpoint", "other.pth"], "other.pth: is not this DannCNN"),
         ([*to_predict, "empty", "--checkpoint", "good.pth"], "empty: no PNG or JPEG image"),
         ([*to_predict, "hostile", "--checkpoint", "hostile.pth"], "hostile.pth: not a whole file"),
         (

@@ -1,5 +1,6 @@
 """common/run.py: seeds, whole files, checkpoints in every wrapping, the run directory."""
 
+import copy
 import dataclasses
 import importlib.metadata
 import json
@@ -18,11 +19,11 @@ from common.run import (
     atomic_write,
     derive_seed,
     generator,
-    load_into,
+    load_net,
     load_weights,
     make_accelerator,
-    make_ema,
     make_output_dir,
+    update_ema,
     warmup_cosine,
 )
 
@@ -31,11 +32,14 @@ from common.run import (
 class Args:
     output_dir: Path
     lr: float = 0.1
+    batch_size: int = 2
+    epochs: int = 1
     num_workers: int = 0
 
 
-def net(width: int = 3) -> nn.Module:
-    return nn.Sequential(nn.Linear(2, width), nn.BatchNorm1d(width))
+class Net(nn.Sequential):
+    def __init__(self, width: int = 3) -> None:
+        super().__init__(nn.Linear(2, width), nn.BatchNorm1d(width))
 
 
 def test_seeds_depend_on_the_whole_key_alone():
@@ -48,20 +52,20 @@ def test_seeds_depend_on_the_whole_key_alone():
 
 def test_ema_averages_parameters_and_copies_buffers():
     torch.manual_seed(0)
-    trained = net()
-    ema = make_ema(trained, decay=0.9)
+    trained = Net()
+    ema = copy.deepcopy(trained)
     expected = [p.detach().clone() for p in trained.parameters()]
     for step in range(20):
         trained(torch.randn(8, 2))  # moves the batch statistics
         with torch.no_grad():
             for p in trained.parameters():
                 p.add_(torch.randn_like(p))
-        ema.update_parameters(trained)
-        decay = 0.0 if step == 0 else min(0.9, (1 + step) / (10 + step))  # the first update copies
+        update_ema(ema, trained, 0.9, step)
+        decay = min(0.9, (1 + step) / (10 + step))
         expected = [decay * e + (1 - decay) * p.detach() for e, p in zip(expected, trained.parameters(), strict=True)]
-    for mean, value in zip(ema.module.parameters(), expected, strict=True):
+    for mean, value in zip(ema.parameters(), expected, strict=True):
         torch.testing.assert_close(mean.detach(), value)
-    for mean, value in zip(ema.module.buffers(), trained.buffers(), strict=True):
+    for mean, value in zip(ema.buffers(), trained.buffers(), strict=True):
         assert torch.equal(mean, value)
 
 
@@ -102,13 +106,13 @@ def test_an_unwritable_output_directory_is_named(tmp_path):
     ],
 )
 def test_published_wrappings_load(tmp_path, wrap):
-    weights = net().state_dict()
+    weights = Net().state_dict()
     torch.save(wrap(weights), tmp_path / "x.pth")
     loaded, config = load_weights(tmp_path / "x.pth")
     assert config == {}
     assert loaded.keys() == weights.keys()
-    other = net()
-    load_into(other, loaded, tmp_path / "x.pth")
+    other, _ = load_net(tmp_path / "x.pth", {"net": Net})
+    assert not other.training
     assert all(torch.equal(other.state_dict()[key], weights[key]) for key in weights)
 
 
@@ -119,7 +123,7 @@ class Hostile:
 
 def test_bad_checkpoints_are_named_and_run_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save(net().state_dict(), "good.pth")
+    torch.save(Net().state_dict(), "good.pth")
     Path("truncated.pth").write_bytes(Path("good.pth").read_bytes()[:500])
     Path("hostile.pth").write_bytes(pickle.dumps(Hostile(), protocol=2))
     torch.save({"hostile": Hostile()}, "hostile2.pth")
@@ -145,32 +149,41 @@ def test_bad_checkpoints_are_named_and_run_no_code(tmp_path, monkeypatch):
     assert not Path("hostile-code-ran").exists()
 
 
-def test_a_checkpoint_of_another_net_is_named():
-    good = net().state_dict()
+def test_a_checkpoint_of_another_net_is_named(tmp_path):
+    good = Net().state_dict()
     for weights, told in (
-        (net(4).state_dict(), r"'0.weight' is \[4, 2\], expected \[3, 2\]"),
-        ({k: v for k, v in good.items() if k != "0.bias"}, "it has no '0.bias'"),
-        (good | {"extra": torch.ones(1)}, "it has 'extra'"),
+        (Net(4).state_dict(), r"'0.weight' is \[4, 2\], expected \[3, 2\]"),
+        ({k: v for k, v in good.items() if k != "0.bias"}, r"'0.bias' is missing, expected \[3\]"),
+        (good | {"extra": torch.ones(1)}, r"'extra' is \[1\], expected no such key"),
     ):
-        with pytest.raises(UserError, match=rf"--checkpoint x.pth: .*{told}"):
-            load_into(net(), weights, Path("x.pth"))
+        torch.save(weights, tmp_path / "x.pth")
+        with pytest.raises(UserError, match=rf"--checkpoint .*x.pth: is not this Net \({told}\)"):
+            load_net(tmp_path / "x.pth", {"net": Net})
 
 
 def test_run_directory_continues_and_refuses_other_arguments(tmp_path):
     accelerator = make_accelerator("cpu", "fp32")
     run = Run(Args(tmp_path / "run"), accelerator)
-    assert run.load_state() is None
+    part = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    assert run.load_state({"part": part})["step"] == 0
     for step in (1, 2, 3):
         run.metrics({"step": step})
-    run.save_state(2, weights=torch.arange(3))
+    run.save_state(2, {"part": part}, sums=torch.arange(3))
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["arguments"] == {"output_dir": str(tmp_path / "run"), "lr": 0.1, "num_workers": 0}
+    assert config["arguments"] == {
+        "output_dir": str(tmp_path / "run"),
+        "lr": 0.1,
+        "batch_size": 2,
+        "epochs": 1,
+        "num_workers": 0,
+    }
     assert config["versions"]["torch"] == importlib.metadata.version("torch")
     assert config["hardware"]["precision"] == "fp32"
 
     again = Run(Args(tmp_path / "run", num_workers=4), accelerator)  # workers change nothing
-    state = again.load_state()
-    assert (state["step"], state["weights"].tolist()) == (2, [0, 1, 2])
+    fresh = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    state = again.load_state({"part": fresh})
+    assert (state["step"], state["sums"].tolist(), fresh.param_groups[0]["lr"]) == (2, [0, 1, 2], 0.5)
     assert again.history() == [{"step": 1}, {"step": 2}]  # what came after the saved state is written again
     with pytest.raises(UserError, match=r"--lr was 0.1, is 0.2"):
         Run(dataclasses.replace(Args(tmp_path / "run"), lr=0.2), accelerator)
@@ -181,15 +194,15 @@ def test_run_directory_continues_and_refuses_other_arguments(tmp_path):
 
 def test_a_damaged_run_directory_is_named(tmp_path):
     run = Run(Args(tmp_path), make_accelerator("cpu", "fp32"))
-    run.load_state()
+    run.load_state({})
     run.metrics({"step": 1})
-    run.save_state(1)
+    run.save_state(1, {})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
     assert run.history() == [{"step": 1}]
     (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:50])
     with pytest.raises(UserError, match=r"last.pt: damaged; remove"):
-        run.load_state()
+        run.load_state({})
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: damaged; remove"):
         Run(Args(tmp_path), make_accelerator("cpu", "fp32"))
@@ -197,11 +210,21 @@ def test_a_damaged_run_directory_is_named(tmp_path):
 
 def test_model_file_carries_its_configuration(tmp_path):
     run = Run(Args(tmp_path), make_accelerator("cpu", "fp32"))
-    saved = net()
-    run.save_model(saved, {"net": "x", "widths": [1, 2]})
-    weights, config = load_weights(tmp_path / "model.safetensors")
-    assert config == {"net": "x", "widths": [1, 2]}
-    assert all(torch.equal(weights[key], value) for key, value in saved.state_dict().items())
+    saved = Net(5)
+    run.save_model(saved, {"net": "x", "arguments": {"width": 5}, "seed": 3})
+    loaded, config = load_net(tmp_path / "model.safetensors", {"y": nn.Linear, "x": Net})
+    assert config == {"net": "x", "arguments": {"width": 5}, "seed": 3}
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in saved.state_dict().items())
+    with pytest.raises(UserError, match="is a net 'x', expected y or z"):
+        load_net(tmp_path / "model.safetensors", {"y": nn.Linear, "z": nn.Linear})
+
+
+def test_batches_and_epochs_that_cannot_be_are_named(tmp_path):
+    accelerator = make_accelerator("cpu", "fp32")
+    for options, told in (({"batch_size": 0}, "--batch-size 0: must be"), ({"epochs": 0}, "--epochs 0: at least one")):
+        with pytest.raises(UserError, match=told):
+            Run(Args(tmp_path / "run", **options), accelerator)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_device_is_named():
