@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,3 +54,42 @@ def of_3x3(images: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tenso
     wide = F.pad(images, (1, 1, 1, 1), mode="replicate")
     rows = combine(combine(wide[..., :height, :], wide[..., 1 : height + 1, :]), wide[..., 2:, :])
     return combine(combine(rows[..., :width], rows[..., 1 : width + 1]), rows[..., 2:])
+
+
+def augment_faces(images: Tensor, rng: torch.Generator, flip: bool) -> Tensor:
+    """Random horizontal flips of float images (batch, channels, height, width)."""
+    if not flip:
+        return images
+    flipped = torch.rand((len(images), 1, 1, 1), generator=rng, device=rng.device) < 0.5
+    return torch.where(flipped, images.flip(3), images)
+
+
+def diff_augment(images: Tensor, rng: torch.Generator, policy: Sequence[str]) -> Tensor:
+    """Differentiable augmentation of what a discriminator sees, real or generated: any of color, translation, cutout.
+
+    `images` is float (batch, 3, height, width) in [-1, 1]. Zhao et al., 2020, https://arxiv.org/abs/2006.10738
+    """
+    batch, _, height, width = images.shape
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand((batch, 1, 1, 1), generator=rng, device=rng.device) * (high - low) + low
+
+    if "color" in policy:  # brightness, saturation, contrast
+        images = images + uniform(-0.5, 0.5)
+        grey = images.mean(1, keepdim=True)
+        images = grey + (images - grey) * uniform(0, 2)
+        mean = images.mean((1, 2, 3), keepdim=True)
+        images = mean + (images - mean) * uniform(0.5, 1.5)
+    rows = torch.arange(height, device=images.device).view(1, 1, height, 1)
+    columns = torch.arange(width, device=images.device).view(1, 1, 1, width)
+    if "translation" in policy:  # by up to an eighth of the size, zeros outside
+        down, right = ((uniform(-0.125, 0.125) * size).round().long() for size in (height, width))
+        inside = (rows + down >= 0) & (rows + down < height) & (columns + right >= 0) & (columns + right < width)
+        take = (rows + down).clamp(0, height - 1) * width + (columns + right).clamp(0, width - 1)
+        moved = images.flatten(2).gather(2, take.flatten(2).expand(-1, images.shape[1], -1))  # (batch, 3, pixels)
+        images = moved.view_as(images) * inside
+    if "cutout" in policy:  # a square of half the size becomes 0
+        above, left = ((uniform(0, 1) * size).floor() for size in (height, width))
+        hidden = ((rows - above).abs() < height // 4) & ((columns - left).abs() < width // 4)
+        images = images * ~hidden
+    return images

@@ -38,6 +38,14 @@ def save_grid(pixels: torch.Tensor, path: Path, columns: int, padding: int = 2) 
     atomic_write(path, image.save)
 
 
+def save_gif(frames: Sequence[Path], path: Path, milliseconds: int = 200) -> None:
+    """Write image files of one size as an animation that rests on the last one for two seconds."""
+    images = [Image.open(frame).convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
+    durations = [milliseconds] * (len(images) - 1) + [2_000]
+    options = {"save_all": True, "append_images": images[1:], "duration": durations, "loop": 0}
+    atomic_write(path, lambda file: images[0].save(file, **options))
+
+
 def save_curves(rows: list[dict[str, Any]], panels: dict[str, Sequence[str]], path: Path, x: str = "epoch") -> None:
     """Draw columns of metrics.jsonl against `x`: a panel for each title of `panels`, a line for each of its columns."""
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.2), squeeze=False)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,6 +86,11 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
     Every draw names its key (seed, purpose, step): a resumed run draws the same numbers without any saved state.
     """
     return torch.Generator(device).manual_seed(derive_seed(*key))
+
+
+def noise(seed: int, numbers: Iterable[int], *shape: int) -> torch.Tensor:
+    """Standard normal (len(numbers), *shape) on the CPU; row k depends on the seed and numbers[k] alone."""
+    return torch.stack([torch.randn(shape, generator=generator(seed, "noise", number)) for number in numbers])
 
 
 def warmup_cosine(progress: float, warm_up: float) -> float:
@@ -302,6 +307,11 @@ class Run:
             flags = self.accelerator.reduce(flags.to(self.accelerator.device), "sum")
         self.stopping = bool(flags[0] > 0)
         return self.stopping or bool(flags[1] > 0)
+
+    def check_finite(self, step: int, loss: torch.Tensor) -> None:
+        """Stop with the step's number if the loss is not a number; last.pt stays as it was saved before."""
+        if not loss.isfinite():
+            raise UserError(f"{self.dir}: the loss of step {step + 1:,} is {loss.item()}; a smaller --lr may help")
 
     def save_model(self, net: torch.nn.Module, config: dict[str, Any]) -> None:
         """Write model.safetensors: the weights, with `config` (what builds the net) as json in its metadata."""
