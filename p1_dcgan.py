@@ -70,12 +70,11 @@ def train(args: Train) -> dict[str, Any]:
     adams = [torch.optim.Adam(n.parameters(), args.lr, (args.beta1, 0.999), fused=True) for n in (bare_g, bare_d)]
     g, d, g_adam, d_adam = accelerator.prepare(bare_g, bare_d, *adams)
     parts = {"generator": bare_g, "discriminator": bare_d, "ema": ema, "g_adam": g_adam, "d_adam": d_adam}
-    state = run.load_state(parts)
-    sums = {key: value.to(device) for key, value in state.get("sums", {}).items()}
+    done = run.load_state(parts)
 
     steps_per_epoch = max(1, len(pixels) // args.batch_size)
     last = args.epochs * steps_per_epoch
-    for step in run.steps(state["step"], last, args.batch_size):
+    for step in run.steps(done, last, args.batch_size):
         g.train(), d.train()
         rng = generator(args.seed, "step", step, rank, device=device)
         rows = draw_batch(len(pixels), step, args.batch_size, accelerator, args.seed, "order")
@@ -108,16 +107,14 @@ def train(args: Train) -> dict[str, Any]:
 
         values = {"d_loss": d_loss, "g_loss": g_loss}
         values |= {"score_real": logits_real.sigmoid().mean(), "score_fake": logits_fake.sigmoid().mean()}
-        run.check_finite(step, d_loss + g_loss)
-        sums = {key: sums.get(key, 0.0) + value.detach() for key, value in values.items()}
+        run.add(step, values)
         epoch, inside = divmod(step + 1, steps_per_epoch)
         if inside == 0:
-            row = {"step": step + 1, "epoch": epoch} | {k: v.item() / steps_per_epoch for k, v in sums.items()}
-            sums = {}
+            row = {"step": step + 1, "epoch": epoch} | run.means(steps_per_epoch)
             panels = {"losses": ["d_loss", "g_loss"], "mean D of images": ["score_real", "score_fake"]}
             end_epoch(run, ema, pixels[:32].cpu(), row, panels)
         if run.save_due() or inside == 0:
-            run.save_state(step + 1, parts, sums=sums)
+            run.save_state(step + 1, parts)
     finish(run, ema, {"method": "dcgan", "seed": args.seed})
     return run.result or {}
 

@@ -84,11 +84,10 @@ def train(args: Train) -> dict[str, Any]:
     adams = [torch.optim.Adam(net.parameters(), args.lr, betas, fused=True) for net in (bare_g, bare_c)]
     g, critic, g_adam, c_adam = accelerator.prepare(bare_g, bare_c, *adams)
     parts = {"generator": bare_g, "critic": bare_c, "ema": ema, "g_adam": g_adam, "c_adam": c_adam}
-    state = run.load_state(parts)
-    sums = {key: value.to(device) for key, value in state.get("sums", {}).items()}
+    done = run.load_state(parts)
 
     steps_per_epoch = max(1, len(pixels) // args.batch_size)
-    for step in run.steps(state["step"], args.epochs * steps_per_epoch, args.batch_size):
+    for step in run.steps(done, args.epochs * steps_per_epoch, args.batch_size):
         g.train()
         rng = generator(args.seed, "step", step, rank, device=device)
         rows = draw_batch(len(pixels), step, args.batch_size, accelerator, args.seed, "order")
@@ -107,9 +106,8 @@ def train(args: Train) -> dict[str, Any]:
         c_adam.zero_grad()
         accelerator.backward(c_loss)
         c_adam.step()
-        run.check_finite(step, c_loss)
         values = {"c_loss": c_loss, "distance": distance, "penalty": penalty}
-        values |= {"score_real": score_real.mean(), "score_fake": score_fake.mean()}
+        run.add(step, values | {"score_real": score_real.mean(), "score_fake": score_fake.mean()})
 
         # After every n_critic-th step of the whole run, the generator descends -D(G(z)).
         if (step + 1) % args.n_critic == 0:
@@ -122,16 +120,14 @@ def train(args: Train) -> dict[str, Any]:
             bare_c.requires_grad_(True)
             runs.update_ema(ema, bare_g, args.ema_decay, step // args.n_critic)
 
-        sums = {key: sums.get(key, 0.0) + value.detach() for key, value in values.items()}
         epoch, inside = divmod(step + 1, steps_per_epoch)
         if inside == 0:
-            row = {"step": step + 1, "epoch": epoch} | {k: v.item() / steps_per_epoch for k, v in sums.items()}
-            sums = {}
+            row = {"step": step + 1, "epoch": epoch} | run.means(steps_per_epoch)
             panels = {"critic's loss": ["c_loss"], "estimated distance": ["distance"], "penalty": ["penalty"]}
             panels |= {"mean score of images": ["score_real", "score_fake"]}
             end_epoch(run, ema, pixels[:32].cpu(), row, panels)
         if run.save_due() or inside == 0:
-            run.save_state(step + 1, parts, sums=sums)
+            run.save_state(step + 1, parts)
     finish(run, ema, {"method": "wgangp", "seed": args.seed})
     return run.result or {}
 

@@ -120,14 +120,9 @@ def losses_of(net: nn.Module, images: Tensor, labels: Tensor, lambd: float, args
     if args.forward == "joint" or len(images) == labelled:  # batch normalisation sees the mixture of both domains
         class_log_p, domain_log_p = net(images, lambd)
         class_log_p = class_log_p[:labelled]
-    else:  # each domain is normalised by its own batch; the running statistics are those of the target alone
-        norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
-        outputs = []
-        for some, momentum in ((images[:labelled], 0.0), (images[labelled:], 0.1)):
-            for norm in norms:
-                norm.momentum = momentum
-            outputs.append(net(some, lambd))
-        class_log_p, domain_log_p = outputs[0][0], torch.cat([outputs[0][1], outputs[1][1]])
+    else:  # each domain is normalised by its own batch; the running statistics are of both
+        (class_log_p, source), (_, target) = net(images[:labelled], lambd), net(images[labelled:], lambd)
+        domain_log_p = torch.cat([source, target])
     # Equation 1. cross_entropy takes log-probabilities as they are, for their log_softmax is themselves.
     losses = {"class_loss": F.cross_entropy(class_log_p, labels, label_smoothing=args.label_smoothing)}
     losses["class_accuracy"] = (class_log_p.argmax(1) == labels).float().mean()
@@ -143,32 +138,32 @@ def train(args: Train) -> dict[str, Any]:
     recipe = RECIPES[args.net] | SCENARIO_RECIPES.get((args.net, args.target), {})
     args = replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
     accelerator = runs.make_accelerator(args.device, args.precision)
-    device = accelerator.device
     run = Run(args, accelerator)
     if run.result is not None:
         return run.result
     labelled, target_pixels, validation = load_data(args)
-    pixels, labels, target_pixels = (data.to(device) for data in (labelled.pixels, labelled.labels, target_pixels))
+    pixels, labels, target_pixels = (
+        data.to(accelerator.device) for data in (labelled.pixels, labelled.labels, target_pixels)
+    )
 
     torch.manual_seed(runs.derive_seed(args.seed, "init"))
-    bare_net = NETS[args.net]().to(device, memory_format=torch.channels_last)
+    bare_net = NETS[args.net]().to(accelerator.device, memory_format=torch.channels_last)
     bare_net.domain_classifier.requires_grad_(args.method == "dann")
     parameters = [p for p in bare_net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=args.weight_decay, fused=True)
     ema = copy.deepcopy(bare_net)
     net, optimizer = accelerator.prepare(bare_net, optimizer)
     parts = {"net": bare_net, "ema": ema, "optimizer": optimizer}
-    state = run.load_state(parts)
-    sums = {key: value.to(device) for key, value in state.get("sums", {}).items()}
+    done = run.load_state(parts)
 
     steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
     last = args.epochs * steps_per_epoch
-    for step in run.steps(state["step"], last, args.batch_size * (2 if args.method == "dann" else 1)):
+    for step in run.steps(done, last, args.batch_size * (2 if args.method == "dann" else 1)):
         net.train()
         lambd = lambda_at(step / last, args.lambda_max)
         learning_rate = optimizer.param_groups[0]["lr"] = args.lr * runs.warmup_cosine(step / last, warm_up=0.1)
         torch.manual_seed(runs.derive_seed(args.seed, "dropout", step, accelerator.process_index))
-        rng = generator(args.seed, "augment", step, accelerator.process_index, device=device)
+        rng = generator(args.seed, "augment", step, accelerator.process_index, device=accelerator.device)
         rows = draw_batch(len(pixels), step, args.batch_size, accelerator, args.seed, "labelled")
         images = pixels[rows]
         if args.method == "dann":
@@ -183,15 +178,13 @@ def train(args: Train) -> dict[str, Any]:
         optimizer.step()
         runs.update_ema(ema, bare_net, args.ema_decay, step)
 
-        sums = {key: sums.get(key, 0.0) + value.detach() for key, value in losses.items()}
+        run.add(step, losses)
         epoch, inside = divmod(step + 1, steps_per_epoch)
         if inside == 0:
             row = {"step": step + 1, "epoch": epoch, "lambda": lambd, "learning_rate": learning_rate}
-            row |= {key: value.item() / steps_per_epoch for key, value in sums.items()}
-            sums = {}
-            end_epoch(run, args, ema, validation, row)
+            end_epoch(run, args, ema, validation, row | run.means(steps_per_epoch))
         if run.save_due() or inside == 0:
-            run.save_state(step + 1, parts, sums=sums)
+            run.save_state(step + 1, parts)
     if run.is_main:
         finish(run, args, ema, validation)
     return run.result or {}

@@ -214,6 +214,7 @@ class Run:
         self.stopping = False  # that all processes agreed on
         self.last_save = self.started = time.monotonic()
         self.seconds_before = 0.0  # training time of the earlier sittings
+        self.sums: dict[str, torch.Tensor] = {}  # of the epoch's losses so far
         self.arguments = json.loads(json.dumps(dataclasses.asdict(args), default=str))
         self.config_file, result_file = self.dir / "config.json", self.dir / "result.json"
         if self.config_file.exists():
@@ -266,8 +267,8 @@ class Run:
         """Seconds spent on this run, earlier sittings included."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def load_state(self, parts: dict[str, Any]) -> dict[str, Any]:
-        """Begin: load last.pt into `parts` (nets, optimizers); returns what else was saved, its "step" (0) included.
+    def load_state(self, parts: dict[str, Any]) -> int:
+        """Begin: load last.pt into `parts` (nets, optimizers); returns the number of steps done.
 
         Rows of metrics.jsonl after that step are dropped.
         """
@@ -279,6 +280,7 @@ class Run:
             rows = [row for row in self.history() if row["step"] <= state["step"]]
             self.log(f"continuing {self.dir} after step {state['step']:,}")
         self.seconds_before = state["seconds"]
+        self.sums = {key: value.to(self.accelerator.device) for key, value in state.get("sums", {}).items()}
         if self.is_main:
             for left_over in (*self.dir.glob(".*-last.pt"), *self.dir.glob(".*-model.safetensors")):
                 left_over.unlink()  # of a process killed while it wrote
@@ -286,13 +288,13 @@ class Run:
                 config = {"arguments": self.arguments, **environment(self.accelerator)}
                 atomic_write(self.config_file, json.dumps(config, indent=1) + "\n")
             atomic_write(self.dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        return state
+        return state["step"]
 
-    def save_state(self, step: int, parts: dict[str, Any], **others: Any) -> None:
+    def save_state(self, step: int, parts: dict[str, Any]) -> None:
         """Write last.pt: tensors, numbers and containers of them only, so that weights_only=True reads it."""
         if self.is_main:
             state = {name: part.state_dict() for name, part in parts.items()}
-            state |= others | {"step": step, "seconds": self.seconds()}
+            state |= {"step": step, "seconds": self.seconds(), "sums": self.sums}
             atomic_write(self.dir / "last.pt", lambda path: torch.save(state, path))
         self.last_save = time.monotonic()
 
@@ -308,10 +310,20 @@ class Run:
         self.stopping = bool(flags[0] > 0)
         return self.stopping or bool(flags[1] > 0)
 
-    def check_finite(self, step: int, loss: torch.Tensor) -> None:
-        """Stop with the step's number if the loss is not a number; last.pt stays as it was saved before."""
-        if not loss.isfinite():
-            raise UserError(f"{self.dir}: the loss of step {step + 1:,} is {loss.item()}; a smaller --lr may help")
+    def add(self, step: int, values: dict[str, torch.Tensor]) -> None:
+        """Add a step's losses (scalars on the device) to the epoch's sums; one that is no number ends the program.
+
+        last.pt is then as it was saved before.
+        """
+        if not torch.stack([value.detach().float() for value in values.values()]).isfinite().all():
+            told = ", ".join(f"{name} {value.item():.4g}" for name, value in values.items())
+            raise UserError(f"{self.dir}: step {step + 1:,} is not finite ({told}); a smaller --lr may help")
+        self.sums = {name: self.sums.get(name, 0.0) + value.detach().float() for name, value in values.items()}
+
+    def means(self, steps: int) -> dict[str, float]:
+        """Means of what was added in an epoch of so many steps; the sums begin anew."""
+        sums, self.sums = self.sums, {}
+        return {name: value.item() / steps for name, value in sums.items()}
 
     def save_model(self, net: torch.nn.Module, config: dict[str, Any]) -> None:
         """Write model.safetensors: the weights, with `config` (what builds the net) as json in its metadata."""
