@@ -154,11 +154,10 @@ def train(args: Train) -> dict[str, Any]:
     ema = copy.deepcopy(bare_net)
     net, optimizer = accelerator.prepare(bare_net, optimizer)
     parts = {"net": bare_net, "ema": ema, "optimizer": optimizer}
-    done = run.load_state(parts)
 
     steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
     last = args.epochs * steps_per_epoch
-    for step in run.steps(done, last, args.batch_size * (2 if args.method == "dann" else 1)):
+    for step in run.steps(run.load_state(parts), last, args.batch_size * (2 if args.method == "dann" else 1)):
         net.train()
         lambd = lambda_at(step / last, args.lambda_max)
         learning_rate = optimizer.param_groups[0]["lr"] = args.lr * runs.warmup_cosine(step / last, warm_up=0.1)
@@ -204,13 +203,11 @@ def end_epoch(run: Run, args: Train, net: nn.Module, validation: dict[str, Image
     """Judge the averaged net on the validation images (for the record: nothing is chosen by it), log, warn."""
     if not run.is_main:
         return
-    best_before = max((before["class_accuracy"] for before in run.history()), default=0)
-    judged = {d: images for d, images in validation.items() if d != args.source}
-    row |= {f"accuracy_{d}": accuracy(net, images, run.accelerator) for d, images in judged.items()}
+    row |= {f"accuracy_{d}": accuracy(net, i, run.accelerator) for d, i in validation.items() if d != args.source}
     run.metrics(row)
     told = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row.items() if k not in ("step", "epoch"))
     run.log(f"epoch {row['epoch']}/{args.epochs}: {told}")
-    if row["class_accuracy"] < best_before - 0.05:
+    if row["class_accuracy"] < max(before["class_accuracy"] for before in run.history()) - 0.05:
         run.log("warning: class accuracy fell by 5 points or more; a smaller --lambda-max or --lr may help")
     if args.method == "dann" and row["epoch"] > args.epochs // 2 and not 0.45 < row["domain_accuracy"] < 0.98:
         run.log(f"warning: domain accuracy is {row['domain_accuracy']:.0%}: the domain classifier collapsed or wins")
@@ -261,9 +258,8 @@ def embed(args: Embed) -> None:
         features = net.to(device).features(normalise(images.pixels[rows]).to(device)).cpu()
         parts.append((features, images.labels[rows], torch.full((len(rows),), number)))
     features, labels, domain = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
-    title = f"{' → '.join(domains)}, {METHODS[config['method']]}"
     kinds = {"class": (labels, range(10)), "domain": (domain, domains)}
-    save_tsne(features, kinds, title, args.output_dir, args.seed)
+    save_tsne(features, kinds, f"{' → '.join(domains)}, {METHODS[config['method']]}", args.output_dir, args.seed)
     print(f"t-SNE of {len(features):,} images: {args.output_dir}/tsne_class.png and tsne_domain.png")
 
 
