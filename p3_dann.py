@@ -31,7 +31,7 @@ from common.data import DIGIT_DOMAINS, DIGIT_SIZE, Images, draw_batch, load_digi
 from common.figures import save_curves, save_table, save_tsne
 from common.metrics import accuracy, classify
 from common.run import Run, UserError, generator
-from models.dann import NETS
+from models.dann import NETS, ClassPrior
 
 METHODS = {"source": "trained on source", "dann": "adapted by DANN", "target": "trained on target"}
 REPORTED = {  # what three course reports state of their own nets, in %
@@ -114,21 +114,25 @@ def lambda_at(progress: float, lambda_max: float) -> float:
     return lambda_max * (2 / (1 + math.exp(-10 * progress)) - 1)
 
 
-def losses_of(net: nn.Module, images: Tensor, labels: Tensor, lambd: float, args: Recipe) -> dict[str, Tensor]:
+def losses_of(
+    net: nn.Module, images: Tensor, labels: Tensor, lambd: float, args: Recipe, prior: ClassPrior
+) -> dict[str, Tensor]:
     """Class loss of the labelled images, which come first in (batch, 3, 28, 28); domain loss if others follow."""
     labelled = len(labels)
     if args.forward == "joint" or len(images) == labelled:  # batch normalisation sees the mixture of both domains
         class_log_p, domain_log_p = net(images, lambd)
-        class_log_p = class_log_p[:labelled]
+        class_log_p, target_log_p = class_log_p[:labelled], class_log_p[labelled:]
     else:  # each domain is normalised by its own batch; the running statistics are of both
-        (class_log_p, source), (_, target) = net(images[:labelled], lambd), net(images[labelled:], lambd)
+        (class_log_p, source), (target_log_p, target) = net(images[:labelled], lambd), net(images[labelled:], lambd)
         domain_log_p = torch.cat([source, target])
     # Equation 1. cross_entropy takes log-probabilities as they are, for their log_softmax is themselves.
     losses = {"class_loss": F.cross_entropy(class_log_p, labels, label_smoothing=args.label_smoothing)}
     losses["class_accuracy"] = (class_log_p.argmax(1) == labels).float().mean()
     if len(images) > labelled:
         domain = (torch.arange(len(images), device=images.device) >= labelled).long()  # 0 source, 1 target
-        losses["domain_loss"] = F.nll_loss(domain_log_p, domain)  # equation 2
+        weights = torch.cat([prior.weights(labels), torch.ones_like(target_log_p[:, 0])])
+        prior.update(target_log_p)
+        losses["domain_loss"] = (weights * F.nll_loss(domain_log_p, domain, reduction="none")).mean()  # equation 2
         losses["domain_accuracy"] = (domain_log_p.argmax(1) == domain).float().mean()
     return losses
 
@@ -153,7 +157,8 @@ def train(args: Train) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(parameters, weight_decay=args.weight_decay, fused=True)
     ema = copy.deepcopy(bare_net)
     net, optimizer = accelerator.prepare(bare_net, optimizer)
-    parts = {"net": bare_net, "ema": ema, "optimizer": optimizer}
+    prior = ClassPrior().to(accelerator.device)
+    parts = {"net": bare_net, "ema": ema, "optimizer": optimizer, "prior": prior}
 
     steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
     last = args.epochs * steps_per_epoch
@@ -170,7 +175,7 @@ def train(args: Train) -> dict[str, Any]:
             images = torch.cat([images, target_pixels[target_rows]])
         images = augment_digits(normalise(images), rng, args.augmentation)
 
-        losses = losses_of(net, images.contiguous(memory_format=torch.channels_last), labels[rows], lambd, args)
+        losses = losses_of(net, images.contiguous(memory_format=torch.channels_last), labels[rows], lambd, args, prior)
         optimizer.zero_grad()
         # Equation 9: the extractor descends class loss - lambda * domain loss; the reversal layer carries the minus.
         accelerator.backward(losses["class_loss"] + losses.get("domain_loss", 0.0))

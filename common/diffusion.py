@@ -60,6 +60,10 @@ class Schedule:
         alpha_bar = self.alpha_bars.to(t.device)[t].view(-1, 1, 1, 1)
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
+    def time(self, t: Tensor, net: nn.Module) -> Tensor:
+        """What a net reads for steps t (batch,): t - 1 if it counts steps from 0 (`counts_steps`), else t / T."""
+        return (t - 1).float() if getattr(net, "counts_steps", False) else t / self.T
+
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t of images x0 (batch, channels, height, width), steps t (batch,) and standard normal noise (eq. 4)."""
         signal, sigma = self.coefficients(t)
@@ -102,18 +106,22 @@ class Step(NamedTuple):
 
 
 def predictor(
-    net: nn.Module, labels: Tensor | None = None, guidance: float = 0.0, interval: tuple[float, float] = (0.0, 1.0)
-) -> Callable[[Tensor, float], Tensor]:
-    """A function (x, t / T) → noise, with classifier-free guidance: (1 + w) ε(x, class) - w ε(x, nothing).
+    net: nn.Module,
+    schedule: Schedule,
+    labels: Tensor | None = None,
+    guidance: float = 0.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Callable[[Tensor, int], Tensor]:
+    """A function (x, t) → noise, with classifier-free guidance: (1 + w) ε(x, class) - w ε(x, nothing).
 
     w = 0 is the conditional net alone, one pass; else both are one batch of twice the size. Guidance is on while t / T
-    lies in `interval` (Kynkäänniemi et al., 2024, https://arxiv.org/abs/2404.07724). `net(x, time, classes, drop)` has
-    an attribute `time_of` that turns t / T into its own time.
+    lies in `interval` (Kynkäänniemi et al., 2024, https://arxiv.org/abs/2404.07724). The net is called as
+    `net(x, time, labels, drop)`.
     """
 
-    def predict(x: Tensor, fraction: float) -> Tensor:
-        time = torch.full((len(x),), fraction, device=x.device)
-        if labels is None or guidance == 0 or not interval[0] <= fraction <= interval[1]:
+    def predict(x: Tensor, t: int) -> Tensor:
+        time = schedule.time(torch.full((len(x),), t, device=x.device), net)
+        if labels is None or guidance == 0 or not interval[0] <= t / schedule.T <= interval[1]:
             return net(x, time, labels).float()
         drop = torch.arange(2 * len(x), device=x.device) >= len(x)
         both = net(x.repeat(2, 1, 1, 1), time.repeat(2), labels.repeat(2), drop).float()
@@ -135,7 +143,7 @@ def clamp_x0(x0: Tensor, clamp: Clamp) -> Tensor:
 
 def sample(
     schedule: Schedule,
-    predict: Callable[[Tensor, float], Tensor],
+    predict: Callable[[Tensor, int], Tensor],
     x: Tensor,
     steps: Sequence[int],
     sampler: Sampler = "ddpm",
@@ -156,7 +164,7 @@ def sample(
     x0_before, log_snr_before = None, math.nan
     for t, s in zip(steps, [*steps[1:], 0], strict=True):
         a_t, a_s = schedule.a[t], schedule.a[s] if s else final_alpha
-        eps = predict(x, t / schedule.T)
+        eps = predict(x, t)
         x0 = clamp_x0((x - math.sqrt(1 - a_t) * eps) / math.sqrt(a_t), clamp)
         if sampler == "ddpm":
             ratio = a_t / a_s  # ᾱ_t / ᾱ_s, which is α_t for neighbours

@@ -29,21 +29,45 @@ def save_figure(figure: Figure, path: Path, formats: Sequence[str] = ("png",)) -
     plt.close(figure)
 
 
-def save_grid(pixels: torch.Tensor, path: Path, columns: int, padding: int = 2) -> None:
-    """Write uint8 images (n, 3, height, width), row by row, as one PNG of their true pixels."""
+def grid_of(pixels: torch.Tensor, columns: int, padding: int = 2) -> Image.Image:
+    """uint8 images (n, 3, height, width), row by row, as one picture of their true pixels."""
     grid = make_grid(pixels, nrow=columns, padding=padding, pad_value=255)
-    image = Image.fromarray(
-        grid.permute(1, 2, 0).cpu().numpy()
-    )  # (channels, height, width) → (height, width, channels)
-    atomic_write(path, image.save)
+    return Image.fromarray(grid.permute(1, 2, 0).cpu().numpy())  # (channels, height, width) → (height, width, channels)
 
 
-def save_gif(frames: Sequence[Path], path: Path, milliseconds: int = 200) -> None:
-    """Write image files of one size as an animation that rests on the last one for two seconds."""
-    images = [Image.open(frame).convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
+def save_grid(pixels: torch.Tensor, path: Path, columns: int, padding: int = 2) -> None:
+    """Write `grid_of` as PNG."""
+    atomic_write(path, grid_of(pixels, columns, padding).save)
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 200) -> None:
+    """Write pictures of one size as an animation that rests on the last one for two seconds."""
+    images = [frame.convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
     durations = [milliseconds] * (len(images) - 1) + [2_000]
     options = {"save_all": True, "append_images": images[1:], "duration": durations, "loop": 0}
     atomic_write(path, lambda file: images[0].save(file, **options))
+
+
+def read_grids(folder: Path) -> list[Image.Image]:
+    """The grids epoch_0001.png, … of a training run, in order."""
+    return [Image.open(file) for file in sorted(folder.glob("epoch_*.png"))]
+
+
+def save_labelled(
+    pixels: torch.Tensor, path: Path, rows: Sequence[str], columns: Sequence[str], title: str = ""
+) -> None:
+    """Draw uint8 images (len(rows) * len(columns), 3, height, width), row by row, with the names of both."""
+    height, width = len(rows), len(columns)
+    figure, axes = plt.subplots(height, width, figsize=(1.1 * width + 0.6, 1.1 * height + 0.5), squeeze=False)
+    for number, (axis, image) in enumerate(zip(axes.flat, pixels, strict=True)):
+        axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        if number < width:
+            axis.set_title(columns[number], fontsize=9)
+        if number % width == 0:
+            axis.set_ylabel(rows[number // width], fontsize=9, rotation=0, ha="right", va="center")
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path)
 
 
 def save_curves(rows: list[dict[str, Any]], panels: dict[str, Sequence[str]], path: Path, x: str = "epoch") -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from common import run as runs
 from common.data import to_uint8
-from common.figures import save_curves, save_gif, save_grid
+from common.figures import read_grids, save_curves, save_gif, save_grid
 from common.run import Run, UserError
 from models.gan import GENERATORS
 
@@ -79,8 +79,7 @@ def finish(run: Run, net: nn.Module, extra: dict[str, Any]) -> None:
     """Write the averaged generator, the film of the fixed latents and result.json."""
     if not run.is_main:
         return
-    grids = sorted((run.dir / "samples").glob("epoch_*.png"))
-    save_gif(grids, run.dir / "figures" / "training.gif")
+    save_gif(read_grids(run.dir / "samples"), run.dir / "figures" / "training.gif")
     run.save_model(net, net.config | extra)
     last = run.history()[-1]
     run.finish({key: value for key, value in last.items() if key not in ("step",)})

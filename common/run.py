@@ -183,7 +183,11 @@ def load_net(path: Path, nets: dict[str, type[torch.nn.Module]]) -> tuple[torch.
     name = config.get("net", next(iter(nets)))
     if name not in nets:
         raise UserError(f"--checkpoint {path}: is a net '{name}', expected {' or '.join(nets)}")
-    net = nets[name](**config.get("arguments", {}))
+    read = getattr(nets[name], "arguments_of", lambda weights: {})  # a published file's, by its shapes
+    try:
+        net = nets[name](**config.get("arguments") or read(weights))
+    except (KeyError, TypeError):
+        raise UserError(f"--checkpoint {path}: is not a {nets[name].__name__}") from None
     shapes = ({key: list(value.shape) for key, value in state.items()} for state in (net.state_dict(), weights))
     expected, found = shapes
     for key in {**expected, **found}:

@@ -31,6 +31,30 @@ def reverse_gradient(x: Tensor, lambd: float) -> Tensor:
     return _ReverseGradient.apply(x, lambd)
 
 
+class ClassPrior(nn.Module):
+    """How frequent the classes are in the target, as the net itself predicts; what source images then weigh.
+
+    Aligning features moves images of one class to another where the two domains' class frequencies differ. Source
+    images weighted by the target's frequencies take that incentive away, without any label of the target: Tachet des
+    Combes et al., 2020, https://arxiv.org/abs/2003.04475
+    """
+
+    def __init__(self, classes: int = 10, momentum: float = 0.01) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("frequencies", torch.full((classes,), 1 / classes))
+
+    @torch.no_grad()
+    def update(self, log_p: Tensor) -> None:
+        """Move towards the mean of the target's class log-probabilities (batch, classes)."""
+        self.frequencies.lerp_(log_p.float().exp().mean(0), self.momentum)
+
+    def weights(self, labels: Tensor) -> Tensor:
+        """Weights of source images with these labels (batch,), 1 in the mean."""
+        weights = self.frequencies[labels]
+        return weights / weights.mean()
+
+
 class DannCNN(nn.Module):
     """The small net of the course's reports, with the keys of the widely used public checkpoints. Input 28x28.
 

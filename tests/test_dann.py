@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import p3_dann
 from common.augment import augment_digits, of_3x3
 from common.run import UserError, command_line, generator, load_weights
-from models.dann import NETS, DannCNN, DannDeep, reverse_gradient
+from models.dann import NETS, ClassPrior, DannCNN, DannDeep, reverse_gradient
 from p3_dann import Embed, Predict, Recipe, Table, Train, embed, lambda_at, losses_of, predict, table, train
 from tests.golden import fill, image
 
@@ -65,7 +65,8 @@ def test_one_backward_gives_the_gradients_of_the_saddle_point(forward):
     torch.manual_seed(0)
     net, lambd = DannDeep(width=4).double().eval(), 0.7
     images, labels = torch.randn(10, 3, 28, 28, dtype=torch.float64), torch.arange(5)
-    losses = losses_of(net, images, labels, lambd, Recipe(output_dir=Path(), forward=forward, label_smoothing=0.0))
+    args = Recipe(output_dir=Path(), forward=forward, label_smoothing=0.0)
+    losses = losses_of(net, images, labels, lambd, args, ClassPrior())
     (losses["class_loss"] + losses["domain_loss"]).backward()
 
     features = net.features(images)
@@ -80,6 +81,25 @@ def test_one_backward_gives_the_gradients_of_the_saddle_point(forward):
             0 if of_domain is None else of_domain * (1 if name.startswith("domain_classifier") else -lambd)
         )
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-9)  # the heads answer in float32
+
+
+def test_source_images_weigh_as_their_class_is_frequent_in_the_target():
+    torch.manual_seed(0)
+    prior, probabilities = ClassPrior(momentum=0.5), torch.rand(8, 10).softmax(1)
+    labels = torch.arange(10)
+    torch.testing.assert_close(prior.weights(labels), torch.ones(10))
+    prior.update(probabilities.log())
+    frequencies = 0.05 + 0.5 * probabilities.mean(0)
+    torch.testing.assert_close(prior.weights(labels), 10 * frequencies)
+    torch.testing.assert_close(prior.weights(labels[:2]), 2 * frequencies[:2] / frequencies[:2].sum())
+
+    net, args = DannDeep(width=4).eval(), Recipe(output_dir=Path(), forward="joint")
+    images = torch.randn(10, 3, 28, 28)
+    with torch.inference_mode():
+        (_, domains), weights = net(images), prior.weights(labels[:5])
+        losses = losses_of(net, images, labels[:5], 1.0, args, prior)
+    expected = -((weights * domains[:5, 0]).sum() + domains[5:, 1].sum()) / 10
+    torch.testing.assert_close(losses["domain_loss"], expected)
 
 
 def test_lambda_is_a_function_of_progress_only():

@@ -22,7 +22,12 @@ def start() -> torch.Tensor:
 
 
 def run(schedule: Schedule, steps: list[int], sampler: str, **options) -> torch.Tensor:
-    return torch.stack([step.x for step in sample(schedule, predict, start(), steps, sampler, **options)])
+    return torch.stack(
+        [
+            step.x
+            for step in sample(schedule, lambda x, t: predict(x, t / schedule.T), start(), steps, sampler, **options)
+        ]
+    )
 
 
 def drawer(seed: int = 1):
@@ -172,8 +177,8 @@ def test_ddim_with_eta_1_over_all_steps_is_ddpm():
 def test_a_perfect_net_gives_the_image_back_and_no_noise_is_added_last(sampler):
     schedule, target = Schedule(), torch.rand(3, 2, 4, 4, dtype=torch.float64) - 0.5
 
-    def perfect(x: torch.Tensor, fraction: float) -> torch.Tensor:
-        a = schedule.a[round(1000 * fraction)]
+    def perfect(x: torch.Tensor, t: int) -> torch.Tensor:
+        a = schedule.a[t]
         return (x - math.sqrt(a) * target) / math.sqrt(1 - a)
 
     steps = list(sample(schedule, perfect, start(), schedule.subset(7), sampler, eta=1.0, draw=drawer()))
@@ -215,10 +220,18 @@ def test_guidance_is_the_extrapolation_and_w_0_is_one_pass():
     net, labels, x = Classes(), torch.tensor([0, 4]), torch.zeros(2, 1, 1, 1)
     for w, expected in ((0.0, [1, 5]), (0.5, [2, 8]), (3.0, [7, 23])):  # (1 + w) (class + 1) - w (-1)
         net.calls.clear()
-        assert predictor(net, labels, w)(x, 0.5).flatten().tolist() == pytest.approx(expected)
+        assert predictor(net, Schedule(), labels, w)(x, 500).flatten().tolist() == pytest.approx(expected)
         assert net.calls == ([2] if w == 0 else [4])
-    within = predictor(net, labels, 3.0, interval=(0.2, 0.6))
-    assert [within(x, t)[0].item() for t in (0.1, 0.4, 0.9)] == pytest.approx([1, 7, 1])
+    within = predictor(net, Schedule(), labels, 3.0, interval=(0.2, 0.6))
+    assert [within(x, t)[0].item() for t in (100, 400, 900)] == pytest.approx([1, 7, 1])
+
+
+def test_nets_read_time_as_a_fraction_or_as_a_number_from_0():
+    schedule, t = Schedule(400), torch.tensor([1, 200, 400])
+    assert schedule.time(t, Classes()).tolist() == pytest.approx([1 / 400, 0.5, 1])
+    counting = Classes()
+    counting.counts_steps = True
+    assert schedule.time(t, counting).tolist() == [0, 199, 399]
 
 
 def test_noise_depends_on_the_seed_and_the_image_alone():
