@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -63,7 +62,6 @@ class Recipe:
     lambda_max: float | None = None  # Weight of the reversed gradient at the end of its ramp.
     augmentation: float | None = None  # Strength, the same for both domains; 0 is none.
     forward: Literal["joint", "separate"] | None = None  # Batch statistics over both domains together, or of each.
-    weight_decay: float = 0.01  # Of AdamW.
     label_smoothing: float = 0.05  # Of the class loss.
     ema_decay: float = 0.998  # Of the averaged net, the one that is judged and saved.
 
@@ -154,11 +152,10 @@ def train(args: Train) -> dict[str, Any]:
     bare_net = NETS[args.net]().to(accelerator.device, memory_format=torch.channels_last)
     bare_net.domain_classifier.requires_grad_(args.method == "dann")
     parameters = [p for p in bare_net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, fused=True)
     ema = copy.deepcopy(bare_net)
     net, optimizer = accelerator.prepare(bare_net, optimizer)
-    prior = ClassPrior().to(accelerator.device)
-    parts = {"net": bare_net, "ema": ema, "optimizer": optimizer, "prior": prior}
+    parts = {"net": bare_net, "ema": ema, "optimizer": optimizer, "prior": ClassPrior().to(accelerator.device)}
 
     steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
     last = args.epochs * steps_per_epoch
@@ -174,8 +171,9 @@ def train(args: Train) -> dict[str, Any]:
             target_rows = draw_batch(len(target_pixels), step, args.batch_size, accelerator, args.seed, "unlabelled")
             images = torch.cat([images, target_pixels[target_rows]])
         images = augment_digits(normalise(images), rng, args.augmentation)
+        images = images.contiguous(memory_format=torch.channels_last)
 
-        losses = losses_of(net, images.contiguous(memory_format=torch.channels_last), labels[rows], lambd, args, prior)
+        losses = losses_of(net, images, labels[rows], lambd, args, parts["prior"])
         optimizer.zero_grad()
         # Equation 9: the extractor descends class loss - lambda * domain loss; the reversal layer carries the minus.
         accelerator.backward(losses["class_loss"] + losses.get("domain_loss", 0.0))
@@ -281,11 +279,11 @@ def table(args: Table) -> None:
             shared |= {"target": scenario, "method": method, "net": net}
             name = f"{scenario}-{net}-{method}-seed"
             results = [train(Train(**shared, seed=s, output_dir=args.output_dir / f"{name}{s}")) for s in args.seeds]
-            if PartialState().is_main_process:
+            if all(results):  # only the main process has them
                 values = [result["accuracy"].get(target, math.nan) for result in results]
                 rows[-1].append(f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if values[1:] else ""))
                 grey |= results[0]["grey"]
-    if not PartialState().is_main_process:
+    if not grey:
         return
     for method, reported in REPORTED.items():
         told = [" / ".join(f"{value:.2f}" for value in reported.get(target, ())) for target in args.targets]

@@ -1,0 +1,138 @@
+"""Generate digits with a trained diffusion model: the graders' folders, and the figures of the report.
+
+DDPM: Ho et al., 2020, https://arxiv.org/abs/2006.11239. Fewer steps by DDIM (Song et al., 2020,
+https://arxiv.org/abs/2010.02502) or DPM-Solver++ (Lu et al., 2022, https://arxiv.org/abs/2211.01095).
+
+    python p2_ddpm_infer.py --checkpoint runs/p2/digits/model.safetensors --output-dir digits --per-class 100
+    python p2_ddpm_infer.py --checkpoint runs/p2/digits/model.safetensors --output-dir digits --figures-dir figures \
+        --guidance-sweep 0 0.5 1 2 5
+    python score.py digits digits/mnistm --classifier Classifier.pth
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common import run as runs
+from common.data import to_uint8
+from common.diffusion import Clamp, ImageNoise, Sampler, Schedule, Spacing, predictor, sample
+from common.figures import grid_of, save_gif, save_grid, save_labelled
+from common.run import UserError
+from models.attention_unet import AttentionUnet
+from models.context_unet import ContextUnet
+from models.ddim_unet import DdimUnet
+
+NETS = {"context_unet": ContextUnet, "attention_unet": AttentionUnet, "ddim_unet": DdimUnet}
+
+
+@dataclass(kw_only=True)
+class Generate:
+    """Write DIGIT_NUMBER.png (0_001.png …) for every digit; image k of a domain depends on the seed and k alone."""
+
+    checkpoint: Path  # model.safetensors of p2_ddpm_train.py, or a published ContextUnet .pth.
+    output_dir: Path  # Receives the images and nothing else; with several domains, a folder for each.
+    domains: tuple[str, ...] = ()  # Of those the model knows; all of them if none is named.
+    per_class: int | None = None  # Images of each digit; None is 100 for one domain, 50 for several.
+    sampler: Sampler = "dpm-solver++"  # ddpm takes all steps well, the others few.
+    steps: int = 20  # Of the sampler.
+    spacing: Spacing = "trailing"  # Which steps: ending at T, or beginning at 1.
+    eta: float = 0.0  # Noise of ddim: 0 none, 1 that of ddpm.
+    large_sigma: bool = False  # ddpm adds variance β instead of the posterior's.
+    guidance: float = 1.0  # w of classifier-free guidance; 0 is the conditional net alone, one pass a step.
+    interval: tuple[float, float] = (0.0, 1.0)  # The t / T between which guidance is on.
+    clamp: Clamp = "static"  # What keeps the predicted images in [-1, 1].
+    noise_steps: int = 1_000  # T of a published checkpoint, which does not say it.
+    figures_dir: Path | None = None  # Also draw the grid, the reverse process and its film here.
+    guidance_sweep: tuple[float, ...] = ()  # Also draw a strip of these strengths into --figures-dir.
+    seed: int = 0  # Of the noise.
+    batch_size: int = 250  # Images at a time.
+    device: runs.Device = "auto"  # Where to compute.
+    precision: runs.Precision = "auto"  # bf16 autocast where the hardware is fast at it, or fp32.
+
+
+class Model:
+    """A noise predictor with its schedule and classes; generates image number i of a digit from noise number i."""
+
+    def __init__(self, args: Generate) -> None:
+        self.args, self.accelerator = args, runs.make_accelerator(args.device, args.precision)
+        net, config = runs.load_net(args.checkpoint, NETS)
+        self.net: nn.Module = net.to(self.accelerator.device, memory_format=torch.channels_last)
+        classes = net.config["arguments"]["n_classes"]
+        if not classes:
+            raise UserError(f"--checkpoint {args.checkpoint}: knows no classes; p2_ddim.py generates from it")
+        self.domains = config.get("domains", [f"domain{number}" for number in range(classes // 10)])
+        self.schedule = Schedule(**config.get("schedule", {"steps": args.noise_steps}))
+        self.steps = self.schedule.subset(args.steps, args.spacing)
+
+    @torch.inference_mode()
+    def states(
+        self, domain: str, digits: list[int], numbers: list[int], guidance: float
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(t, uint8 images (n, 3, 28, 28)) from the noise at T down to t = 0."""
+        args, device = self.args, self.accelerator.device
+        labels = torch.tensor(digits, device=device) + 10 * self.domains.index(domain)
+        draw = ImageNoise(args.seed, numbers, (3, 28, 28), device)
+        x = draw().contiguous(memory_format=torch.channels_last)
+        yield self.schedule.T, to_uint8(x).cpu()
+        predict = predictor(self.net, self.schedule, labels, guidance, args.interval)
+        options = {"eta": args.eta, "large_sigma": args.large_sigma, "clamp": args.clamp, "draw": draw}
+        with self.accelerator.autocast():
+            for step in sample(self.schedule, predict, x, self.steps, args.sampler, **options):
+                yield step.t, to_uint8(step.x).cpu()
+
+
+def write_digits(model: Model, domain: str, folder: Path, args: Generate) -> None:
+    """Write the images of one domain under the graders' names."""
+    per_class = args.per_class or (50 if len(args.domains) > 1 else 100)
+    wanted = [(digit, number) for digit in range(10) for number in range(1, per_class + 1)]
+    for start in range(0, len(wanted), args.batch_size):
+        digits, numbers = zip(*wanted[start : start + args.batch_size], strict=True)
+        *_, (_, pixels) = model.states(domain, list(digits), list(numbers), args.guidance)
+        for digit, number, image in zip(digits, numbers, pixels, strict=True):
+            save_grid(image[None], folder / f"{digit}_{number:03d}.png", columns=1, padding=0)
+        print(f"{domain}: {min(start + args.batch_size, len(wanted)):,}/{len(wanted):,} digits: {folder}")
+
+
+def draw_figures(model: Model, domain: str, folder: Path, args: Generate) -> None:
+    """The 10x10 grid (rows digits, columns noises), its film, six states of the first 0, and the guidance strip."""
+    digits, numbers = [d for d in range(10) for _ in range(10)], [n for _ in range(10) for n in range(1, 11)]
+    states = list(model.states(domain, digits, numbers, args.guidance))
+    save_grid(states[-1][1], folder / f"{domain}_grid.png", columns=10)
+    save_gif([grid_of(pixels, 10) for _, pixels in states], folder / f"{domain}_reverse.gif", 150)
+    six = [states[round(number * (len(states) - 1) / 5)] for number in range(6)]
+    first = torch.stack([pixels[0] for _, pixels in six])
+    save_labelled(first, folder / f"{domain}_reverse.png", [domain], [f"t = {t}" for t, _ in six])
+    if args.guidance_sweep:
+        rows = []
+        for guidance in args.guidance_sweep:
+            *_, (_, pixels) = model.states(domain, list(range(10)), [1] * 10, guidance)
+            rows.append(pixels)
+        names = [f"w = {guidance:g}" for guidance in args.guidance_sweep]
+        save_labelled(torch.cat(rows), folder / f"{domain}_guidance.png", names, [str(d) for d in range(10)])
+
+
+def main(args: Generate) -> None:
+    """Check everything, then generate."""
+    if args.batch_size < 1 or (args.per_class or 1) < 1:
+        raise UserError("--batch-size and --per-class: at least 1")
+    if args.guidance_sweep and args.figures_dir is None:
+        raise UserError("--guidance-sweep: needs --figures-dir, where its strip is drawn")
+    model = Model(args)
+    unknown = [domain for domain in args.domains if domain not in model.domains]
+    if unknown:
+        raise UserError(f"--domains {unknown[0]}: {args.checkpoint} knows {' '.join(model.domains)}")
+    args = replace(args, domains=args.domains or tuple(model.domains))
+    runs.make_output_dir(args.output_dir)
+    for domain in args.domains:
+        write_digits(model, domain, args.output_dir / domain if len(args.domains) > 1 else args.output_dir, args)
+        if args.figures_dir is not None:
+            draw_figures(model, domain, args.figures_dir, args)
+
+
+if __name__ == "__main__":
+    runs.command_line(Generate, main)

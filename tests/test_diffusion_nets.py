@@ -1,0 +1,303 @@
+"""Nets of the diffusion problems and their judges: published keys and outputs, conditioning, attention, gradients."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.run import load_net, load_weights
+from models.attention_unet import AttentionUnet
+from models.attention_unet import SelfAttention as HeadedAttention
+from models.context_unet import ContextUnet
+from models.ddim_unet import DdimUnet, SelfAttention, Sinusoid
+from models.digit_classifier import DigitClassifier, DigitResNet
+from tests.golden import fill, image
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+OUTPUTS = json.loads((GOLDEN / "diffusion_outputs.json").read_text())
+CLASSES, TIMES = torch.tensor([3, 8]), torch.tensor([0.25, 0.9])
+KEEP, DROP = torch.tensor([False, False]), torch.tensor([True, True])
+
+
+def tiny_context(**arguments) -> ContextUnet:
+    return fill(ContextUnet(n_feat=16, **arguments))
+
+
+def tiny_attention() -> AttentionUnet:
+    return fill(AttentionUnet(width=16))
+
+
+def tiny_ddim(**arguments) -> DdimUnet:
+    arguments = {"size": 16, "width": 16, "multipliers": (1, 2), "attention": (8,), "blocks": 1} | arguments
+    return fill(DdimUnet(**arguments))
+
+
+def conditional() -> list[tuple[nn.Module, Tensor]]:
+    """Each conditional net with noisy images that fit it."""
+    return [(tiny_context(), image(2, 3, 28)), (tiny_attention(), image(2, 3, 28)), (ddim_of_10(), image(2, 3, 16))]
+
+
+def ddim_of_10() -> DdimUnet:
+    return tiny_ddim(n_classes=10)
+
+
+def shapes_of(net: nn.Module) -> dict[str, list[int]]:
+    return {key: list(value.shape) for key, value in net.state_dict().items()}
+
+
+def assert_golden(output: Tensor, name: str) -> None:
+    """Outputs are stated to 1e-7 in float32. 1e-4 relative, 2e-5 for values near zero (their spread is 3), allows for
+    another order of the sums; here they agree to 1e-5.
+    """
+    golden = OUTPUTS[name]
+    assert list(output.shape) == golden["shape"]
+    values = output.flatten()
+    assert values[:8].tolist() == pytest.approx(golden["first8"], rel=1e-4, abs=2e-5)
+    assert values[-8:].tolist() == pytest.approx(golden["last8"], rel=1e-4, abs=2e-5)
+    assert values.double().mean().item() == pytest.approx(golden["mean"], rel=1e-4)
+    assert values.double().std().item() == pytest.approx(golden["std"], rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ published nets
+
+
+@pytest.mark.parametrize(
+    ("net", "arguments", "name"),
+    [
+        (ContextUnet, {"n_feat": 128}, "context_unet_128"),
+        (ContextUnet, {"n_feat": 256}, "context_unet_256"),
+        (DdimUnet, {}, "course_ddim_unet"),
+    ],
+)
+def test_published_keys_and_shapes(net, arguments, name):
+    with torch.device("meta"):
+        assert shapes_of(net(**arguments)) == json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+@torch.inference_mode()
+def test_context_unet_gives_the_golden_outputs():
+    net = fill(ContextUnet(flipped_one_hot=True))
+    assert_golden(net(image(2, 3, 28), TIMES, CLASSES, KEEP), "context_unet_128 mask 0")
+    assert_golden(net(image(2, 3, 28), TIMES, CLASSES, DROP), "context_unet_128 mask 1")
+
+
+@torch.inference_mode()
+def test_ddim_unet_gives_the_golden_outputs():
+    net = fill(DdimUnet())
+    assert sum(p.numel() for p in net.parameters()) == 113_673_219
+    assert_golden(net(image(2, 3, 64), torch.tensor([7.0, 903.0])), "course_ddim_unet")
+
+
+def test_a_checkpoint_of_the_public_script_loads(tmp_path):
+    """Its file holds the whole DDPM module: the net under nn_model., and the schedule's buffers."""
+    net = tiny_context(in_channels=1, n_classes=20, flipped_one_hot=True)
+    content = {f"nn_model.{key}": value for key, value in net.state_dict().items()} | {"alpha_t": torch.ones(401)}
+    torch.save(content, tmp_path / "model.pth")
+    weights, _ = load_weights(tmp_path / "model.pth")
+    arguments = ContextUnet.arguments_of(weights)
+    assert arguments == net.config["arguments"]
+    ContextUnet(**arguments).load_state_dict(weights, strict=True)
+    assert ContextUnet.arguments_of(tiny_ddim().state_dict()) == {}
+
+
+@pytest.mark.parametrize("make", [tiny_context, tiny_attention, ddim_of_10, DigitClassifier, DigitResNet])
+def test_config_builds_the_same_net(make):
+    net = make()
+    again = type(net)(**json.loads(json.dumps(net.config["arguments"])))
+    assert (shapes_of(again), again.config) == (shapes_of(net), net.config)
+
+
+# -------------------------------------------------------------------------------------------------------- conditioning
+
+
+@torch.inference_mode()
+def test_dropped_rows_forget_their_class():
+    t, mixed = torch.tensor([0.3, 0.3]), torch.tensor([True, False])
+    for net, x in conditional():
+        dropped = net(x, t, CLASSES, DROP)
+        for label in range(10):
+            torch.testing.assert_close(net(x, t, torch.tensor([label, label]), DROP), dropped, rtol=0, atol=0)
+        torch.testing.assert_close(net(x, t), dropped, rtol=0, atol=0)  # no class at all
+        kept, half = net(x, t, CLASSES), net(x, t, CLASSES, mixed)
+        torch.testing.assert_close(kept, net(x, t, CLASSES, KEEP), rtol=0, atol=0)
+        # One row dropped leaves the other alone, up to the order of sums in a batch.
+        torch.testing.assert_close(half[0], dropped[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(half[1], kept[1], rtol=1e-4, atol=1e-5)
+        assert (kept - dropped).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+@torch.inference_mode()
+def test_every_class_and_time_gives_another_output():
+    for net, x in conditional():
+        assert net(x, TIMES, CLASSES).shape == x.shape
+        x = x[:1].expand(10, -1, -1, -1)
+        by_class = net(x, torch.full((10,), 0.5), torch.arange(10)).flatten(1)
+        by_time = net(x, torch.arange(10) / 10, torch.zeros(10, dtype=torch.long)).flatten(1)
+        for outputs in (by_class, by_time):
+            assert torch.pdist(outputs).min() > 1e-3
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_one_hot_rows_are_those_of_the_public_script(flipped):
+    net = tiny_context(n_classes=20, flipped_one_hot=flipped)
+    classes, mask = torch.tensor([3, 18, 7]), torch.tensor([0.0, 1.0, 0.0])
+    public = F.one_hot(classes, 20) * (-1 * (1 - mask))[:, None]
+    rows = net.context(classes, mask.bool(), 3)
+    torch.testing.assert_close(rows, public if flipped else -public)
+    assert rows[0, 3] == (-1 if flipped else 1)
+
+
+@torch.inference_mode()
+def test_flipped_net_is_the_plain_one_with_flipped_weights():
+    plain, flipped = tiny_context(), tiny_context(flipped_one_hot=True)
+    for embedding in (flipped.contextembed1, flipped.contextembed2):
+        embedding.model[0].weight.neg_()
+    x = image(2, 3, 28)
+    torch.testing.assert_close(plain(x, TIMES, CLASSES), flipped(x, TIMES, CLASSES), rtol=0, atol=0)
+
+
+@torch.inference_mode()
+def test_bf16_keeps_neighbouring_times_apart():
+    x = image(1, 3, 28)
+    with torch.autocast("cpu", torch.bfloat16):
+        for net in (tiny_context(), tiny_attention()):
+            one, other = (net(x, torch.tensor([t]), CLASSES[:1]) for t in (0.899, 0.900))  # the same number in bf16
+            assert not torch.equal(one, other)
+
+
+def test_sinusoid_is_sines_then_cosines():
+    embedded = Sinusoid(8)(torch.tensor([0.0, 21.0]))
+    angles = torch.tensor([21.0 * 10000 ** (-2 * i / 8) for i in range(4)])
+    torch.testing.assert_close(embedded[0], torch.tensor([0.0] * 4 + [1.0] * 4))
+    torch.testing.assert_close(embedded[1], torch.cat((angles.sin(), angles.cos())))
+
+
+@torch.inference_mode()
+def test_time_enters_the_ddim_unet_as_published():
+    """Golden outputs hardly depend on the time (by 1e-5 of their spread), so its way into the net is checked apart."""
+    net, x, t = tiny_ddim(multipliers=(2,)), image(2, 16, 8), torch.tensor([21.0, 981.0])
+    assert net.counts_steps
+    linear1, linear2 = net.time[1], net.time[3]
+    time = linear2(F.silu(linear1(Sinusoid(16)(t))))
+    block = net.down2.resblocks
+    h = block.conv1(F.silu(F.group_norm(x, 4, block.norm1.weight, block.norm1.bias)))
+    h = h + block.time[1](F.silu(time))[:, :, None, None]
+    h = block.conv2(F.silu(F.group_norm(h, 8, block.norm2.weight, block.norm2.bias)))
+    torch.testing.assert_close(block(x, net.time(t)), h + block.skip(x))
+
+
+def test_classes_for_an_unconditional_net_are_an_error():
+    with pytest.raises(ValueError, match="n_classes is 0"):
+        tiny_ddim()(image(2, 3, 16), TIMES, CLASSES)
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+@torch.inference_mode()
+def test_attention_of_the_ddim_unet_is_the_explicit_softmax():
+    net, x = fill(SelfAttention(64)), image(2, 64, 5)
+    q, k, v = net.qkv(net.norm(x)).flatten(2).chunk(3, dim=1)  # (batch, channels, positions)
+    weights = (torch.einsum("bcq,bck->bqk", q, k) / 64**0.5).softmax(-1)
+    expected = x + net.out(torch.einsum("bqk,bck->bcq", weights, v).reshape(x.shape))
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)  # float32, another order of the sums
+
+
+@torch.inference_mode()
+def test_attention_of_the_attention_unet_is_the_explicit_softmax():
+    net, x = fill(HeadedAttention(16, heads=4)), image(2, 16, 5)
+    rows = x.permute(0, 2, 3, 1).reshape(2, 25, 16)
+    q, k, v = net.qkv(net.ln(rows)).chunk(3, dim=-1)
+    heads = []
+    for i in range(4):
+        part = slice(4 * i, 4 * i + 4)
+        heads.append((q[..., part] @ k[..., part].mT / 4**0.5).softmax(-1) @ v[..., part])
+    rows = rows + net.out(torch.cat(heads, -1))
+    rows = rows + net.ff_self(rows)
+    expected = rows.reshape(2, 5, 5, 16).permute(0, 3, 1, 2)
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)  # float32, another order of the sums
+
+
+def test_attention_unet_has_the_printed_shapes():
+    with torch.device("meta"):
+        shapes = shapes_of(AttentionUnet())
+    printed = {
+        "label_emb.weight": [10, 256],
+        "conv1.wconv.0.weight": [64, 3, 3, 3],
+        "down1.conv.1.wconv.0.weight": [128, 64, 3, 3],
+        "down1.emb_layer.1.weight": [128, 256],
+        "down2.conv.1.wconv.3.weight": [128, 128, 3, 3],
+        "bottom.1.wconv.0.weight": [256, 256, 3, 3],
+        "bottom.2.wconv.0.weight": [128, 256, 3, 3],
+        "upsample1.weight": [128, 128, 4, 4],
+        "up1.conv.0.wconv.0.weight": [256, 256, 3, 3],
+        "up1.conv.1.wconv.0.weight": [64, 256, 3, 3],
+        "upsample2.weight": [64, 64, 4, 4],
+        "up2.conv.0.wconv.0.weight": [128, 128, 3, 3],
+        "up2.emb_layer.1.weight": [64, 256],
+    }
+    assert {key: shapes[key] for key in printed} == printed
+
+
+# ------------------------------------------------------------------------------------------------ training and settings
+
+
+def test_gradient_reaches_every_parameter():
+    """In eval mode: batch statistics would take the biases before BatchNorm out of the output."""
+    for net, x in conditional():
+        net(x, TIMES, CLASSES).square().mean().backward()
+        assert [key for key, p in net.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-9] == []
+
+
+def test_ddim_unet_of_other_settings():
+    net = DdimUnet(size=32, width=32, multipliers=(1, 2, 3), attention=(8, 16), blocks=1, dropout=0.1)
+    x, t = image(2, 3, 32), torch.tensor([0.0, 999.0])
+    assert net(x, t).shape == x.shape
+    assert torch.equal(net(x, t), torch.zeros_like(x))  # begins at zero, whatever dropout does
+    attending = [name for name, module in net.named_children() if hasattr(getattr(module, "attention", None), "qkv")]
+    assert attending == ["down4", "down6", "mid1", "up1", "up2", "up4", "up5"]
+    norms = [module for module in net.modules() if isinstance(module, nn.GroupNorm)]
+    assert all(norm.num_channels >= 4 * norm.num_groups for norm in norms)  # groups of one channel would hide the time
+    fill(net)
+    torch.testing.assert_close(net(x, t), net(x, t))  # eval: no dropout
+    net.train()
+    assert not torch.equal(net(x, t), net(x, t))
+
+
+def test_layout_of_the_memory_changes_nothing():
+    for net, x in conditional():
+        t = torch.tensor([0.1, 0.7])
+        expected = net(x, t, CLASSES)
+        actual = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t, CLASSES)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)  # float32, another order of the sums
+
+
+# -------------------------------------------------------------------------------------------------------------- judges
+
+
+def test_digit_classifier_is_the_course_net(tmp_path):
+    net = fill(DigitClassifier())
+    torch.save({"state_dict": net.state_dict(), "optimizer": {}}, tmp_path / "Classifier.pth")
+    loaded, _ = load_net(tmp_path / "Classifier.pth", {"digit_classifier": DigitClassifier})
+    # 3-6-16 channels of 5x5, 256-128-64-10: the sizes that the course's file has
+    assert [list(p.shape) for p in loaded.parameters() if p.dim() > 1] == [
+        *([6, 3, 5, 5], [16, 6, 5, 5]),
+        *([128, 256], [64, 128], [10, 64]),
+    ]
+    x = image(2, 3, 28)
+    with torch.inference_mode():
+        h = nn.Sequential(net.conv1, nn.MaxPool2d(2), nn.ReLU(), net.conv2, nn.MaxPool2d(2), nn.ReLU(), nn.Flatten())(x)
+        expected = nn.Sequential(net.fc1, nn.ReLU(), net.fc2, nn.ReLU(), net.fc3)(h)
+        torch.testing.assert_close(loaded(x), expected)
+
+
+def test_digit_resnet_ignores_brightness_and_contrast():
+    net, x = fill(DigitResNet()), image(2, 3, 28)
+    assert net.features(x).shape == (2, 128)
+    # The 1e-5 under the root of the normalisation is the only difference.
+    torch.testing.assert_close(net(0.5 * x - 0.2), net(x), rtol=1e-3, atol=1e-3)
+    net(x).square().mean().backward()
+    assert all(p.grad.abs().max() > 1e-9 for p in net.parameters())
