@@ -61,7 +61,7 @@ def train(args: Train) -> dict[str, Any]:
     device, rank = accelerator.device, accelerator.process_index
     run = Run(args, accelerator)
     if run.result is not None:
-        return run.result
+        return run.result if run.is_main else {}
     pixels = load_folder(args.data_dir / "face" / "train", (64, 64), args.output_dir.parent / "cache").pixels.to(device)
 
     torch.manual_seed(runs.derive_seed(args.seed, "init"))
@@ -78,14 +78,15 @@ def train(args: Train) -> dict[str, Any]:
         g.train(), d.train()
         rng = generator(args.seed, "step", step, rank, device=device)
         rows = draw_batch(len(pixels), step, args.batch_size, accelerator, args.seed, "order")
-        real = augment_faces(normalise(pixels[rows]), rng, args.flip).contiguous(memory_format=torch.channels_last)
+        real = augment_faces(normalise(pixels[rows]), rng, args.flip)
         fake = g(torch.randn((len(rows), bare_g.latent), generator=rng, device=device))
         noise = args.instance_noise * (1 - step / last)
 
         def seen(images: Tensor, rng: torch.Generator = rng, noise: float = noise) -> Tensor:
             """What the discriminator is shown of images: augmented, and with noise."""
             images = diff_augment(images, rng, args.augment)
-            return images + noise * torch.randn(images.shape, generator=rng, device=device)
+            images = images + noise * torch.randn(images.shape, generator=rng, device=device)
+            return images.contiguous(memory_format=torch.channels_last)
 
         # The discriminator descends -log D(x) - log(1 - D(G(z))) with smoothed labels. The fakes carry no gradient, and
         # each kind of image is normalised by its own batch.
@@ -113,6 +114,8 @@ def train(args: Train) -> dict[str, Any]:
             row = {"step": step + 1, "epoch": epoch} | run.means(steps_per_epoch)
             panels = {"losses": ["d_loss", "g_loss"], "mean D of images": ["score_real", "score_fake"]}
             end_epoch(run, ema, pixels[:32].cpu(), row, panels)
+            if row["score_real"] > 0.98 * args.real_label and row["score_fake"] < args.fake_label + 0.02:
+                run.log("warning: the discriminator is right about everything: the generator learns nothing")
         if run.save_due() or inside == 0:
             run.save_state(step + 1, parts)
     finish(run, ema, {"method": "dcgan", "seed": args.seed})

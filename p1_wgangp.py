@@ -73,7 +73,7 @@ def train(args: Train) -> dict[str, Any]:
         raise UserError(f"--n-critic {args.n_critic}: at least one is needed")
     run = Run(args, accelerator)
     if run.result is not None:
-        return run.result
+        return run.result if run.is_main else {}
     pixels = load_folder(args.data_dir / "face" / "train", (64, 64), args.output_dir.parent / "cache").pixels.to(device)
 
     torch.manual_seed(runs.derive_seed(args.seed, "init"))
@@ -91,11 +91,14 @@ def train(args: Train) -> dict[str, Any]:
         g.train()
         rng = generator(args.seed, "step", step, rank, device=device)
         rows = draw_batch(len(pixels), step, args.batch_size, accelerator, args.seed, "order")
-        real = augment_faces(normalise(pixels[rows]), rng, args.flip).contiguous(memory_format=torch.channels_last)
+        real = augment_faces(normalise(pixels[rows]), rng, args.flip)
         latents = torch.randn((2, len(rows), bare_g.latent), generator=rng, device=device)
         with torch.no_grad():
             fake = g(latents[0])
-        real, fake = (diff_augment(images, rng, args.augment) for images in (real, fake))
+        real, fake = (
+            diff_augment(images, rng, args.augment).contiguous(memory_format=torch.channels_last)
+            for images in (real, fake)
+        )
 
         # The critic descends D(G(z)) - D(x) + penalty (equation 3).
         score_real, score_fake = critic(torch.cat([real, fake])).float().chunk(2)

@@ -4,13 +4,12 @@ DDPM: Ho et al., 2020, https://arxiv.org/abs/2006.11239. Fewer steps by DDIM (So
 https://arxiv.org/abs/2010.02502) or DPM-Solver++ (Lu et al., 2022, https://arxiv.org/abs/2211.01095).
 
     python p2_ddpm_infer.py --checkpoint runs/p2/digits/model.safetensors --output-dir digits --per-class 100
-    python p2_ddpm_infer.py --checkpoint runs/p2/digits/model.safetensors --output-dir digits --figures-dir figures \
-        --guidance-sweep 0 0.5 1 2 5
-    python score.py digits digits/mnistm --classifier Classifier.pth
+    python p2_ddpm_infer.py --checkpoint runs/p2/digits/model.safetensors --output-dir digits --figures-dir figures
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,14 +38,14 @@ class Generate:
     domains: tuple[str, ...] = ()  # Of those the model knows; all of them if none is named.
     per_class: int | None = None  # Images of each digit; None is 100 for one domain, 50 for several.
     sampler: Sampler = "dpm-solver++"  # ddpm takes all steps well, the others few.
-    steps: int = 20  # Of the sampler.
+    steps: int | None = None  # Of the sampler; None is all for ddpm, 50 for ddim, 20 for dpm-solver++.
     spacing: Spacing = "trailing"  # Which steps: ending at T, or beginning at 1.
     eta: float = 0.0  # Noise of ddim: 0 none, 1 that of ddpm.
     large_sigma: bool = False  # ddpm adds variance β instead of the posterior's.
     guidance: float = 1.0  # w of classifier-free guidance; 0 is the conditional net alone, one pass a step.
     interval: tuple[float, float] = (0.0, 1.0)  # The t / T between which guidance is on.
     clamp: Clamp = "static"  # What keeps the predicted images in [-1, 1].
-    noise_steps: int = 1_000  # T of a published checkpoint, which does not say it.
+    noise_steps: int = 400  # T of a published checkpoint, which does not say it; its β are 1e-4 to 0.02.
     figures_dir: Path | None = None  # Also draw the grid, the reverse process and its film here.
     guidance_sweep: tuple[float, ...] = ()  # Also draw a strip of these strengths into --figures-dir.
     seed: int = 0  # Of the noise.
@@ -64,10 +63,11 @@ class Model:
         self.net: nn.Module = net.to(self.accelerator.device, memory_format=torch.channels_last)
         classes = net.config["arguments"]["n_classes"]
         if not classes:
-            raise UserError(f"--checkpoint {args.checkpoint}: knows no classes; p2_ddim.py generates from it")
+            raise UserError(f"--checkpoint {args.checkpoint}: knows no classes")
         self.domains = config.get("domains", [f"domain{number}" for number in range(classes // 10)])
-        self.schedule = Schedule(**config.get("schedule", {"steps": args.noise_steps}))
-        self.steps = self.schedule.subset(args.steps, args.spacing)
+        self.schedule = Schedule(**config.get("schedule", {"steps": args.noise_steps, "as_given": True}))
+        steps = {"ddpm": self.schedule.T, "ddim": min(50, self.schedule.T), "dpm-solver++": min(20, self.schedule.T)}
+        self.steps = self.schedule.subset(steps[args.sampler] if args.steps is None else args.steps, args.spacing)
 
     @torch.inference_mode()
     def states(
@@ -92,7 +92,7 @@ def write_digits(model: Model, domain: str, folder: Path, args: Generate) -> Non
     wanted = [(digit, number) for digit in range(10) for number in range(1, per_class + 1)]
     for start in range(0, len(wanted), args.batch_size):
         digits, numbers = zip(*wanted[start : start + args.batch_size], strict=True)
-        *_, (_, pixels) = model.states(domain, list(digits), list(numbers), args.guidance)
+        _, pixels = deque(model.states(domain, list(digits), list(numbers), args.guidance), maxlen=1)[0]
         for digit, number, image in zip(digits, numbers, pixels, strict=True):
             save_grid(image[None], folder / f"{digit}_{number:03d}.png", columns=1, padding=0)
         print(f"{domain}: {min(start + args.batch_size, len(wanted)):,}/{len(wanted):,} digits: {folder}")
@@ -103,22 +103,22 @@ def draw_figures(model: Model, domain: str, folder: Path, args: Generate) -> Non
     digits, numbers = [d for d in range(10) for _ in range(10)], [n for _ in range(10) for n in range(1, 11)]
     states = list(model.states(domain, digits, numbers, args.guidance))
     save_grid(states[-1][1], folder / f"{domain}_grid.png", columns=10)
-    save_gif([grid_of(pixels, 10) for _, pixels in states], folder / f"{domain}_reverse.gif", 150)
+    frames = [*states[: -1 : -(-len(states) // 50)], states[-1]]
+    save_gif([grid_of(pixels, 10) for _, pixels in frames], folder / f"{domain}_reverse.gif", 150)
     six = [states[round(number * (len(states) - 1) / 5)] for number in range(6)]
     first = torch.stack([pixels[0] for _, pixels in six])
     save_labelled(first, folder / f"{domain}_reverse.png", [domain], [f"t = {t}" for t, _ in six])
     if args.guidance_sweep:
         rows = []
         for guidance in args.guidance_sweep:
-            *_, (_, pixels) = model.states(domain, list(range(10)), [1] * 10, guidance)
-            rows.append(pixels)
+            rows.append(deque(model.states(domain, list(range(10)), [1] * 10, guidance), maxlen=1)[0][1])
         names = [f"w = {guidance:g}" for guidance in args.guidance_sweep]
         save_labelled(torch.cat(rows), folder / f"{domain}_guidance.png", names, [str(d) for d in range(10)])
 
 
 def main(args: Generate) -> None:
     """Check everything, then generate."""
-    if args.batch_size < 1 or (args.per_class or 1) < 1:
+    if args.batch_size < 1 or (args.per_class is not None and args.per_class < 1):
         raise UserError("--batch-size and --per-class: at least 1")
     if args.guidance_sweep and args.figures_dir is None:
         raise UserError("--guidance-sweep: needs --figures-dir, where its strip is drawn")
@@ -127,7 +127,9 @@ def main(args: Generate) -> None:
     if unknown:
         raise UserError(f"--domains {unknown[0]}: {args.checkpoint} knows {' '.join(model.domains)}")
     args = replace(args, domains=args.domains or tuple(model.domains))
-    runs.make_output_dir(args.output_dir)
+    for folder, flag in ((args.output_dir, "--output-dir"), (args.figures_dir, "--figures-dir")):
+        if folder is not None:
+            runs.make_output_dir(folder, flag)
     for domain in args.domains:
         write_digits(model, domain, args.output_dir / domain if len(args.domains) > 1 else args.output_dir, args)
         if args.figures_dir is not None:

@@ -12,6 +12,7 @@ at times for classifier-free guidance, Ho and Salimans, 2022, https://arxiv.org/
 from __future__ import annotations
 
 import copy
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -98,9 +99,11 @@ def train(args: Train) -> dict[str, Any]:
     if not args.domains or args.batch_size % (len(args.domains) * accelerator.num_processes):
         told = f"{len(args.domains)} domains and {accelerator.num_processes} processes"
         raise UserError(f"--batch-size {args.batch_size}: must be shared evenly by {told}")
+    if args.grid_every < 1 or args.width % 32:
+        raise UserError("--grid-every: at least 1; --width: a multiple of 32")
     run = Run(args, accelerator)
     if run.result is not None:
-        return run.result
+        return run.result if run.is_main else {}
     data = load_data(args)
     classes = 0 if data[0].labels is None else 10 * len(data)
     pixels = [images.pixels.to(device) for images in data]
@@ -123,7 +126,6 @@ def train(args: Train) -> dict[str, Any]:
         net.train()
         learning_rate = adam.param_groups[0]["lr"] = args.lr * runs.warmup_cosine(step / last, warm_up=0.02)
         rng = generator(args.seed, "step", step, rank, device=device)
-        torch.manual_seed(runs.derive_seed(args.seed, "dropout", step, rank))
         rows = [draw_batch(len(p), step, share, accelerator, args.seed, "order", n) for n, p in enumerate(pixels)]
         x0 = normalise(torch.cat([p[r] for p, r in zip(pixels, rows, strict=True)]))
         y = torch.cat([y[r] for y, r in zip(labels, rows, strict=True)]) if labels else None  # digit + 10 · domain
@@ -180,7 +182,8 @@ def end_epoch(
         noise = ImageNoise(0, range(10 * classes or 32), shape, device)
         steps = schedule.subset(min(25, schedule.T))
         with run.accelerator.autocast():
-            *_, final = sample(schedule, predictor(net.eval(), schedule, labels), noise(), steps, "ddim")
+            predict = predictor(net.eval(), schedule, labels)
+            final = deque(sample(schedule, predict, noise(), steps, "ddim"), maxlen=1)[0]
         file = run.dir / "samples" / f"epoch_{row['epoch']:04d}.png"
         save_grid(to_uint8(final.x), file, columns=10 if classes else 8)
 

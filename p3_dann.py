@@ -142,7 +142,7 @@ def train(args: Train) -> dict[str, Any]:
     accelerator = runs.make_accelerator(args.device, args.precision)
     run = Run(args, accelerator)
     if run.result is not None:
-        return run.result
+        return run.result if run.is_main else {}
     labelled, target_pixels, validation = load_data(args)
     pixels, labels, target_pixels = (
         data.to(accelerator.device) for data in (labelled.pixels, labelled.labels, target_pixels)
@@ -155,7 +155,8 @@ def train(args: Train) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, fused=True)
     ema = copy.deepcopy(bare_net)
     net, optimizer = accelerator.prepare(bare_net, optimizer)
-    parts = {"net": bare_net, "ema": ema, "optimizer": optimizer, "prior": ClassPrior().to(accelerator.device)}
+    prior = ClassPrior().to(accelerator.device)
+    parts = {"net": bare_net, "ema": ema, "optimizer": optimizer, "prior": prior}
 
     steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
     last = args.epochs * steps_per_epoch
@@ -173,8 +174,9 @@ def train(args: Train) -> dict[str, Any]:
         images = augment_digits(normalise(images), rng, args.augmentation)
         images = images.contiguous(memory_format=torch.channels_last)
 
-        losses = losses_of(net, images, labels[rows], lambd, args, parts["prior"])
+        losses = losses_of(net, images, labels[rows], lambd, args, prior)
         optimizer.zero_grad()
+        prior.frequencies.copy_(accelerator.reduce(prior.frequencies, "mean"))  # the same for all processes
         # Equation 9: the extractor descends class loss - lambda * domain loss; the reversal layer carries the minus.
         accelerator.backward(losses["class_loss"] + losses.get("domain_loss", 0.0))
         optimizer.step()

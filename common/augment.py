@@ -90,6 +90,7 @@ def diff_augment(images: Tensor, rng: torch.Generator, policy: Sequence[str]) ->
         images = moved.view_as(images) * inside
     if "cutout" in policy:  # a square of half the size becomes 0
         above, left = ((uniform(0, 1) * size).floor() for size in (height, width))
-        hidden = ((rows - above).abs() < height // 4) & ((columns - left).abs() < width // 4)
+        down, right = rows - above, columns - left
+        hidden = (down >= -height // 4) & (down < height // 4) & (right >= -width // 4) & (right < width // 4)
         images = images * ~hidden
     return images

@@ -41,6 +41,8 @@ class Schedule:
     ) -> None:
         self.config = {"steps": steps, "kind": kind, "beta_start": beta_start, "beta_end": beta_end}
         self.config["as_given"] = as_given
+        if steps < 2:
+            raise UserError(f"noise schedule: {steps} steps, at least 2 are needed")
         self.T = steps
         if kind == "linear":
             scale = 1.0 if as_given else 1_000 / steps
@@ -57,7 +59,8 @@ class Schedule:
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ_t and √(1-ᾱ_t) as (batch, 1, 1, 1), for steps t (batch,)."""
-        alpha_bar = self.alpha_bars.to(t.device)[t].view(-1, 1, 1, 1)
+        self.alpha_bars = self.alpha_bars.to(t.device)
+        alpha_bar = self.alpha_bars[t].view(-1, 1, 1, 1)
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def time(self, t: Tensor, net: nn.Module) -> Tensor:
@@ -93,7 +96,9 @@ class Schedule:
         if spacing == "trailing":
             steps = [round(self.T * number / count) for number in range(count, 0, -1)]
         else:
-            steps = [min(self.T, 1 + offset + self.T * number // count) for number in range(count - 1, -1, -1)]
+            steps = [1 + offset + self.T * number // count for number in range(count - 1, -1, -1)]
+        if steps[0] > self.T:
+            raise UserError(f"--offset {offset}: {count} steps would begin at {steps[0]}, after {self.T:,}, the last")
         return steps
 
 

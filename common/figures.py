@@ -50,7 +50,7 @@ def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 200)
 
 def read_grids(folder: Path) -> list[Image.Image]:
     """The grids epoch_0001.png, … of a training run, in order."""
-    return [Image.open(file) for file in sorted(folder.glob("epoch_*.png"))]
+    return [Image.open(file).convert("RGB") for file in sorted(folder.glob("epoch_*.png"))]
 
 
 def save_labelled(

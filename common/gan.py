@@ -34,9 +34,14 @@ def sample(args: Sample) -> None:
     """Generate in float64: sums in another order, as other batch sizes have, then never change a rounded pixel."""
     if args.num_images < 1 or args.batch_size < 1:
         raise UserError("--num-images and --batch-size: at least 1")
+    if args.grid is not None and (args.grid.suffix != ".png" or args.grid.parent == args.output_dir):
+        raise UserError(f"--grid {args.grid}: must end in .png, and not lie in --output-dir")
     device = runs.make_accelerator(args.device, "fp32").device
+    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     net = runs.load_net(args.checkpoint, GENERATORS)[0].to(device, torch.float64)
     runs.make_output_dir(args.output_dir)
+    if args.grid is not None:
+        runs.make_output_dir(args.grid.parent, "--grid")
     digits, first = max(4, len(str(args.num_images - 1))), []
     for start in range(0, args.num_images, args.batch_size):
         numbers = range(start, min(start + args.batch_size, args.num_images))
@@ -71,8 +76,6 @@ def end_epoch(run: Run, net: nn.Module, real: Tensor, row: dict[str, Any], panel
     save_curves(run.history(), panels | {"variety, real = 1": ["variety"]}, run.dir / "figures" / "curves.png")
     if row["variety"] < 0.25 and row["step"] >= 1_000:  # the first faces are all grey
         run.log("warning: the generated faces are nearly the same: the generator collapsed")
-    if row.get("score_real", 0) > 0.95 and row.get("score_fake", 1) < 0.05:
-        run.log("warning: the discriminator is right about everything: the generator learns nothing")
 
 
 def finish(run: Run, net: nn.Module, extra: dict[str, Any]) -> None:

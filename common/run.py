@@ -219,6 +219,7 @@ class Run:
         self.last_save = self.started = time.monotonic()
         self.seconds_before = 0.0  # training time of the earlier sittings
         self.sums: dict[str, torch.Tensor] = {}  # of the epoch's losses so far
+        self.latest: dict[str, torch.Tensor] = {}  # the last step's, for the bar
         self.arguments = json.loads(json.dumps(dataclasses.asdict(args), default=str))
         self.config_file, result_file = self.dir / "config.json", self.dir / "result.json"
         if self.config_file.exists():
@@ -279,8 +280,11 @@ class Run:
         path, state, rows = self.dir / "last.pt", {"step": 0, "seconds": 0.0}, []
         if path.exists():
             state = self._read(path)
-            for name, part in parts.items():
-                part.load_state_dict(state.pop(name))
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(state.pop(name))
+            except (KeyError, ValueError, RuntimeError):
+                raise UserError(f"{path}: of another version of this script; remove {self.dir}") from None
             rows = [row for row in self.history() if row["step"] <= state["step"]]
             self.log(f"continuing {self.dir} after step {state['step']:,}")
         self.seconds_before = state["seconds"]
@@ -295,9 +299,15 @@ class Run:
         return state["step"]
 
     def save_state(self, step: int, parts: dict[str, Any]) -> None:
-        """Write last.pt: tensors, numbers and containers of them only, so that weights_only=True reads it."""
+        """Write last.pt: tensors, numbers and containers of them only, so that weights_only=True reads it.
+
+        Weights that are not finite end the program instead: last.pt is then as it was saved before.
+        """
         if self.is_main:
             state = {name: part.state_dict() for name, part in parts.items()}
+            nets = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+            if not all(value.isfinite().all() for net in nets for value in net.state_dict().values()):
+                raise UserError(f"{self.dir}: the weights of step {step:,} are not finite; a smaller --lr may help")
             state |= {"step": step, "seconds": self.seconds(), "sums": self.sums}
             atomic_write(self.dir / "last.pt", lambda path: torch.save(state, path))
         self.last_save = time.monotonic()
@@ -317,12 +327,14 @@ class Run:
     def add(self, step: int, values: dict[str, torch.Tensor]) -> None:
         """Add a step's losses (scalars on the device) to the epoch's sums; one that is no number ends the program.
 
-        last.pt is then as it was saved before.
+        last.pt is then as it was saved before. On a GPU every 50th step is looked at, for a look makes the CPU wait.
         """
-        if not torch.stack([value.detach().float() for value in values.values()]).isfinite().all():
+        seen = self.accelerator.device.type == "cpu" or step % 50 == 0
+        if seen and not torch.stack([value.detach().float() for value in values.values()]).isfinite().all():
             told = ", ".join(f"{name} {value.item():.4g}" for name, value in values.items())
             raise UserError(f"{self.dir}: step {step + 1:,} is not finite ({told}); a smaller --lr may help")
-        self.sums = {name: self.sums.get(name, 0.0) + value.detach().float() for name, value in values.items()}
+        self.latest = {name: value.detach().float() for name, value in values.items()}
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in self.latest.items()}
 
     def means(self, steps: int) -> dict[str, float]:
         """Means of what was added in an epoch of so many steps; the sums begin anew."""
@@ -355,8 +367,11 @@ class Run:
         try:
             hidden = None if self.is_main else True  # None: shown on a terminal only
             images = {"unit": "image", "unit_scale": images_per_step}
-            for step in tqdm(range(first, last), initial=first, total=last, disable=hidden, **images):
+            bar = tqdm(range(first, last), initial=first, total=last, disable=hidden, **images)
+            for step in bar:
                 yield step
+                if not bar.disable and step % 20 == 0:
+                    bar.set_postfix({name: f"{value.item():.3g}" for name, value in self.latest.items()})
                 if self.stopping:
                     self.log(f"stopped after step {step + 1:,}; the same command continues")
                     sys.exit(128 + (self.stop_signal or signal.SIGTERM))

@@ -36,7 +36,8 @@ class ClassPrior(nn.Module):
 
     Aligning features moves images of one class to another where the two domains' class frequencies differ. Source
     images weighted by the target's frequencies take that incentive away, without any label of the target: Tachet des
-    Combes et al., 2020, https://arxiv.org/abs/2003.04475
+    Combes et al., 2020, https://arxiv.org/abs/2003.04475. The source's own frequencies are taken as equal, as MNIST-M's
+    nearly are (9.1 to 11.3 %).
     """
 
     def __init__(self, classes: int = 10, momentum: float = 0.01) -> None:

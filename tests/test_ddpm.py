@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def small(data_dir: Path, name: str, **options) -> Train:
     """A run of two epochs of three steps."""
-    options = {"epochs": 2, "images_per_epoch": 24, "batch_size": 8, "width": 8, "grid_every": 1} | options
+    options = {"epochs": 2, "images_per_epoch": 24, "batch_size": 8, "width": 32, "grid_every": 1} | options
     options = {"domains": ("mnistm", "svhn"), "steps": 6, "schedule": "cosine"} | options
     return Train(data_dir=data_dir, output_dir=data_dir.parent / name, device="cpu", precision="fp32", **options)
 
@@ -114,7 +114,7 @@ def test_faces_are_learned_without_classes(tmp_path):
 
 def test_two_processes_train_one_model(data_dir):
     args = small(data_dir, "run", epochs=1)
-    flags = ["--data-dir", data_dir, "--output-dir", args.output_dir, "--domains", "mnistm", "svhn", "--width", "8"]
+    flags = ["--data-dir", data_dir, "--output-dir", args.output_dir, "--domains", "mnistm", "svhn", "--width", "32"]
     flags += [
         "--epochs",
         "1",
@@ -184,6 +184,9 @@ def test_published_weights_generate(tmp_path):
     torch.save({f"nn_model.{key}": value for key, value in net.state_dict().items()}, tmp_path / "x.pth")
     p2_ddpm_infer.main(options(tmp_path / "x.pth", tmp_path / "out", per_class=1, noise_steps=400))
     assert len(list((tmp_path / "out").iterdir())) == 10
+    model = p2_ddpm_infer.Model(options(tmp_path / "x.pth", tmp_path / "out", noise_steps=400))
+    assert model.schedule.a[400] == pytest.approx(np.prod(1 - np.linspace(1e-4, 0.02, 400)))  # as it was trained
+    assert model.net.flipped_one_hot
 
 
 def test_bad_input_is_one_line_and_status_2(checkpoint, data_dir, tmp_path, monkeypatch, capsys):

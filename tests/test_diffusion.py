@@ -93,8 +93,11 @@ def test_subsets_have_exactly_their_number_of_steps(count):
         assert 1 <= steps[-1] <= steps[0] <= 1000
         assert (steps[0] == 1000) if spacing == "trailing" else (steps[-1] == 1)
     assert schedule.subset(50, "leading", 1) == [2 + 20 * number for number in range(49, -1, -1)]  # t = 1 … 981 from 0
-    with pytest.raises(UserError, match="--steps 1001"):
-        schedule.subset(1001)
+    for wrong in (0, 1001):
+        with pytest.raises(UserError, match=f"--steps {wrong}"):
+            schedule.subset(wrong)
+    with pytest.raises(UserError, match="--offset 1: 1000 steps would begin at 1001"):
+        schedule.subset(1000, "leading", 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ samplers

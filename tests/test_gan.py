@@ -169,7 +169,7 @@ def test_diff_augment_by_policy():
         shifts |= set(found)
     assert len(shifts) > 10
     hidden = (diff_augment(images, generator(0), ("cutout",)) == 0).float().mean((1, 2, 3))
-    assert hidden.max() <= 0.25
+    assert hidden.max() == 0.25
     assert hidden.min() > 0.02
     leaf = images.clone().requires_grad_(True)
     diff_augment(leaf, generator(0), ("color", "translation", "cutout")).sum().backward()
@@ -269,10 +269,8 @@ def test_collapse_is_told(faces, capsys):
             return torch.zeros(len(latents), 3, 64, 64)
 
     real = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
-    end_epoch(run, Constant(), real, {"step": 2000, "epoch": 1, "score_real": 0.99, "score_fake": 0.01}, {})
-    told = capsys.readouterr().out
-    assert "the generator collapsed" in told
-    assert "the discriminator is right about everything" in told
+    end_epoch(run, Constant(), real, {"step": 2000, "epoch": 1}, {})
+    assert "the generator collapsed" in capsys.readouterr().out
     assert run.history()[0]["variety"] == 0
     assert spread(torch.stack([torch.zeros(3, 2, 2), torch.ones(3, 2, 2)])) == pytest.approx(0.5**0.5)
 
@@ -330,6 +328,7 @@ def test_bad_input_is_one_line_and_status_2(checkpoint, faces, tmp_path, monkeyp
         (["train", "--output-dir", "x", "--data-dir", faces], "00003.png: not a whole image"),
         (["sample", "--output-dir", "y", "--checkpoint", "critic.pth"], "critic.pth: is not this Generator"),
         (["sample", "--output-dir", "y", "--checkpoint", checkpoint, "--num-images", 0], "--num-images"),
+        (["sample", "--output-dir", "y", "--checkpoint", checkpoint, "--grid", "y/grid.png"], "--grid y/grid.png"),
     ):
         for script in (p1_dcgan, p1_wgangp):
             monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, words)])
