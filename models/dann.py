@@ -40,9 +40,9 @@ class ClassPrior(nn.Module):
     nearly are (9.1 to 11.3 %).
     """
 
-    def __init__(self, classes: int = 10, momentum: float = 0.01) -> None:
+    def __init__(self, classes: int = 10, trust: float = 1.0, momentum: float = 0.01) -> None:
         super().__init__()
-        self.momentum = momentum
+        self.trust, self.momentum = trust, momentum
         self.register_buffer("frequencies", torch.full((classes,), 1 / classes))
 
     @torch.no_grad()
@@ -51,8 +51,9 @@ class ClassPrior(nn.Module):
         self.frequencies.lerp_(log_p.float().exp().mean(0), self.momentum)
 
     def weights(self, labels: Tensor) -> Tensor:
-        """Weights of source images with these labels (batch,), 1 in the mean."""
-        weights = self.frequencies[labels]
+        """Weights of source images with these labels (batch,), 1 in the mean; all 1 for a trust of 0 (plain DANN)."""
+        weights = torch.lerp(torch.full_like(self.frequencies, 1 / len(self.frequencies)), self.frequencies, self.trust)
+        weights = weights[labels]
         return weights / weights.mean()
 
 

@@ -92,6 +92,9 @@ def test_source_images_weigh_as_their_class_is_frequent_in_the_target():
     frequencies = 0.05 + 0.5 * probabilities.mean(0)
     torch.testing.assert_close(prior.weights(labels), 10 * frequencies)
     torch.testing.assert_close(prior.weights(labels[:2]), 2 * frequencies[:2] / frequencies[:2].sum())
+    for trust, expected in ((0.0, torch.ones(10)), (0.5, 0.5 + 5 * frequencies)):
+        prior.trust = trust
+        torch.testing.assert_close(prior.weights(labels), expected)
 
     net, args = DannDeep(width=4).eval(), Recipe(output_dir=Path(), forward="joint")
     images = torch.randn(10, 3, 28, 28)
