@@ -112,9 +112,7 @@ def lambda_at(progress: float, lambda_max: float) -> float:
     return lambda_max * (2 / (1 + math.exp(-10 * progress)) - 1)
 
 
-def losses_of(
-    net: nn.Module, images: Tensor, labels: Tensor, lambd: float, args: Recipe, prior: ClassPrior
-) -> dict[str, Tensor]:
+def losses_of(net: nn.Module, images: Tensor, labels: Tensor, lambd: float, args: Recipe, prior: ClassPrior) -> dict:
     """Class loss of the labelled images, which come first in (batch, 3, 28, 28); domain loss if others follow."""
     labelled = len(labels)
     if args.forward == "joint" or len(images) == labelled:  # batch normalisation sees the mixture of both domains
@@ -123,8 +121,7 @@ def losses_of(
     else:  # each domain is normalised by its own batch; the running statistics are of both
         (class_log_p, source), (target_log_p, target) = net(images[:labelled], lambd), net(images[labelled:], lambd)
         domain_log_p = torch.cat([source, target])
-    # Equation 1. cross_entropy takes log-probabilities as they are, for their log_softmax is themselves.
-    losses = {"class_loss": F.cross_entropy(class_log_p, labels, label_smoothing=args.label_smoothing)}
+    losses = {"class_loss": F.cross_entropy(class_log_p, labels, label_smoothing=args.label_smoothing)}  # equation 1
     losses["class_accuracy"] = (class_log_p.argmax(1) == labels).float().mean()
     if len(images) > labelled:
         domain = (torch.arange(len(images), device=images.device) >= labelled).long()  # 0 source, 1 target
@@ -143,10 +140,7 @@ def train(args: Train) -> dict[str, Any]:
     run = Run(args, accelerator)
     if run.result is not None:
         return run.result if run.is_main else {}
-    labelled, target_pixels, validation = load_data(args)
-    pixels, labels, target_pixels = (
-        data.to(accelerator.device) for data in (labelled.pixels, labelled.labels, target_pixels)
-    )
+    pixels, labels, target_pixels, validation = load_data(args, accelerator.device)
 
     torch.manual_seed(runs.derive_seed(args.seed, "init"))
     bare_net = NETS[args.net]().to(accelerator.device, memory_format=torch.channels_last)
@@ -173,7 +167,6 @@ def train(args: Train) -> dict[str, Any]:
             images = torch.cat([images, target_pixels[target_rows]])
         images = augment_digits(normalise(images), rng, args.augmentation)
         images = images.contiguous(memory_format=torch.channels_last)
-
         losses = losses_of(net, images, labels[rows], lambd, args, prior)
         optimizer.zero_grad()
         prior.frequencies.copy_(accelerator.reduce(prior.frequencies, "mean"))  # the same for all processes
@@ -194,14 +187,15 @@ def train(args: Train) -> dict[str, Any]:
     return run.result or {}
 
 
-def load_data(args: Train) -> tuple[Images, Tensor, dict[str, Images]]:
-    """Labelled training images, unlabelled ones of the target, and validation images by domain (source-only: all)."""
+def load_data(args: Train, device: torch.device) -> tuple[Tensor, Tensor, Tensor, dict[str, Images]]:
+    """Training images, their labels, unlabelled ones of the target; validation images by domain (source-only: all)."""
     cache = args.output_dir.parent / "cache"
     labelled = load_digits(args.data_dir, args.target if args.method == "target" else args.source, "train", cache)
     target_pixels = load_digits(args.data_dir, args.target, "train", cache).pixels
     others = [d for d in DIGIT_DOMAINS if (args.data_dir / "digits" / d).is_dir()] if args.method == "source" else []
     judged = dict.fromkeys([args.target, *others, args.source])
-    return labelled, target_pixels, {domain: load_digits(args.data_dir, domain, "val", cache) for domain in judged}
+    validation = {domain: load_digits(args.data_dir, domain, "val", cache) for domain in judged}
+    return labelled.pixels.to(device), labelled.labels.to(device), target_pixels.to(device), validation
 
 
 def end_epoch(run: Run, args: Train, net: nn.Module, validation: dict[str, Images], row: dict[str, Any]) -> None:
