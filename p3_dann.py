@@ -40,7 +40,7 @@ REPORTED = {  # what three course reports state of their own nets, in %
 }
 RECIPES = {  # what options left at None become, by net
     "deep": {"epochs": 20, "lr": 1.5e-3, "lambda_max": 0.7, "prior": 1.0, "augmentation": 0.85, "forward": "joint"},
-    "cnn": {"epochs": 20, "lr": 1e-3, "lambda_max": 1.0, "prior": 0.0, "augmentation": 0.0, "forward": "separate"},
+    "cnn": {"epochs": 20, "lr": 1e-3, "lambda_max": 1.0, "prior": 0.5, "augmentation": 0.0, "forward": "joint"},
 }
 SCENARIO_RECIPES = {("deep", "usps"): {"prior": 0.5}}
 
