@@ -83,7 +83,8 @@ def decode_images(paths: list[Path], size: tuple[int, int] | None = None) -> tor
                 raise UserError(f"{paths[index]}: is {shape}, {paths[0].name} is {expected}")
             pixels[index] = image
 
-    with ThreadPoolExecutor() as pool:
+    workers = None if first.size > 3 * 32 * 32 else 1  # threads that decode tiny images wait for Python's lock only
+    with ThreadPoolExecutor(workers) as pool:
         list(pool.map(decode_some, range(0, len(paths), 512)))
     return torch.from_numpy(pixels)
 
