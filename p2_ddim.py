@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common import run as runs
 from common.data import to_uint8
-from common.diffusion import ImageNoise, Schedule, predictor, sample
+from common.diffusion import Schedule, predictor, sample
 from common.figures import save_grid, save_labelled
 from common.run import UserError
 from models.ddim_unet import DdimUnet
@@ -110,7 +110,7 @@ class Model:
         options["final_alpha"] = 1.0 if args.final_alpha == "one" else self.schedule.a[1]
         while start < len(noises):
             some = noises[start : start + args.batch_size].to(self.accelerator.device)
-            draw = ImageNoise(args.seed, range(start, start + len(some)), some.shape[1:], some.device)
+            draw = runs.ImageNoise(args.seed, range(start, start + len(some)), some.shape[1:], some.device)
             x = some.contiguous(memory_format=torch.channels_last)
             try:
                 with self.accelerator.autocast():

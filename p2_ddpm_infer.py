@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from common import run as runs
 from common.data import to_uint8
-from common.diffusion import Clamp, ImageNoise, Sampler, Schedule, Spacing, predictor, sample
+from common.diffusion import Clamp, Sampler, Schedule, Spacing, predictor, sample
 from common.figures import grid_of, save_gif, save_grid, save_labelled
 from common.run import UserError
 from models.attention_unet import AttentionUnet
@@ -76,7 +76,7 @@ class Model:
         """(t, uint8 images (n, 3, 28, 28)) from the noise at T down to t = 0."""
         args, device = self.args, self.accelerator.device
         labels = torch.tensor(digits, device=device) + 10 * self.domains.index(domain)
-        draw = ImageNoise(args.seed, numbers, (3, 28, 28), device)
+        draw = runs.ImageNoise(args.seed, numbers, (3, 28, 28), device)
         x = draw().contiguous(memory_format=torch.channels_last)
         yield self.schedule.T, to_uint8(x).cpu()
         predict = predictor(self.net, self.schedule, labels, guidance, args.interval)

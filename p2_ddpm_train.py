@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from common import run as runs
 from common.data import Images, draw_batch, load_digits, load_folder, normalise, to_uint8
-from common.diffusion import ImageNoise, Kind, Schedule, predictor, sample
+from common.diffusion import Kind, Schedule, predictor, sample
 from common.figures import read_grids, save_curves, save_gif, save_grid
 from common.run import Run, UserError, generator
 from models.attention_unet import AttentionUnet
@@ -179,7 +179,7 @@ def end_epoch(
     if row["epoch"] % args.grid_every == 0 or row["epoch"] == args.epochs:
         device = run.accelerator.device
         labels = torch.arange(classes, device=device).repeat_interleave(10) if classes else None
-        noise = ImageNoise(0, range(10 * classes or 32), shape, device)
+        noise = runs.ImageNoise(0, range(10 * classes or 32), shape, device)
         steps = schedule.subset(min(25, schedule.T))
         with run.accelerator.autocast():
             predict = predictor(net.eval(), schedule, labels)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from common.run import UserError, generator
+from common.run import UserError
 
 Kind = Literal["linear", "cosine"]
 Sampler = Literal["ddpm", "ddim", "dpm-solver++"]
@@ -193,15 +193,3 @@ def sample(
                 x = math.sqrt((1 - a_s) / (1 - a_t)) * x - math.sqrt(a_s) * math.expm1(-h) * data
             x0_before, log_snr_before = x0, log_snr
         yield Step(s, x, x0)
-
-
-class ImageNoise:
-    """Noise of images number k: first the start x_T, then that of each step; it depends on (seed, k) alone."""
-
-    def __init__(self, seed: int, numbers: Sequence[int], shape: Sequence[int], device: Any = "cpu") -> None:
-        self.generators = [generator(seed, "image", number) for number in numbers]
-        self.shape, self.device = tuple(shape), device
-
-    def __call__(self) -> Tensor:
-        """The next standard normal (images, *shape)."""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)

@@ -45,7 +45,7 @@ def sample(args: Sample) -> None:
     digits, first = max(4, len(str(args.num_images - 1))), []
     for start in range(0, args.num_images, args.batch_size):
         numbers = range(start, min(start + args.batch_size, args.num_images))
-        pixels = to_uint8(net(runs.noise(args.seed, numbers, net.latent).to(device, torch.float64))).cpu()
+        pixels = to_uint8(net(runs.ImageNoise(args.seed, numbers, (net.latent,))().to(device, torch.float64))).cpu()
         for number, image in zip(numbers, pixels, strict=True):
             save_grid(image[None], args.output_dir / f"{number:0{digits}}.png", columns=1, padding=0)
         first += [image for number, image in zip(numbers, pixels, strict=True) if number < 32]
@@ -68,7 +68,8 @@ def end_epoch(run: Run, net: nn.Module, real: Tensor, row: dict[str, Any], panel
     if not run.is_main:
         return
     with run.accelerator.autocast():
-        pixels = to_uint8(net.eval()(runs.noise(0, range(32), net.latent).to(run.accelerator.device))).cpu()
+        latents = runs.ImageNoise(0, range(32), (net.latent,), run.accelerator.device)()
+        pixels = to_uint8(net.eval()(latents)).cpu()
     save_grid(pixels, run.dir / "samples" / f"epoch_{row['epoch']:04d}.png", columns=8)
     row["variety"] = spread(pixels) / spread(real)
     run.metrics(row)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,9 +88,16 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
     return torch.Generator(device).manual_seed(derive_seed(*key))
 
 
-def noise(seed: int, numbers: Iterable[int], *shape: int) -> torch.Tensor:
-    """Standard normal (len(numbers), *shape) on the CPU; row k depends on the seed and numbers[k] alone."""
-    return torch.stack([torch.randn(shape, generator=generator(seed, "noise", number)) for number in numbers])
+class ImageNoise:
+    """Noise of images number k: first the start x_T, then that of each step; it depends on (seed, k) alone."""
+
+    def __init__(self, seed: int, numbers: Sequence[int], shape: Sequence[int], device: Any = "cpu") -> None:
+        self.generators = [generator(seed, "image", number) for number in numbers]
+        self.shape, self.device = tuple(shape), device
+
+    def __call__(self) -> torch.Tensor:
+        """The next standard normal (images, *shape)."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
 
 
 def warmup_cosine(progress: float, warm_up: float) -> float:

@@ -1,7 +1,11 @@
 """Fixtures: a tiny course layout."""
 
 import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the tests' nets are tiny
 
@@ -9,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from common.run import Run
 
 torch.set_num_threads(1)
 
@@ -37,3 +43,23 @@ def data_dir(tmp_path: Path) -> Path:
         counts = {"train": 60, "val": 30}
         write_domain(tmp_path / "hw2_data" / "digits" / domain, counts, grey=domain == "usps", seed=seed)
     return tmp_path / "hw2_data"
+
+
+@pytest.fixture
+def stop_in_step_1(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable, Any], None]:
+    """`stop_in_step_1(train, args)` trains as if SIGTERM came within step 1, the second; it must end the program."""
+
+    def steps(self: Run, first: int, last: int, images_per_step: int) -> Iterator[int]:
+        for step in range(first, last):
+            self.stop_signal = signal.SIGTERM if step == 1 else None
+            yield step
+            if self.stopping:
+                sys.exit(128 + signal.SIGTERM)
+
+    def stop(train: Callable, args: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "steps", steps)
+            with pytest.raises(SystemExit):
+                train(args)
+
+    return stop

@@ -228,21 +228,10 @@ def test_killed_and_interrupted_runs_end_in_the_same_weights(data_dir):
     assert rows[0] == rows[1]
 
 
-def test_a_run_resumes_in_the_middle_of_an_epoch(data_dir, monkeypatch):
+def test_a_run_resumes_in_the_middle_of_an_epoch(data_dir, stop_in_step_1):
     whole, cut = small(data_dir, "whole"), small(data_dir, "cut")
     train(whole)
-
-    def steps_and_stop(self, first, last, images):
-        for step in range(first, last):
-            self.stop_signal = signal.SIGTERM if step == 1 else None  # as if the signal came within step 1
-            yield step
-            if self.stopping:
-                sys.exit(128 + signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(p3_dann.Run, "steps", steps_and_stop)
-        with pytest.raises(SystemExit):
-            train(cut)
+    stop_in_step_1(train, cut)
     assert torch.load(cut.output_dir / "last.pt", weights_only=True)["step"] == 2
     train(cut)
     assert_same_weights(whole.output_dir, cut.output_dir)

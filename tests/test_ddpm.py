@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import nn
 import p2_ddpm_infer
 import p2_ddpm_train
 from common.diffusion import Schedule
-from common.run import Run, command_line, generator, load_weights
+from common.run import command_line, generator, load_weights
 from models.context_unet import ContextUnet
 from p2_ddpm_infer import Generate
 from p2_ddpm_train import Train, loss_of, train
@@ -73,22 +72,11 @@ def test_domains_are_balanced_and_labelled_apart(data_dir, monkeypatch):
 
 
 @pytest.mark.parametrize("net", ["context", "attention"])
-def test_training_resumes_bit_for_bit_within_an_epoch(net, data_dir, monkeypatch):
+def test_training_resumes_bit_for_bit_within_an_epoch(net, data_dir, stop_in_step_1):
     options = {"net": net}
     whole, cut = small(data_dir, "whole", **options), small(data_dir, "cut", **options)
     train(whole)
-
-    def steps_and_stop(self, first, last, images):
-        for step in range(first, last):
-            self.stop_signal = signal.SIGTERM if step == 1 else None  # as if the signal came within step 1
-            yield step
-            if self.stopping:
-                sys.exit(128 + signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "steps", steps_and_stop)
-        with pytest.raises(SystemExit):
-            train(cut)
+    stop_in_step_1(train, cut)
     assert torch.load(cut.output_dir / "last.pt", weights_only=True)["step"] == 2
     train(cut)
     a, b = (load_weights(run.output_dir / "model.safetensors")[0] for run in (whole, cut))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from common.diffusion import ImageNoise, Schedule, clamp_x0, predictor, sample
-from common.run import UserError
+from common.diffusion import Schedule, clamp_x0, predictor, sample
+from common.run import ImageNoise, UserError
 
 
 def predict(x: torch.Tensor, fraction: float) -> torch.Tensor:

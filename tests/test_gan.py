@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -180,21 +179,10 @@ def test_diff_augment_by_policy():
 
 
 @pytest.mark.parametrize("script", [p1_dcgan, p1_wgangp])
-def test_training_resumes_bit_for_bit_within_an_epoch(script, faces, monkeypatch):
+def test_training_resumes_bit_for_bit_within_an_epoch(script, faces, stop_in_step_1):
     whole, cut = options(script, faces, "whole"), options(script, faces, "cut")
     script.train(whole)
-
-    def steps_and_stop(self, first, last, images):
-        for step in range(first, last):
-            self.stop_signal = signal.SIGTERM if step == 1 else None  # as if the signal came within step 1
-            yield step
-            if self.stopping:
-                sys.exit(128 + signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "steps", steps_and_stop)
-        with pytest.raises(SystemExit):
-            script.train(cut)
+    stop_in_step_1(script.train, cut)
     assert torch.load(cut.output_dir / "last.pt", weights_only=True)["step"] == 2
     result = script.train(cut)
     a, b = (load_weights(run.output_dir / "model.safetensors")[0] for run in (whole, cut))
@@ -309,7 +297,7 @@ def test_samples_depend_on_seed_and_number_alone(checkpoint, tmp_path):
     assert Image.open(tmp_path / "a.png").size == (8 * 66 + 2, 4 * 66 + 2)
     net = load_net(checkpoint, GENERATORS)[0]
     with torch.inference_mode():  # eval mode: by the running statistics
-        latents = torch.randn(100, generator=generator(0, "noise", 3))
+        latents = torch.randn(100, generator=generator(0, "image", 3))
         expected = ((net(latents[None])[0] + 1) * 127.5).permute(1, 2, 0)
     pixels = np.asarray(Image.open(folders[0] / "0003.png"))
     assert pixels.shape == (64, 64, 3)
