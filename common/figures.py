@@ -85,11 +85,16 @@ def save_curves(rows: list[dict[str, Any]], panels: dict[str, Sequence[str]], pa
     save_figure(figure, path)
 
 
-def save_table(rows: list[list[str]], path: Path, title: str = "") -> None:
-    """Write a table (its first row is the header) as `path` with .csv, .md and .png."""
+def save_csv(rows: list[list[str]], path: Path) -> None:
+    """Write a table (its first row is the header) as csv."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    atomic_write(path.with_suffix(".csv"), text.getvalue())
+    atomic_write(path, text.getvalue())
+
+
+def save_table(rows: list[list[str]], path: Path, title: str = "") -> None:
+    """Write a table (its first row is the header) as `path` with .csv, .md and .png."""
+    save_csv(rows, path.with_suffix(".csv"))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     atomic_write(path.with_suffix(".md"), "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n")
     figure, axis = plt.subplots(figsize=(2.2 * len(rows[0]), 0.32 * len(rows) + 0.4))
