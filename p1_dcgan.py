@@ -37,6 +37,7 @@ class Train:
     data_dir: Path = Path("hw2_data")  # Folder with face/train.
     epochs: int = 100  # Passes over the images.
     batch_size: int = 64  # Images of a step, over all processes.
+    width: int = 64  # Channels of the layers next to the images; deeper ones have 2, 4 and 8 times as many.
     lr: float = 2e-4  # Learning rate of both Adams.
     beta1: float = 0.5  # First moment's decay of both Adams.
     real_label: float = 0.9  # The discriminator's target for real images (label smoothing; 1 is none) ...
@@ -65,7 +66,9 @@ def train(args: Train) -> dict[str, Any]:
     pixels = load_folder(args.data_dir / "face" / "train", (64, 64), args.output_dir.parent / "cache").pixels.to(device)
 
     torch.manual_seed(runs.derive_seed(args.seed, "init"))
-    bare_g, bare_d = (net().to(device, memory_format=torch.channels_last) for net in (Generator, Discriminator))
+    bare_g, bare_d = (
+        net(width=args.width).to(device, memory_format=torch.channels_last) for net in (Generator, Discriminator)
+    )
     ema = copy.deepcopy(bare_g)
     adams = [torch.optim.Adam(n.parameters(), args.lr, (args.beta1, 0.999), fused=True) for n in (bare_g, bare_d)]
     g, d, g_adam, d_adam = accelerator.prepare(bare_g, bare_d, *adams)

@@ -36,6 +36,7 @@ class Train:
     data_dir: Path = Path("hw2_data")  # Folder with face/train.
     epochs: int = 200  # Passes of the critic over the images.
     batch_size: int = 64  # Images of a step, over all processes.
+    width: int = 64  # Channels of the layers next to the images; deeper ones have 2, 4 and 8 times as many.
     lr: float = 1e-4  # Learning rate of both Adams.
     beta1: float = 0.0  # First moment's decay of both Adams ...
     beta2: float = 0.9  # ... and second moment's.
@@ -77,7 +78,7 @@ def train(args: Train) -> dict[str, Any]:
     pixels = load_folder(args.data_dir / "face" / "train", (64, 64), args.output_dir.parent / "cache").pixels.to(device)
 
     torch.manual_seed(runs.derive_seed(args.seed, "init"))
-    bare_g, bare_c = GENERATORS[args.net](), Critic(norm=args.norm, spectral=args.spectral)
+    bare_g, bare_c = GENERATORS[args.net](width=args.width), Critic(args.width, args.norm, args.spectral)
     bare_g, bare_c = (net.to(device, memory_format=torch.channels_last) for net in (bare_g, bare_c))
     ema = copy.deepcopy(bare_g)
     betas = (args.beta1, args.beta2)

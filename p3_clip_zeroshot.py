@@ -85,7 +85,7 @@ class Pretrain:
     output_dir: Path  # Where everything is written; the same command again continues an interrupted run.
     data_dir: Path = Path("hw2_data")  # As for zero-shot classification.
     split: str = "train"  # Sub-folder with the images.
-    epochs: int = 20  # Passes over the images.
+    epochs: int = 16  # Passes over the images.
     batch_size: int = 128  # Images of a step, over all processes.
     lr: float = 1e-3  # Peak learning rate of AdamW.
     weight_decay: float = 0.05  # Of matrices and convolutions.

@@ -50,7 +50,7 @@ class Generator(nn.Module):
 class ProjectionGenerator(nn.Module):
     """The larger generator: projection to 1024x4x4, then 5x5 transposed convolutions, 18.8 M parameters."""
 
-    def __init__(self, latent: int = 100, width: int = 128) -> None:
+    def __init__(self, latent: int = 100, width: int = 64) -> None:
         super().__init__()
         self.config = {"net": "projection", "arguments": {"latent": latent, "width": width}}
         self.latent = latent
@@ -58,17 +58,17 @@ class ProjectionGenerator(nn.Module):
         def double(before: int, after: int) -> nn.Module:  # twice the height and width
             return nn.ConvTranspose2d(before, after, 5, 2, padding=2, output_padding=1, bias=False)
 
-        wide = 8 * width
+        wide = 16 * width
         self.project = nn.Sequential(
             nn.ConvTranspose2d(latent, wide, 4, bias=False), nn.BatchNorm2d(wide), nn.ReLU(inplace=True)
         )
         self.conv = nn.Sequential(
             *(
                 nn.Sequential(double(2 * after, after), nn.BatchNorm2d(after), nn.ReLU(inplace=True))
-                for after in (4 * width, 2 * width, width)
+                for after in (8 * width, 4 * width, 2 * width)
             )
         )
-        self.last = nn.Sequential(double(width, 3), nn.Tanh())
+        self.last = nn.Sequential(double(2 * width, 3), nn.Tanh())
         initialise(self)
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def faces(tmp_path: Path) -> Path:
 
 def options(script, data_dir: Path, name: str, **others):
     """A run of two epochs of three steps."""
-    others = {"epochs": 2, "batch_size": 4} | others
+    others = {"epochs": 2, "batch_size": 4, "width": 8} | others
     return script.Train(data_dir=data_dir, output_dir=data_dir.parent / name, device="cpu", precision="fp32", **others)
 
 
@@ -104,7 +104,7 @@ def test_instance_norm_is_that_of_torch():
 
 
 def test_the_projection_generator_is_the_printed_one():
-    net = ProjectionGenerator(width=4)
+    net = ProjectionGenerator(width=2)
     assert [s for kind, s in shapes(net) if kind == "ConvTranspose2d"] == [
         [100, 32, 4, 4],
         [32, 16, 5, 5],
