@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from common import run as runs
 from common.augment import augment_digits
-from common.data import DIGIT_DOMAINS, DIGIT_SIZE, Images, draw_batch, load_digits, load_folder, normalise
+from common.data import DIGIT_DOMAINS, DIGIT_SIZE, Images, draw_batch, is_grey, load_digits, load_folder, normalise
 from common.figures import save_curves, save_table, save_tsne
 from common.metrics import accuracy, classify
 from common.run import Run, UserError, generator
@@ -218,7 +218,7 @@ def finish(run: Run, args: Train, net: nn.Module, validation: dict[str, Images])
     recorded = {d: [row[f"accuracy_{d}"] for row in rows] for d in validation if d != args.source}
     result = {
         "accuracy": {d: accuracy(net, images, run.accelerator) for d, images in validation.items()},
-        "grey": {d: bool((images.pixels == images.pixels[:, :1]).all()) for d, images in validation.items()},
+        "grey": {d: is_grey(images.pixels) for d, images in validation.items()},
         "largest_swing_of_last_5_epochs": {d: np.abs(np.diff(v[-5:])).max(initial=0) for d, v in recorded.items()},
         "oracle_best_accuracy": {d: max(values) for d, values in recorded.items()},  # chosen by labels: not a result
     }

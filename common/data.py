@@ -44,15 +44,22 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-def list_images(folder: Path) -> list[Path]:
-    """PNG and JPEG files directly in `folder`, sorted by name. UserError if it is missing or has none."""
+def is_grey(pixels: torch.Tensor) -> bool:
+    """Whether images (n, 3, height, width) have no colour."""
+    return bool((pixels == pixels[:, :1]).all())
+
+
+def list_images(folder: Path, recursive: bool = False) -> list[Path]:
+    """PNG and JPEG files in `folder` (and its sub-folders), sorted, no hidden one. UserError if missing or empty."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    paths = sorted(folder / name for name in names if Path(name).suffix.lower() in SUFFIXES)
+    paths = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        paths += [Path(parent, n) for n in names if Path(n).suffix.lower() in SUFFIXES and not n.startswith(".")]
     if not paths:
         raise UserError(f"{folder}: no PNG or JPEG image in it")
-    return paths
+    return sorted(paths)
 
 
 def decode_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -123,11 +130,13 @@ def split_80_20(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return order[:cut].sort().values, order[cut:].sort().values
 
 
-def load_digits(data_dir: Path, domain: str, split: str, cache_dir: Path | None = None) -> Images:
+def load_digits(
+    data_dir: Path, domain: str, split: str, cache_dir: Path | None = None, flag: str = "--data-dir"
+) -> Images:
     """One split ("train" or "val") of a digit domain, as 28x28 RGB. UserError if it is missing or broken."""
     folder = data_dir / "digits" / domain
     if not folder.is_dir():
-        raise UserError(f"--data-dir {data_dir}: has no digit domain '{domain}' (no folder {folder})")
+        raise UserError(f"{flag} {data_dir}: has no digit domain '{domain}' (no folder {folder})")
     if (folder / "val.csv").is_file():
         paths, labels = read_labels(folder / f"{split}.csv", folder / "data")
     else:  # 2024's layout: one csv, split by us

@@ -150,57 +150,59 @@ def make_output_dir(folder: Path, flag: str = "--output-dir") -> Path:
     return folder
 
 
-def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_weights(path: Path, flag: str = "--checkpoint") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Weights and configuration of a checkpoint: ours (.safetensors) or a published pickle in any usual wrapping.
 
     Pickles are read with weights_only=True, so that a hostile file cannot run code. Raises UserError naming the file.
     """
     if not path.is_file():
-        raise UserError(f"--checkpoint {path}: no such file")
+        raise UserError(f"{flag} {path}: no such file")
     if path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, "pt") as file:
                 config = json.loads((file.metadata() or {}).get("config", "{}"))
             return safetensors.torch.load_file(path), config
         except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-            raise UserError(f"--checkpoint {path}: not a whole safetensors file ({error})") from None
+            raise UserError(f"{flag} {path}: not a whole safetensors file ({error})") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # what a damaged or hostile pickle raises is anybody's guess
-        raise UserError(f"--checkpoint {path}: not a whole file of PyTorch weights (only tensors are loaded)") from None
+        raise UserError(f"{flag} {path}: not a whole file of PyTorch weights (only tensors are loaded)") from None
     for key in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     content = content if isinstance(content, dict) else {}
     weights = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if not weights:
-        raise UserError(f"--checkpoint {path}: holds no dictionary of weights")
+        raise UserError(f"{flag} {path}: holds no dictionary of weights")
     while prefix := next((p for p in PREFIXES if any(key.startswith(p) for key in weights)), None):
         weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     return weights, {}
 
 
-def load_net(path: Path, nets: dict[str, type[torch.nn.Module]]) -> tuple[torch.nn.Module, dict[str, Any]]:
+def load_net(
+    path: Path, nets: dict[str, type[torch.nn.Module]], flag: str = "--checkpoint"
+) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The net of a checkpoint, in eval mode, and the configuration in its metadata.
 
     `nets` maps the names of the metadata to classes; a published file, which names none, is the first of them.
     Loading is strict: a checkpoint of another net is a UserError that names the first key in the way.
     """
-    weights, config = load_weights(path)
+    weights, config = load_weights(path, flag)
     name = config.get("net", next(iter(nets)))
     if name not in nets:
-        raise UserError(f"--checkpoint {path}: is a net '{name}', expected {' or '.join(nets)}")
+        raise UserError(f"{flag} {path}: is a net '{name}', expected {' or '.join(nets)}")
     read = getattr(nets[name], "arguments_of", lambda weights: {})  # a published file's, by its shapes
     try:
         net = nets[name](**config.get("arguments") or read(weights))
     except (KeyError, TypeError):
-        raise UserError(f"--checkpoint {path}: is not a {nets[name].__name__}") from None
+        raise UserError(f"{flag} {path}: is not a {nets[name].__name__}") from None
     shapes = ({key: list(value.shape) for key, value in state.items()} for state in (net.state_dict(), weights))
     expected, found = shapes
     for key in {**expected, **found}:
         if found.get(key) != expected.get(key):
             told = f"'{key}' is {found.get(key, 'missing')}, expected {expected.get(key, 'no such key')}"
-            raise UserError(f"--checkpoint {path}: is not this {nets[name].__name__} ({told})")
+            raise UserError(f"{flag} {path}: is not this {nets[name].__name__} ({told})")
     net.load_state_dict(weights)
     return net.eval(), config
 

@@ -22,11 +22,15 @@ class DigitClassifier(nn.Module):
         self.fc2 = nn.Linear(128, 64)
         self.fc3 = nn.Linear(64, 10)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (batch, 3, 28, 28) in [-1, 1] → logits (batch, 10)."""
+    def features(self, images: Tensor) -> Tensor:
+        """Images (batch, 3, 28, 28) in [-1, 1] → features (batch, 64), which the last layer reads."""
         x = F.relu(F.max_pool2d(self.conv1(images), 2))  # 28 → 24 → 12
         x = F.relu(F.max_pool2d(self.conv2(x), 2)).flatten(1)  # 12 → 8 → 4; (batch, 16, 4, 4) → (batch, 256)
-        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
+        return F.relu(self.fc2(F.relu(self.fc1(x))))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (batch, 3, 28, 28) in [-1, 1] → logits (batch, 10)."""
+        return self.fc3(self.features(images))
 
 
 class ResidualBlock(nn.Module):

@@ -14,10 +14,11 @@ from PIL import Image
 from pytorch_fid import fid_score, inception
 from torchvision.transforms.functional import gaussian_blur
 
-import score
 from common import run as runs
 from common.run import UserError
-from score import Faces, Fid, frechet_distance, main, random_features
+from score import Faces, Fid, main
+from scoring import progress
+from scoring.frechet import frechet_distance, random_features
 from synthesis.faces import draw_face
 
 
@@ -387,8 +388,8 @@ def test_faces_names_what_is_wrong(tmp_path, monkeypatch, capsys):
 
 def test_long_work_tells_the_time_left(monkeypatch, capsys):
     clock = iter(range(0, 1000, 6))
-    monkeypatch.setattr(score.time, "monotonic", lambda: next(clock))
-    assert list(score.watch("abcd", 4, "letters")) == ["a", "b", "c", "d"]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    assert list(progress.watch("abcd", 4, "letters")) == ["a", "b", "c", "d"]
     assert capsys.readouterr().err == "letters: 2/4, about 00:12 left\n"
 
 
