@@ -2,6 +2,8 @@
 
     digits/{mnistm,svhn,usps}/{data/NNNNN.png, train.csv, val.csv}     28x28, usps grey, the others RGB
     face/{train/NNNNN.png, val/NNNNN.png, list_attr_celeba.txt}        64x64 RGB
+    face/noise/{00.pt, ..., 09.pt}                                     what DDIM starts from; here of 64x64 images
+    clip_zeroshot/{train/, val/}{CLASS}_{IMAGE}.png, id2label.json     the course hands out val/ alone
 
     python prepare_data.py synthetic                       # drawn here, no network, under a minute
     python prepare_data.py download --year 2022            # the course's own archive
@@ -32,16 +34,16 @@ from tyro.conf import Positional
 
 from common.data import list_images
 from common.run import UserError, command_line, make_output_dir
-from synthesis import archive, digits, faces, inspection, layout, looks, public
+from synthesis import archive, digits, faces, inspection, layout, looks, objects, public
 
 Part = Literal["digits/mnistm", "digits/svhn", "digits/usps", "face"]
-DRAWING_VERSION = 1  # raise it when the drawn pictures change
+DRAWING_VERSION = 2  # raise it when the drawn pictures change
 CHUNK = 50  # images per task of a worker
 
 
 @dataclass
 class Synthetic:
-    """Draw the whole layout: handwriting on photographs, house numbers from fonts, faces. No network."""
+    """Draw the whole layout: handwriting on photographs, house numbers from fonts, faces, objects. No network."""
 
     data_dir: Path = Path("hw2_data")
     """Where to write; a part that is there already with the same settings is kept."""
@@ -55,6 +57,8 @@ class Synthetic:
     """Images for train and val."""
     face: tuple[int, int] = (4000, 1000)
     """Images for train and val."""
+    clip_zeroshot: tuple[int, int] = (1800, 600)
+    """Images for train and val, of twelve classes in turn."""
     num_workers: int = os.cpu_count() or 1
     """Processes that draw."""
 
@@ -97,11 +101,15 @@ def draw_chunk(task: tuple[str, int, str, range, int, Path]) -> list[Any]:
     part, seed, split, rows, first, folder = task
     known = []
     for k in rows:
+        name = f"{first + k:05d}.png"
         if part == "face":
             image, what = faces.draw_face(np.random.default_rng([seed, digits.SPLITS.index(split), k]))
+        elif part == "clip_zeroshot":
+            number, what = divmod(k, len(objects.NAMES))
+            image, name = objects.draw_object(seed, split, what, number), f"{what}_{number}.png"
         else:
             image, what = digits.draw_digit(seed, part.removeprefix("digits/"), split, k)
-        layout.save_image(image, folder / f"{first + k:05d}.png")
+        layout.save_image(image, folder / name)
         known.append(what)
     return known
 
@@ -121,7 +129,7 @@ def draw_part(folder: Path, part: str, seed: int, counts: tuple[int, int], run_m
     """Fill `folder` with a drawn part; the validation images are numbered after the training images."""
     attribute_rows = []
     for split, first, count in zip(digits.SPLITS, (0, counts[0]), counts, strict=True):
-        images = folder / (split if part == "face" else "data")
+        images = folder / ("data" if part.startswith("digits/") else split)
         images.mkdir(exist_ok=True)
         chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
         results = run_map(draw_chunk, [(part, seed, split, rows, first, images) for rows in chunks])
@@ -129,10 +137,13 @@ def draw_part(folder: Path, part: str, seed: int, counts: tuple[int, int], run_m
         known = [what for chunk in bar for what in chunk]
         if part == "face":
             attribute_rows += [(f"{first + k:05d}.png", values) for k, values in enumerate(known)]
-        else:
+        elif part != "clip_zeroshot":
             layout.write_labels(folder, split, first, known)
     if part == "face":
         layout.write_attributes(folder, looks.ATTRIBUTES, attribute_rows)
+        layout.write_noises(folder / "noise", seed)
+    elif part == "clip_zeroshot":
+        layout.write_names(folder, objects.NAMES)
 
 
 def one_face_rate(paths: Sequence[Path]) -> float:
@@ -146,9 +157,12 @@ def one_face_rate(paths: Sequence[Path]) -> float:
 def synthetic(args: Synthetic) -> None:
     """Draw the parts that are not there yet; UserError if other data is in their place."""
     counts = {f"digits/{domain}": getattr(args, domain) for domain in digits.DOMAINS} | {"face": args.face}
+    counts["clip_zeroshot"] = args.clip_zeroshot
     for part, (train, val) in counts.items():
         if min(train, val) < 1:
-            raise UserError(f"--{part.removeprefix('digits/')} {train} {val}: each split needs an image")
+            raise UserError(
+                f"--{part.removeprefix('digits/').replace('_', '-')} {train} {val}: each split needs an image"
+            )
     make_output_dir(args.data_dir, "--data-dir")
     settings = {
         part: {"made_by": "synthetic", "version": DRAWING_VERSION, "seed": args.seed, "train": train, "val": val}

@@ -15,7 +15,7 @@ from common.data import DIGIT_SIZE, list_images, read_labels
 from common.run import UserError, load_weights
 
 CSV_NAMES = ("train.csv", "val.csv", "test.csv")
-NOISE_SHAPE = (1, 3, 256, 256)
+NOISE_SHAPES = ((1, 3, 256, 256), (1, 3, 64, 64))  # the course's; of our 64x64 model
 SHOWN = 5  # file names per complaint
 
 
@@ -122,7 +122,7 @@ def inspect_faces(folder: Path, report: Report) -> None:
 
 def inspect_inversion(folder: Path, report: Report) -> None:
     """2023's and 2024's DDIM problem: noise/*.pt, GT/*.png and UNet.pt."""
-    noises = sorted((folder / "noise").glob("*.pt"))
+    noises, sizes = sorted((folder / "noise").glob("*.pt")), set()
     for path in noises:
         try:
             noise = torch.load(path, map_location="cpu", weights_only=True)
@@ -130,10 +130,12 @@ def inspect_inversion(folder: Path, report: Report) -> None:
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AttributeError):
             report.problems.append(f"{path}: not a whole tensor")
             continue
-        if shape != NOISE_SHAPE:
-            report.problems.append(f"{path}: shape {shape}, expected {NOISE_SHAPE}")
+        if shape in NOISE_SHAPES:
+            sizes.add(f"{shape[3]}x{shape[2]}")
+        else:
+            report.problems.append(f"{path}: shape {shape}, expected {NOISE_SHAPES[0]}")
     if noises:
-        report.rows.append(("face", "noise", f"{len(noises)}", "256x256", "", ""))
+        report.rows.append(("face", "noise", f"{len(noises)}", " ".join(sorted(sizes)) or "-", "", ""))
     if (folder / "GT").is_dir():
         names, sizes, channels = inspect_images(folder / "GT", (256, 256), report)
         report.rows.append(("face", "GT", f"{len(names)}", sizes, channels, ""))
@@ -149,18 +151,20 @@ def inspect_inversion(folder: Path, report: Report) -> None:
 
 
 def inspect_zero_shot(folder: Path, report: Report) -> None:
-    """clip_zeroshot/: val/{class_id}_{image_id}.png and id2label.json."""
-    names, sizes, channels = inspect_images(folder / "val", None, report)
+    """clip_zeroshot/: {class_id}_{image_id}.png in val/, perhaps in train/ too, and id2label.json."""
     try:
         labels = json.loads((folder / "id2label.json").read_text())
     except (OSError, ValueError):
         report.problems.append(f"{folder / 'id2label.json'}: missing or not json")
         labels = None
-    odd = [n for n in names if not re.match(r"\d+_\d+\.", n) or (labels is not None and n.split("_")[0] not in labels)]
-    if odd:
-        report.problems.append(f"{folder / 'val'}: {len(odd):,} names without a known class id: {some(odd)}")
-    classes = f"{len({name.split('_')[0] for name in names})} classes"
-    report.rows.append(("clip_zeroshot", "val", f"{len(names):,}", sizes, channels, classes))
+    for split in ("train", "val") if (folder / "train").is_dir() else ("val",):
+        names, sizes, channels = inspect_images(folder / split, None, report)
+        ids = {name: name.split("_")[0] for name in names}
+        odd = [n for n in names if not re.match(r"\d+_\d+\.", n) or (labels is not None and ids[n] not in labels)]
+        if odd:
+            report.problems.append(f"{folder / split}: {len(odd):,} names without a known class id: {some(odd)}")
+        classes = f"{len(set(ids.values()))} classes"
+        report.rows.append(("clip_zeroshot", split, f"{len(names):,}", sizes, channels, classes))
 
 
 def inspect_folder(data_dir: Path) -> Report:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.run import UserError
+from common.run import UserError, generator
 from synthesis.digits import SPLITS
 from synthesis.public import crop_face
 
@@ -58,6 +59,18 @@ def write_attributes(folder: Path, names: Sequence[str], rows: Sequence[tuple[st
     lines = [f"{image} " + " ".join(f"{value:2d}" for value in values) for image, values in rows]
     text = "\n".join([str(len(rows)), " ".join(names) + " ", *lines]) + "\n"
     (folder / "list_attr_celeba.txt").write_text(text)
+
+
+def write_noises(folder: Path, seed: int) -> None:
+    """00.pt … 09.pt: standard normal (1, 3, 64, 64), each of its own generator."""
+    folder.mkdir()
+    for k in range(10):
+        torch.save(torch.randn((1, 3, 64, 64), generator=generator(seed, "face noise", k)), folder / f"{k:02d}.pt")
+
+
+def write_names(folder: Path, names: Sequence[str]) -> None:
+    """id2label.json: class ids as strings, and the names."""
+    (folder / "id2label.json").write_text(json.dumps({str(k): name for k, name in enumerate(names)}, indent=1) + "\n")
 
 
 def save_image(image: np.ndarray, path: Path) -> None:

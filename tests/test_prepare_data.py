@@ -15,9 +15,16 @@ from PIL import Image
 import prepare_data
 from common.run import UserError
 from prepare_data import Check, Download, Synthetic
-from synthesis import archive, digits, looks, public
+from synthesis import archive, digits, looks, objects, public
 
-TINY = {"mnistm": (20, 10), "svhn": (20, 10), "usps": (20, 10), "face": (3, 2), "num_workers": 1}
+TINY = {
+    "mnistm": (20, 10),
+    "svhn": (20, 10),
+    "usps": (20, 10),
+    "face": (3, 2),
+    "clip_zeroshot": (24, 13),
+    "num_workers": 1,
+}
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -84,6 +91,49 @@ def test_image_depends_on_its_own_index_only(made):
             assert np.array_equal(np.asarray(stored), image)
         assert read_rows(made / "digits" / domain / "val.csv")[6] == ["00025.png", str(label)]
         assert not np.array_equal(digits.draw_digit(1, domain, "val", 5)[0], image)
+
+
+def test_objects_and_their_names(made):
+    folder = made / "clip_zeroshot"
+    assert json.loads((folder / "id2label.json").read_text()) == {str(k): name for k, name in enumerate(objects.NAMES)}
+    assert len(objects.NAMES) == 12
+    for split, count in (("train", 24), ("val", 13)):
+        names = {path.name for path in (folder / split).iterdir()}
+        assert names == {f"{k % 12}_{k // 12}.png" for k in range(count)}
+    with Image.open(folder / "val" / "0_1.png") as stored:
+        assert np.array_equal(np.asarray(stored), objects.draw_object(0, "val", 0, 1))
+    assert not np.array_equal(objects.draw_object(0, "val", 0, 1), objects.draw_object(1, "val", 0, 1))
+
+
+def test_training_shows_no_pair_that_validation_shows(monkeypatch):
+    """Each class has two of eight colours in val and the other six in train, and each colour has classes in both."""
+    held = np.array([[objects.is_held_out(label, colour) for colour in range(8)] for label in range(12)])
+    assert (held.sum(1) == 2).all()
+    assert (held.any(0) & ~held.all(0)).all()
+    drawn = set()
+
+    def spy(colour, outline, rng):
+        distance = np.abs(np.array(list(objects.COLOURS.values())) - np.array(colour)).max(1)
+        assert distance.min() <= 19  # so far a colour may wander, rounded
+        drawn.add(int(distance.argmin()))
+        return Pen(colour, outline, rng)
+
+    Pen = objects.Pen
+    monkeypatch.setattr(objects, "Pen", spy)
+    for split, expected in (("train", ~held[4]), ("val", held[4])):
+        drawn.clear()
+        for k in range(40):
+            objects.draw_object(0, split, 4, k)
+        assert drawn == set(np.flatnonzero(expected).tolist())
+
+
+def test_noises(made):
+    noises = [torch.load(path, weights_only=True) for path in sorted((made / "face" / "noise").iterdir())]
+    assert [(tuple(noise.shape), noise.dtype) for noise in noises] == [((1, 3, 64, 64), torch.float32)] * 10
+    together = torch.cat(noises)
+    assert abs(together.mean()) < 0.015  # five standard errors of 122,880 numbers
+    assert abs(together.std() - 1) < 0.015
+    assert not torch.equal(noises[0], noises[1])
 
 
 def test_base_digits_stand_in_one_place_only():
@@ -188,11 +238,12 @@ def test_check_names_each_fault(copied, capsys):
 def test_check_knows_the_other_years(copied, capsys):
     """2024 has no val.csv; 2023 and 2024 have noises, images to reach, and a zero-shot set."""
     (copied / "digits" / "mnistm" / "val.csv").unlink()
-    for name in ("noise", "GT"):
-        (copied / "face" / name).mkdir()
+    for folder in ("face/noise", "clip_zeroshot"):
+        shutil.rmtree(copied / folder)
+    for folder in ("face/noise", "face/GT", "clip_zeroshot/val"):
+        (copied / folder).mkdir(parents=True)
     torch.save(torch.zeros(1, 3, 256, 256), copied / "face" / "noise" / "00.pt")
     Image.new("RGB", (256, 256)).save(copied / "face" / "GT" / "00.png")
-    (copied / "clip_zeroshot" / "val").mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(copied / "clip_zeroshot" / "val" / "4_17.png")
     (copied / "clip_zeroshot" / "id2label.json").write_text(json.dumps({"4": "bicycle"}))
     prepare_data.main(Check(copied))
@@ -305,9 +356,9 @@ def test_archive_is_unpacked_and_merged(made, tmp_path):
     prepare_data.main(Download(year=2022, data_dir=out, archive=file))
     assert {k: v for k, v in fingerprint(out).items() if k != "README.md"} == fingerprint(made)
     assert (out / "README.md").read_text() == "ours"
-    second = make_zip(tmp_path / "b.zip", {"hw2_data/face/noise/00.pt": b"noise"})
+    second = make_zip(tmp_path / "b.zip", {"hw2_data/face/noise/10.pt": b"noise"})
     prepare_data.main(Download(year=2023, data_dir=out, archive=second))  # beside 2022's faces
-    assert (out / "face" / "noise" / "00.pt").read_bytes() == b"noise"
+    assert (out / "face" / "noise" / "10.pt").read_bytes() == b"noise"
     with pytest.raises(UserError, match=r"is there already"):
         prepare_data.main(Download(year=2022, data_dir=out, archive=file))
 
