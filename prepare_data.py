@@ -37,7 +37,7 @@ from common.run import UserError, command_line, make_output_dir
 from synthesis import archive, digits, faces, inspection, layout, looks, objects, public
 
 Part = Literal["digits/mnistm", "digits/svhn", "digits/usps", "face"]
-DRAWING_VERSION = 2  # raise it when the drawn pictures change
+DRAWING_VERSION = 2  # raise it when what is drawn changes
 CHUNK = 50  # images per task of a worker
 
 

@@ -244,7 +244,7 @@ def test_contrastive_loss() -> None:
 
 @pytest.fixture
 def pretraining(clip_dir: Path, tmp_path: Path) -> Pretrain:
-    options = {"epochs": 2, "batch_size": 6, "image_size": 32, "width": 8, "device": "cpu", "precision": "fp32"}
+    options = {"epochs": 2, "batch_size": 6, "image_size": 32, "device": "cpu", "precision": "fp32"}
     return Pretrain(data_dir=clip_dir, output_dir=tmp_path / "runs" / "whole", **options)
 
 

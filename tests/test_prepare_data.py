@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import shutil
 import zipfile
@@ -13,9 +14,9 @@ import torch
 from PIL import Image
 
 import prepare_data
-from common.run import UserError
+from common.run import UserError, generator
 from prepare_data import Check, Download, Synthetic
-from synthesis import archive, digits, looks, objects, public
+from synthesis import archive, digits, layout, looks, objects, public
 
 TINY = {
     "mnistm": (20, 10),
@@ -105,35 +106,57 @@ def test_objects_and_their_names(made):
     assert not np.array_equal(objects.draw_object(0, "val", 0, 1), objects.draw_object(1, "val", 0, 1))
 
 
-def test_training_shows_no_pair_that_validation_shows(monkeypatch):
-    """Each class has two of eight colours in val and the other six in train, and each colour has classes in both."""
+def test_held_out_colours():
+    """Two of eight colours of each class, and each colour is held out of some classes and not of others."""
     held = np.array([[objects.is_held_out(label, colour) for colour in range(8)] for label in range(12)])
     assert (held.sum(1) == 2).all()
     assert (held.any(0) & ~held.all(0)).all()
-    drawn = set()
-
-    def spy(colour, outline, rng):
-        distance = np.abs(np.array(list(objects.COLOURS.values())) - np.array(colour)).max(1)
-        assert distance.min() <= 19  # so far a colour may wander, rounded
-        drawn.add(int(distance.argmin()))
-        return Pen(colour, outline, rng)
-
-    Pen = objects.Pen
-    monkeypatch.setattr(objects, "Pen", spy)
-    for split, expected in (("train", ~held[4]), ("val", held[4])):
-        drawn.clear()
-        for k in range(40):
-            objects.draw_object(0, split, 4, k)
-        assert drawn == set(np.flatnonzero(expected).tolist())
+    named = [{colour for k, colour in enumerate(objects.COLOURS) if held[label, k]} for label in range(12)]
+    assert (named[0], named[1], named[11]) == ({"red", "green"}, {"orange", "teal"}, {"green", "purple"})
 
 
-def test_noises(made):
+def test_training_shows_no_pair_that_validation_shows(monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def see(colour, outline, rng):
+        raise Seen(colour)
+
+    monkeypatch.setattr(objects, "Pen", see)
+    for label in range(12):
+        shown = {"train": set(), "val": set()}
+        for split, k in itertools.product(shown, range(60)):
+            with pytest.raises(Seen) as seen:
+                objects.draw_object(0, split, label, k)
+            distance = np.abs(np.array(list(objects.COLOURS.values())) - np.array(seen.value.args[0])).max(1)
+            assert distance.min() <= 18  # so far a colour may wander
+            shown[split].add(int(distance.argmin()))
+        held = {colour for colour in range(8) if objects.is_held_out(label, colour)}
+        assert shown == {"train": set(range(8)) - held, "val": held}
+
+
+def test_objects_are_drawn_in_their_main_colour():
+    """More than a sixth of each object is of it, whatever the details; and the object leaves room for a background."""
+    for label in range(12):
+        pen = objects.Pen((1, 2, 3), 3, np.random.default_rng(0))
+        objects.DRAWERS[objects.NAMES[label]](pen)
+        pixels = np.asarray(pen.image)
+        assert (pixels[..., :3][pixels[..., 3] > 0] == (1, 2, 3)).all(-1).mean() > 1 / 6
+        assert 0.1 < (pixels[..., 3] > 0).mean() < 0.8  # of the canvas; the rest lets the background through
+
+
+def test_noises(made, tmp_path):
     noises = [torch.load(path, weights_only=True) for path in sorted((made / "face" / "noise").iterdir())]
     assert [(tuple(noise.shape), noise.dtype) for noise in noises] == [((1, 3, 64, 64), torch.float32)] * 10
     together = torch.cat(noises)
     assert abs(together.mean()) < 0.015  # five standard errors of 122,880 numbers
     assert abs(together.std() - 1) < 0.015
-    assert not torch.equal(noises[0], noises[1])
+    layout.write_noises(tmp_path / "seed 1", 1)
+    others = [torch.load(tmp_path / "seed 1" / f"{k:02d}.pt", weights_only=True) for k in range(10)]
+    correlations = torch.corrcoef(torch.stack([noise.flatten() for noise in noises + others]))
+    assert (correlations - torch.eye(20)).abs().max() < 0.05  # 5.5 standard errors: seed and number change the noise
+    expected = torch.randn(1, 3, 64, 64, generator=generator(0, "face noise", 7))
+    assert torch.equal(noises[7], expected)
 
 
 def test_base_digits_stand_in_one_place_only():
@@ -194,6 +217,8 @@ def test_interrupted_run_leaves_no_half_part(tmp_path, monkeypatch):
 def test_empty_split_is_refused(tmp_path):
     with pytest.raises(UserError, match="--usps 20 0"):
         prepare_data.main(Synthetic(tmp_path, **TINY | {"usps": (20, 0)}))
+    with pytest.raises(UserError, match="--clip-zeroshot 0 5"):
+        prepare_data.main(Synthetic(tmp_path, **TINY | {"clip_zeroshot": (0, 5)}))
 
 
 # ------------------------------------------------------------------------------------------------------------- check
@@ -213,6 +238,9 @@ def test_check_of_good_data(made, capsys):
     assert lines[-1] == "all fine"
     assert ["digits/usps", "train", "20", "28x28", "grey", "0-9,", "2-2", "each"] in [line.split() for line in lines]
     assert ["face", "val", "2", "64x64", "RGB"] in [line.split() for line in lines]
+    assert ["face", "noise", "10", "64x64"] in [line.split() for line in lines]
+    assert "clip_zeroshot train 24 64x64 RGB 12 classes, 2-2 each" in [" ".join(line.split()) for line in lines]
+    assert "clip_zeroshot val 13 64x64 RGB 12 classes, 1-2 each" in [" ".join(line.split()) for line in lines]
 
 
 def test_check_names_each_fault(copied, capsys):
@@ -258,6 +286,34 @@ def test_check_knows_the_other_years(copied, capsys):
     assert "00.pt: shape (3,)" in text
     assert "UNet.pt: not a whole file" in text
     assert "1 names without a known class id: 5_1.png" in text
+
+
+def test_check_of_objects_and_noises(copied, capsys):
+    """Images of many sizes are fine; broken ones, unknown classes, a bad id2label.json and bad noises are not."""
+    folder, noise = copied / "clip_zeroshot", copied / "face" / "noise"
+    for k in range(8):
+        Image.new("RGB", (20 + k, 30)).save(folder / "val" / f"3_{100 + k}.png")
+    prepare_data.main(Check(copied))
+    assert "clip_zeroshot val 21 64x64 20x30 21x30 and 6 more RGB 12 classes, 1-9 each" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    broken = folder / "train" / "4_1.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    (folder / "val" / "3_100.png").rename(folder / "val" / "12_100.png")
+    (folder / "val" / "3_101.png").rename(folder / "val" / "house.png")
+    (noise / "04.pt").write_bytes((noise / "04.pt").read_bytes()[:500])
+    (noise / "05.pt").write_bytes(b"q")  # a pickle that asks for what it does not hold
+    text = complaints(copied, capsys)
+    assert "train: 1 broken images: 4_1.png" in text
+    assert "val: 2 names without a known class id: 12_100.png, house.png" in text
+    assert "04.pt: not a whole tensor" in text
+    assert "05.pt: not a whole tensor" in text
+    assert len(text.splitlines()) == 4
+    for content in ("[1, 2]", "null", "7", "{"):
+        (folder / "id2label.json").write_text(content)
+        assert "id2label.json: missing, or not a json dictionary" in complaints(copied, capsys)
+    (folder / "id2label.json").unlink()
+    assert "id2label.json: missing" in complaints(copied, capsys)
 
 
 def test_check_of_missing_and_empty_folders(tmp_path, capsys):
