@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 import open_clip
 import safetensors.torch
+import timm
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -89,7 +90,7 @@ class Pretrain:
     batch_size: int = 32  # Images of a step, over all processes.
     lr: float = 3e-3  # Peak learning rate of the image tower's AdamW ...
     text_lr: float = 1e-4  # ... and of the text tower's: a faster one draws all captions together, and learning ends.
-    image_size: int = 64  # Side to which images are resized, a multiple of 32.
+    image_size: int = 64  # Side to which images are resized.
     vision: str = "test_resnet"  # timm's name of the image tower, trained from scratch and averaged over space.
     augment: tuple[Literal["color", "translation", "cutout"], ...] = ("translation",)  # Of images.
     flip: bool = True  # Mirror images half of the time.
@@ -211,8 +212,10 @@ def contrastive_loss(logits: Tensor, same: Tensor) -> Tensor:
 
 def pretrain(args: Pretrain) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
-    if args.image_size % 32 or args.image_size < 32:
-        raise UserError(f"--image-size {args.image_size}: must be a multiple of 32")
+    if not timm.is_model(args.vision):
+        raise UserError(f"--vision {args.vision}: not one of timm's")
+    if args.image_size < 32:
+        raise UserError(f"--image-size {args.image_size}: at least 32")
     found = find_labelled(args.data_dir, args.split)
     accelerator = runs.make_accelerator(args.device, args.precision)
     device, rank = accelerator.device, accelerator.process_index

@@ -269,6 +269,13 @@ def test_pretraining_learns(pretraining: Pretrain, arguments: Zeroshot) -> None:
     assert script.main(dataclasses.replace(arguments, checkpoint=checkpoint))["accuracy"] == 100  # chance 33
 
 
+def test_pretraining_refuses(pretraining: Pretrain) -> None:
+    for flag, changes in {"--vision": {"vision": "resnet17"}, "--image-size": {"image_size": 16}}.items():
+        with pytest.raises(UserError, match=flag):
+            script.main(dataclasses.replace(pretraining, **changes))
+        assert not pretraining.output_dir.exists()
+
+
 def refuse(*_: Any, **__: Any) -> None:
     raise OSError("no route to the hub\nmore")
 

@@ -92,6 +92,7 @@ def load_clip(model: str, pretrained: str, checkpoint: Path | None) -> Clip:
         finally:
             logging.disable(logging.NOTSET)
     weights, config = read_weights(checkpoint)
+    name = f"{checkpoint.resolve().parent.name}/{checkpoint.name}"
     try:
         if OPENAI_KEYS & weights.keys():
             net = open_clip.model.build_model_from_openai_state_dict(weights, cast_dtype=torch.float32).float()
@@ -102,13 +103,13 @@ def load_clip(model: str, pretrained: str, checkpoint: Path | None) -> Clip:
         else:
             net, _, preprocess = open_clip.create_model_and_transforms(model)
             net.load_state_dict(weights)
-            return Clip(net.eval(), open_clip.get_tokenizer(model), preprocess, checkpoint.name)
+            return Clip(net.eval(), open_clip.get_tokenizer(model), preprocess, name)
     except (KeyError, TypeError, RuntimeError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise UserError(f"--checkpoint {checkpoint}: is not a CLIP of --model {model} ({reason:.120})") from None
     preprocess = open_clip.image_transform(net.visual.image_size, is_train=False, **arguments)
     tokenizer = open_clip.SimpleTokenizer(context_length=net.context_length)
-    return Clip(net.eval(), tokenizer, preprocess, checkpoint.name)
+    return Clip(net.eval(), tokenizer, preprocess, name)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
