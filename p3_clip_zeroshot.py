@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +41,7 @@ from common.data import decode_image, decode_images, draw_batch, normalise
 from common.figures import save_curves, save_table
 from common.run import Run, UserError, generator
 from zeroshot.evidence import judge, write_evidence
-from zeroshot.loading import Clip, find_labelled, load_clip
+from zeroshot.loading import OPENAI, Clip, find_labelled, load_clip
 
 KINDS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
 TEMPLATES = {  # {} is the name of the class, {a} the name with "a" or "an"
@@ -55,7 +55,6 @@ TEMPLATES = {  # {} is the name of the class, {a} the name with "a" or "an"
 }
 TemplateSet = Literal["course", "article", "cifar18", "imagenet80"]
 HEADER = ["model", "prompts", "names", "accuracy, %", "95 % interval", "top-5, %"]
-OPENAI = "ViT-B-32, openai"
 REPORTED = [f"{OPENAI}: a course report, 50 classes", "course", "spaces", "56.64", "", ""]
 
 
@@ -67,7 +66,7 @@ class Zeroshot:
     output_dir: Path = Path("runs/p3/clip")  # Where tables, predictions and figures are written.
     split: str = "val"  # Sub-folder with the images.
     model: str = "ViT-B-32"  # open_clip's name of the architecture.
-    pretrained: str = "openai"  # open_clip's name of its weights, which are downloaded.
+    pretrained: str = "openai"  # open_clip's name of its weights, which are downloaded if there is no --checkpoint.
     checkpoint: Path | None = None  # A file instead: OpenAI's .pt, a state file of open_clip's, or of `pretrain`.
     templates: TemplateSet = "course"  # The prompts of the main figure; the table has all sets.
     prompt: str | None = None  # One prompt of your own instead, e.g. "A photo of {}.".
@@ -87,7 +86,7 @@ class Pretrain:
     data_dir: Path = Path("hw2_data")  # As for zero-shot classification.
     split: str = "train"  # Sub-folder with the images.
     epochs: int = 30  # Passes over the images.
-    batch_size: int = 32  # Images of a step, over all processes.
+    batch_size: int = 32  # Images of a step.
     lr: float = 3e-3  # Peak learning rate of the image tower's AdamW ...
     text_lr: float = 1e-4  # ... and of the text tower's: a faster one draws all captions together, and learning ends.
     image_size: int = 64  # Side to which images are resized.
@@ -126,7 +125,7 @@ def encode_images(clip: Clip, paths: list[Path], accelerator: Accelerator, args:
 @torch.inference_mode()
 def encode_texts(clip: Clip, texts: list[str], accelerator: Accelerator, args: Zeroshot) -> dict[str, Tensor]:
     """Unit features (features,) of each text, kept beside the output for the next time."""
-    key = hashlib.sha256(json.dumps([texts, accelerator.mixed_precision]).encode())
+    key = hashlib.sha256(json.dumps([texts, accelerator.mixed_precision, repr(clip.net)]).encode())
     for name, value in clip.net.state_dict().items():
         if not name.startswith("visual."):
             key.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -157,8 +156,11 @@ def zeroshot(args: Zeroshot) -> dict[str, Any]:
     if args.batch_size < 1 or args.num_workers < 1:
         raise UserError("--batch-size and --num-workers: at least 1")
     found = find_labelled(args.data_dir, args.split)
-    accelerator = runs.make_accelerator(args.device, args.precision)
-    runs.make_output_dir(args.output_dir)
+    accelerator, start = runs.make_accelerator(args.device, args.precision), time.monotonic()
+    if accelerator.num_processes > 1:
+        raise UserError("zero-shot classification runs in one process")
+    if (runs.make_output_dir(args.output_dir) / "config.json").exists():
+        raise UserError(f"--output-dir {args.output_dir}: holds a training run; give a directory of its own")
     clip = load_clip(args.model, args.pretrained, args.checkpoint)
     clip.net.to(accelerator.device)
 
@@ -167,8 +169,8 @@ def zeroshot(args: Zeroshot) -> dict[str, Any]:
     spellings = ["spaces", "underscores"] if any("_" in name for name in found.names) else [args.names]
     variants = [(name, spelling) for name in sets for spelling in spellings]
     texts = {text for kind, way in variants for name in found.names for text in prompts_of(name, sets[kind], way)}
-    features = encode_texts(clip, sorted(texts), accelerator, args)
     images = encode_images(clip, found.paths, accelerator, args)  # (n, features)
+    features = encode_texts(clip, sorted(texts), accelerator, args)
     labels = torch.from_numpy(found.labels)
 
     results, rows = {}, [HEADER, REPORTED]
@@ -188,7 +190,8 @@ def zeroshot(args: Zeroshot) -> dict[str, Any]:
     write_evidence(args.output_dir, found, main_cosines.numpy(), probabilities.numpy(), args.seed)
     result = results[main_set] | {"model": clip.name, "templates": main_set[0], "names": main_set[1]}
     result |= {"images": len(labels), "classes": len(found.names), "chance": 100 / len(found.names)}
-    runs.atomic_write(args.output_dir / "result.json", json.dumps(result, indent=1) + "\n")
+    result |= {"seconds": round(time.monotonic() - start, 1), "arguments": asdict(args)} | runs.environment(accelerator)
+    runs.atomic_write(args.output_dir / "result.json", json.dumps(result, indent=1, default=str) + "\n")
     print((args.output_dir / "table.md").read_text())
     print(f"{clip.name}: {result['accuracy']:.2f} %, all in {args.output_dir}")
     return result
@@ -214,21 +217,25 @@ def pretrain(args: Pretrain) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
     if not timm.is_model(args.vision):
         raise UserError(f"--vision {args.vision}: not one of timm's")
-    if args.image_size < 32:
-        raise UserError(f"--image-size {args.image_size}: at least 32")
+    if args.image_size < 32 or min(args.lr, args.text_lr) <= 0:
+        raise UserError(f"--image-size {args.image_size}: at least 32; --lr and --text-lr: above 0")
     found = find_labelled(args.data_dir, args.split)
     accelerator = runs.make_accelerator(args.device, args.precision)
-    device, rank = accelerator.device, accelerator.process_index
+    if accelerator.num_processes > 1:
+        raise UserError("pretrain runs in one process: its loss compares all images of a batch")
+    device = accelerator.device
     run = Run(args, accelerator)
     if run.result is not None:
-        return run.result if run.is_main else {}
+        return run.result
     pixels = decode_images(found.paths, (args.image_size, args.image_size)).to(device)
     labels, templates = torch.from_numpy(found.labels).to(device), TEMPLATES["cifar18"]
 
     torch.manual_seed(runs.derive_seed(args.seed, "init"))
     vision = {"timm_model_name": args.vision, "timm_pool": "avg", "timm_proj": "linear", "image_size": args.image_size}
     text = {"context_length": 24, "width": 128, "heads": 4, "layers": 2}
+    half = (0.5, 0.5, 0.5)  # as `normalise` does
     config = {"net": "clip", "arguments": {"embed_dim": 128, "vision_cfg": vision, "text_cfg": text}}
+    config["preprocess"] = {"mean": half, "std": half, "resize_mode": "squash"}
     bare_net = open_clip.CLIP(**config["arguments"]).to(device, memory_format=torch.channels_last)
     prompts = [prompt for name in found.names for prompt in prompts_of(name, templates, "spaces")]
     tokens = open_clip.SimpleTokenizer(context_length=bare_net.context_length)(prompts).to(device)
@@ -248,7 +255,7 @@ def pretrain(args: Pretrain) -> dict[str, Any]:
         net.train()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * runs.warmup_cosine((step + 1) / last, 0.1)
-        rng = generator(args.seed, "step", step, rank, device=device)
+        rng = generator(args.seed, "step", step, device=device)
         rows = draw_batch(len(pixels), step, args.batch_size, accelerator, args.seed, "order")
         images = augment_faces(normalise(pixels[rows]), rng, args.flip)
         images = diff_augment(images, rng, args.augment).contiguous(memory_format=torch.channels_last)
@@ -275,12 +282,11 @@ def pretrain(args: Pretrain) -> dict[str, Any]:
             run.log(", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row.items() if k != "step"))
         if run.save_due() or inside == 0:
             run.save_state(step + 1, parts)
-    if run.is_main:
-        panels = {name: [name] for name in ("loss", "training_accuracy", "scale")}
-        save_curves(run.history(), panels, run.dir / "figures" / "curves.png")
-        run.save_model(bare_net, config | {"seed": args.seed})
-        run.finish(run.history()[-1])
-    return run.result or {}
+    panels = {name: [name] for name in ("loss", "training_accuracy", "scale")}
+    save_curves(run.history(), panels, run.dir / "figures" / "curves.png")
+    run.save_model(bare_net, config | {"seed": args.seed})
+    run.finish(run.history()[-1])
+    return run.result
 
 
 def main(args: Zeroshot | Pretrain) -> Any:

@@ -66,5 +66,7 @@ if [ -d "$data_dir/clip_zeroshot/train" ]; then
             --output-dir "$p3/clip"
     fi
     echo "Zero-shot classification: $p3/clip/{table,cases,similarity,confusion}.png"
+elif [ -d "$data_dir/clip_zeroshot/val" ]; then # the course's
+    run p3_clip_zeroshot.py --data-dir "$data_dir" --output-dir "$p3/clip" || echo "Zero-shot classification: left out"
 fi
 echo "Done."

@@ -39,6 +39,7 @@ def write_evidence(
     cosines, probabilities: (n, classes). The cases drawn are a random choice by `seed`.
     """
     names, labels, predicted = found.names, found.labels, cosines.argmax(1)
+    in_one_folder = len({path.parent for path in found.paths}) == 1
     top = probabilities.argsort(1)[:, ::-1][:, :5]
     header = [
         "image_name",
@@ -50,7 +51,8 @@ def write_evidence(
     table = [header[: 4 + 2 * top.shape[1]]]
     for path, label, best, row, p in zip(found.paths, labels, predicted, top, probabilities, strict=True):
         ranked = [cell for k in row for cell in (names[k], f"{p[k]:.4f}")]
-        table.append([path.name, names[label], names[best], str(int(best == label)), *ranked])
+        name = path.name if in_one_folder else f"{path.parent.name}/{path.name}"
+        table.append([name, names[label], names[best], str(int(best == label)), *ranked])
     save_csv(table, output_dir / "predictions.csv")
     matrix = confusion_matrix(labels, predicted, labels=range(len(names)))
     counts = matrix.sum(1)
@@ -58,6 +60,7 @@ def write_evidence(
     for name, count, hit in zip(names, counts, matrix.diagonal(), strict=True):
         table.append([name, str(count), str(hit), f"{100 * hit / count:.2f}" if count else "no image"])
     save_csv(table, output_dir / "per_class.csv")
+    names = [name.replace("$", r"\$") for name in names]  # matplotlib would read formulas
     save_matrix(matrix, names, names, output_dir / "confusion.png", ("confusion", "class", "predicted"))
     there = [k for k, count in enumerate(counts) if count]
     similarity = np.stack([cosines[labels == k].mean(0) for k in there])  # (classes with images, classes)
@@ -98,7 +101,7 @@ def save_matrix(
 
     `labels`: title, name of the rows, name of the columns.
     """
-    size = 3 + 0.32 * max(values.shape)
+    size = min(3 + 0.32 * max(values.shape), 40)
     figure, axis = plt.subplots(figsize=(size, size))
     drawn = axis.imshow(values, cmap="viridis")
     axis.set(xticks=range(len(columns)), yticks=range(len(rows)), title=labels[0], ylabel=labels[1], xlabel=labels[2])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from common.data import list_images
 from common.run import UserError, load_weights
 
+OPENAI = "ViT-B-32, openai"  # the weights of the course
 OPENAI_KEYS = {"input_resolution", "context_length", "vocab_size"}  # in OpenAI's files only
 
 
@@ -39,6 +40,8 @@ def find_labelled(data_dir: Path, split: str) -> Labelled:
     folder, id_file = root / split if (root / split).is_dir() else root, root / "id2label.json"
     if not folder.is_dir():
         raise UserError(f"--data-dir {data_dir}: no such folder")
+    if not (root / split).is_dir() and any((root / name).is_dir() for name in ("train", "val", "test")):
+        raise UserError(f"--split {split}: no folder {root / split}")
     if not id_file.is_file():
         classes = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
         if not classes:
@@ -71,43 +74,46 @@ class Clip(NamedTuple):
 def load_clip(model: str, pretrained: str, checkpoint: Path | None) -> Clip:
     """Weights by open_clip's name, or of a file: OpenAI's, `pretrain`'s, else of the architecture `model`.
 
-    OpenAI's weights need QuickGELU, x · sigmoid(1.702 x), whatever the architecture's own activation is.
+    `pretrained` tells what a state file needs besides, too: OpenAI's weights QuickGELU, x · sigmoid(1.702 x), whatever
+    the architecture's own activation is, and others another normalisation of the images.
     """
     if model not in open_clip.list_models():
         raise UserError(f"--model {model}: not one of open_clip's (python -c 'import open_clip as o; o.list_models()')")
-    if checkpoint is None:
-        if pretrained not in (tags := open_clip.list_pretrained_tags_by_model(model)):
-            raise UserError(f"--pretrained {pretrained}: {model} has {', '.join(tags) or 'none'}")
-        quick = open_clip.pretrained.get_pretrained_cfg(model, pretrained).get("quick_gelu", False)
-        logging.disable(logging.CRITICAL)  # the hub's clients tell every try
-        try:
-            net, _, preprocess = open_clip.create_model_and_transforms(model, pretrained, force_quick_gelu=quick)
-            return Clip(net.eval(), open_clip.get_tokenizer(model), preprocess, f"{model}, {pretrained}")
-        except Exception as error:  # what a hub without network raises is anybody's guess
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"--pretrained {pretrained}: no weights of {model} and no download ({reason:.120}); fetch OpenAI's "
-                f"ViT-B-32.pt elsewhere and give it as --checkpoint FILE, or train a small CLIP by `pretrain`"
-            ) from None
-        finally:
-            logging.disable(logging.NOTSET)
-    weights, config = read_weights(checkpoint)
-    name = f"{checkpoint.resolve().parent.name}/{checkpoint.name}"
+    if pretrained not in (tags := open_clip.list_pretrained_tags_by_model(model)):
+        raise UserError(f"--pretrained {pretrained}: {model} has {', '.join(tags) or 'none'}")
+    needs = open_clip.pretrained.get_pretrained_cfg(model, pretrained)
+    options = {"force_quick_gelu": needs.get("quick_gelu", False)}
+    options |= {f"image_{key}": needs[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in needs}
+    weights, config, name = {}, {}, f"{model}, {pretrained}"
+    if checkpoint is not None:
+        weights, config = read_weights(checkpoint)
+        name = f"{checkpoint.resolve().parent.name}/{checkpoint.name}"
+    logging.disable(logging.CRITICAL)  # the hub's clients tell every try
     try:
         if OPENAI_KEYS & weights.keys():
             net = open_clip.model.build_model_from_openai_state_dict(weights, cast_dtype=torch.float32).float()
-            arguments = {}
+            name = OPENAI if net.visual.conv1.weight.shape == (768, 3, 32, 32) else name
+            options = {}
         elif config.get("net") == "clip":
-            net, arguments = open_clip.CLIP(**config["arguments"]), {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+            net, options = open_clip.CLIP(**config["arguments"]), config["preprocess"]
             net.load_state_dict(weights)
         else:
-            net, _, preprocess = open_clip.create_model_and_transforms(model)
-            net.load_state_dict(weights)
+            tag = pretrained if checkpoint is None else None
+            net, _, preprocess = open_clip.create_model_and_transforms(model, tag, **options)
+            if checkpoint is not None:
+                net.load_state_dict(weights)
             return Clip(net.eval(), open_clip.get_tokenizer(model), preprocess, name)
-    except (KeyError, TypeError, RuntimeError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-        raise UserError(f"--checkpoint {checkpoint}: is not a CLIP of --model {model} ({reason:.120})") from None
-    preprocess = open_clip.image_transform(net.visual.image_size, is_train=False, **arguments)
+    except Exception as error:  # what a hub without network, or another net's weights, raise is anybody's guess
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        if checkpoint is not None:
+            raise UserError(f"--checkpoint {checkpoint}: is not a CLIP of --model {model} ({reason})") from None
+        raise UserError(
+            f"--pretrained {pretrained}: no weights of {model} and no download ({reason}); fetch them elsewhere "
+            f"(OpenAI's are ViT-B-32.pt) and give the file as --checkpoint, or train a small CLIP by `pretrain`"
+        ) from None
+    finally:
+        logging.disable(logging.NOTSET)
+    preprocess = open_clip.image_transform(net.visual.image_size, is_train=False, **options)
     tokenizer = open_clip.SimpleTokenizer(context_length=net.context_length)
     return Clip(net.eval(), tokenizer, preprocess, name)
 
