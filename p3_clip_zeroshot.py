@@ -113,7 +113,7 @@ def encode_images(clip: Clip, paths: list[Path], accelerator: Accelerator, args:
         return clip.preprocess(Image.fromarray(decode_image(path).transpose(1, 2, 0)))  # (height, width, channels)
 
     features, start = [], time.monotonic()
-    with ThreadPoolExecutor(max(1, args.num_workers)) as pool:
+    with ThreadPoolExecutor(args.num_workers) as pool:
         for first in tqdm(range(0, len(paths), args.batch_size), "images", disable=None, leave=False):
             images = torch.stack(list(pool.map(read, paths[first : first + args.batch_size])))
             with accelerator.autocast():
@@ -214,7 +214,7 @@ def contrastive_loss(logits: Tensor, same: Tensor) -> Tensor:
 
 
 def pretrain(args: Pretrain) -> dict[str, Any]:
-    """Train one run; returns the content of result.json (on the main process)."""
+    """Train one run; returns the content of result.json."""
     if not timm.is_model(args.vision):
         raise UserError(f"--vision {args.vision}: not one of timm's")
     if args.image_size < 32 or min(args.lr, args.text_lr) <= 0:
@@ -255,7 +255,7 @@ def pretrain(args: Pretrain) -> dict[str, Any]:
         net.train()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * runs.warmup_cosine((step + 1) / last, 0.1)
-        rng = generator(args.seed, "step", step, device=device)
+        rng = generator(args.seed, "step", step, accelerator.process_index, device=device)
         rows = draw_batch(len(pixels), step, args.batch_size, accelerator, args.seed, "order")
         images = augment_faces(normalise(pixels[rows]), rng, args.flip)
         images = diff_augment(images, rng, args.augment).contiguous(memory_format=torch.channels_last)

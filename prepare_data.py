@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from tyro.conf import Positional
 
 from common.data import list_images
 from common.run import UserError, command_line, make_output_dir
+from scoring.faces import count_faces
 from synthesis import archive, digits, faces, inspection, layout, looks, objects, public
 
 Part = Literal["digits/mnistm", "digits/svhn", "digits/usps", "face"]
@@ -146,14 +147,6 @@ def draw_part(folder: Path, part: str, seed: int, counts: tuple[int, int], run_m
         layout.write_names(folder, objects.NAMES)
 
 
-def one_face_rate(paths: Sequence[Path]) -> float:
-    """The share of images in which dlib's HOG detector, upsampled once, finds exactly one face: the graders' rule."""
-    import dlib
-
-    detector = dlib.get_frontal_face_detector()
-    return float(np.mean([len(detector(np.asarray(Image.open(path).convert("RGB")), 1)) == 1 for path in paths]))
-
-
 def synthetic(args: Synthetic) -> None:
     """Draw the parts that are not there yet; UserError if other data is in their place."""
     counts = {f"digits/{domain}": getattr(args, domain) for domain in digits.DOMAINS} | {"face": args.face}
@@ -185,7 +178,8 @@ def synthetic(args: Synthetic) -> None:
             print(f"{part}: {counts[part][0]:,} train, {counts[part][1]:,} val")
     if "face" in left:
         sample = list_images(args.data_dir / "face" / "val")[:200]
-        print(f"face: exactly one face found in {one_face_rate(sample):.1%} of {len(sample)} (dlib's HOG detector)")
+        rate = np.mean([count_faces(path) == 1 for path in sample])
+        print(f"face: exactly one face found in {rate:.1%} of {len(sample)} (dlib's HOG detector)")
     print(f"{args.data_dir}: finished in {time.monotonic() - start:.0f} s")
 
 

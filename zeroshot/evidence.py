@@ -41,14 +41,8 @@ def write_evidence(
     names, labels, predicted = found.names, found.labels, cosines.argmax(1)
     in_one_folder = len({path.parent for path in found.paths}) == 1
     top = probabilities.argsort(1)[:, ::-1][:, :5]
-    header = [
-        "image_name",
-        "label",
-        "predicted",
-        "right",
-        *(f"{what}{k}" for k in range(1, 6) for what in ("name", "p")),
-    ]
-    table = [header[: 4 + 2 * top.shape[1]]]
+    ranks = [f"{what}{k}" for k in range(1, top.shape[1] + 1) for what in ("name", "p")]
+    table = [["image_name", "label", "predicted", "right", *ranks]]
     for path, label, best, row, p in zip(found.paths, labels, predicted, top, probabilities, strict=True):
         ranked = [cell for k in row for cell in (names[k], f"{p[k]:.4f}")]
         name = path.name if in_one_folder else f"{path.parent.name}/{path.name}"
