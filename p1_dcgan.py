@@ -13,12 +13,13 @@ https://arxiv.org/abs/1406.2661
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import run as runs
@@ -42,6 +43,7 @@ class Train:
     beta1: float = 0.5  # First moment's decay of both Adams.
     real_label: float = 0.9  # The discriminator's target for real images (label smoothing; 1 is none) ...
     fake_label: float = 0.1  # ... and for generated ones (0 is none).
+    batches: Literal["joint", "separate"] = "joint"  # Real and generated images, for the discriminator's BatchNorm.
     instance_noise: float = 0.01  # Standard deviation of the noise on the discriminator's images; falls to 0.
     augment: tuple[Literal["color", "translation", "cutout"], ...] = ("color", "translation")  # Of those images.
     flip: bool = True  # Show real images mirrored half of the time.
@@ -91,9 +93,17 @@ def train(args: Train) -> dict[str, Any]:
             images = images + noise * torch.randn(images.shape, generator=rng, device=device)
             return images.contiguous(memory_format=torch.channels_last)
 
-        # The discriminator descends -log D(x) - log(1 - D(G(z))) with smoothed labels. The fakes carry no gradient, and
-        # each kind of image is normalised by its own batch.
-        logits_real, logits_fake = d(seen(real)), d(seen(fake.detach()))
+        def judged(d: nn.Module, fake: Tensor, real: Tensor = real, seen: Callable[[Tensor], Tensor] = seen) -> Tensor:
+            """Logits (2, batch) of real and of generated images.
+
+            The discriminator up to its first BatchNorm has no bias, so a batch of its own hides an image's contrast.
+            """
+            if args.batches == "joint":
+                return d(seen(torch.cat([real, fake]))).view(2, -1)  # (2 · batch,) → (2, batch)
+            return torch.stack([d(seen(real)), d(seen(fake))])
+
+        # The discriminator descends -log D(x) - log(1 - D(G(z))) with smoothed labels. The fakes carry no gradient.
+        logits_real, logits_fake = judged(d, fake.detach())
         d_loss = bce(logits_real, args.real_label) + bce(logits_fake, args.fake_label)
         d_adam.zero_grad()
         accelerator.backward(d_loss)
@@ -102,7 +112,7 @@ def train(args: Train) -> dict[str, Any]:
         # The generator descends -log D(G(z)), which does not saturate as log(1 - D(G(z))) does.
         bare_d.requires_grad_(False)
         with accelerator.autocast():
-            g_loss = bce(bare_d(seen(fake)), 1.0)
+            g_loss = bce(judged(bare_d, fake)[1], 1.0)
         g_adam.zero_grad()
         accelerator.backward(g_loss)
         g_adam.step()

@@ -1,72 +1,136 @@
 #!/usr/bin/env bash
 # bash run_all.sh [DATA_DIR] [OUTPUT_DIR]
-# Sets up, makes the data if there is none, then trains, evaluates and draws. Run again to continue where it stopped.
-# PROFILE=quick (default): small nets, a few epochs, one seed. PROFILE=full: the recipes of README's tables.
+# Sets up, makes the data if there is none, then trains, samples, scores and reports. Run again to continue where it
+# stopped: steps already done are skipped.
+# PROFILE=quick (default): small nets, few steps, one seed. PROFILE=full: the recipes of README's tables, for a GPU.
+# PROFILE=smoke: every step once, as short as can be. ONLY="p1 p3" picks problems.
 set -euo pipefail
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 data_dir=$(absolute "${1:-hw2_data}")
 output_dir=$(absolute "${2:-output}")
+profile=${PROFILE:-quick}
+only=" ${ONLY:-p1 p2 p3} "
 cd "$(dirname "$0")"
-source ./setup.sh
 
-run() {
-    echo "+ python $*"
-    python "$@"
-}
-
-case "${PROFILE:-quick}" in
+case "$profile" in
 quick) # few steps: small nets and batches; batch statistics of each domain adapt sooner than the mixture's
     faces=(--width 32 --batch-size 32 --lr 5e-4 --ema-decay 0.99 --augment translation)
     dcgan=("${faces[@]}" --epochs 8)
     wgangp=("${faces[@]}" --epochs 5 --n-critic 1 --drift 0.001)
-    table=(--nets deep --seeds 0 --epochs 6 --images-per-epoch 6400 --forward separate --lambda-max 0.5) ;;
+    judge=(--epochs 3)
+    ddpm=(--width 32 --batch-size 64 --images-per-epoch 6400 --epochs 10 --min-snr 5 --lr 1e-3 --ema-decay 0.995)
+    face_ddpm=(--width 32 --batch-size 32 --images-per-epoch 960 --epochs 3 --min-snr 5 --lr 1e-3 --ema-decay 0.99)
+    table=(--nets deep --seeds 0 --epochs 6 --images-per-epoch 6400 --forward separate --lambda-max 0.5)
+    clip=() ;;
 full)
     dcgan=(--augment translation)
     wgangp=(--augment translation --n-critic 1 --lr 2e-4 --drift 0.001)
-    table=(--nets deep cnn --seeds 0 1 2) ;;
-*) echo "error: PROFILE=$PROFILE: quick or full" >&2 && exit 2 ;;
+    judge=()
+    ddpm=(--min-snr 5)
+    face_ddpm=(--width 64 --min-snr 5 --images-per-epoch 28000)
+    table=(--nets deep cnn --seeds 0 1 2)
+    clip=() ;;
+smoke)
+    dcgan=(--width 8 --epochs 1)
+    wgangp=("${dcgan[@]}" --n-critic 1)
+    short=(--epochs 1 --images-per-epoch 128)
+    judge=("${short[@]}")
+    ddpm=(--width 32 "${short[@]}")
+    face_ddpm=(--width 32 --batch-size 16 --epochs 1 --images-per-epoch 32)
+    table=(--nets cnn --seeds 0 "${short[@]}")
+    clip=(--epochs 1)
+    small=(--mnistm 200 60 --svhn 200 60 --usps 200 60 --face 64 40 --clip-zeroshot 48 24) ;;
+*) echo "error: PROFILE=$profile: quick, full or smoke" >&2 && exit 2 ;;
 esac
+for problem in $only; do
+    case "$problem" in p1 | p2 | p3) ;; *) echo "error: ONLY=$ONLY: p1, p2 or p3" >&2 && exit 2 ;; esac
+done
+source ./setup.sh
+
+# step NAME FILES SCRIPT ARGUMENT...: runs a script once, notes its command and seconds in steps/NAME.txt; FILES tells
+# where to look.
+step() {
+    local name=$1 files=$2 start=$SECONDS note=$output_dir/steps/$1.txt status=0
+    shift 2
+    if [ "$(head -n 1 "$note" 2>/dev/null)" = "python $*" ]; then
+        echo "= $name: done already: $files"
+        return
+    fi
+    echo "+ python $*"
+    python "$@" || status=$?
+    if [ "$status" != 0 ]; then
+        echo "error: the step $name failed; run again to continue: python $*" >&2
+        exit "$status"
+    fi
+    mkdir -p "$output_dir/steps"
+    printf '%s\n' "python $*" "$((SECONDS - start))" >"$note"
+    echo "= $name: $((SECONDS - start)) s: $files"
+}
+
+wanted() { [[ "$only" == *" $1 "* ]]; }
 
 if [ ! -d "$data_dir/digits" ] || { [ ! -d "$data_dir/clip_zeroshot" ] &&
     grep -qs '"synthetic"' "$data_dir"/digits/*/made.json; }; then # none, or half made
-    run prepare_data.py synthetic --data-dir "$data_dir"
+    step data "$data_dir" prepare_data.py synthetic --data-dir "$data_dir" ${small[@]+"${small[@]}"}
 fi
-if [ ! -d "$output_dir" ]; then
-    run prepare_data.py check "$data_dir"
-fi
+step check "$data_dir" prepare_data.py check "$data_dir"
 
 p1=$output_dir/p1
-if [ -d "$data_dir/face/train" ]; then
-    run p1_dcgan.py train --data-dir "$data_dir" --output-dir "$p1/dcgan" "${dcgan[@]}"
-    run p1_wgangp.py train --data-dir "$data_dir" --output-dir "$p1/wgangp" "${wgangp[@]}"
+if wanted p1 && [ -d "$data_dir/face/train" ]; then
+    step dcgan "$p1/dcgan" p1_dcgan.py train --data-dir "$data_dir" --output-dir "$p1/dcgan" "${dcgan[@]}"
+    step wgangp "$p1/wgangp" p1_wgangp.py train --data-dir "$data_dir" --output-dir "$p1/wgangp" "${wgangp[@]}"
     for method in dcgan wgangp; do
-        if [ ! -f "$p1/score/$method-random/result.json" ]; then # the last of a method's files
-            run "p1_$method.py" sample --checkpoint "$p1/$method/model.safetensors" --output-dir "$p1/faces/$method" \
-                --grid "$p1/first32_$method.png"
-            run score.py faces "$p1/faces/$method" --real "$data_dir/face/val" --output-dir "$p1/score/$method-faces"
-            run score.py fid "$p1/faces/$method" "$data_dir/face/val" --floor "$data_dir/face/train" \
-                --features random --output-dir "$p1/score/$method-random"
-        fi
+        step "$method-sample" "$p1/first32_$method.png" "p1_$method.py" sample --output-dir "$p1/faces/$method" \
+            --checkpoint "$p1/$method/model.safetensors" --grid "$p1/first32_$method.png"
+        step "$method-faces" "$p1/score/$method-faces" score.py faces "$p1/faces/$method" \
+            --real "$data_dir/face/val" --output-dir "$p1/score/$method-faces"
+        step "$method-random" "$p1/score/$method-random" score.py fid "$p1/faces/$method" "$data_dir/face/val" \
+            --floor "$data_dir/face/train" --features random --output-dir "$p1/score/$method-random"
     done
-    echo "Faces: $p1/first32_{dcgan,wgangp}.png, scores: $p1/score"
+fi
+
+p2=$output_dir/p2
+if wanted p2; then
+    step digits-ddpm "$p2/digits" p2_ddpm_train.py --data-dir "$data_dir" --output-dir "$p2/digits" \
+        --domains mnistm svhn "${ddpm[@]}"
+    step digits-sample "$p2/figures" p2_ddpm_infer.py --checkpoint "$p2/digits/model.safetensors" \
+        --output-dir "$p2/generated" --figures-dir "$p2/figures" --guidance-sweep 0 1 2 3 5
+    for domain in mnistm svhn; do
+        step "judge-$domain" "$p2/judge-$domain" score.py train-classifier --data-dir "$data_dir" --domain "$domain" \
+            --output-dir "$p2/judge-$domain" "${judge[@]}"
+        step "digits-$domain" "$p2/score/$domain" score.py digits "$p2/generated/$domain" --domain "$domain" \
+            --classifier "$p2/judge-$domain/model.safetensors" --real "$data_dir" --output-dir "$p2/score/$domain"
+    done
+    noises=$data_dir/face/noise net=$data_dir/face/UNet.pt
+    if [ ! -f "$net" ] && [ -d "$data_dir/face/train" ]; then # the course's net, or one of our own
+        net=$p2/faces/model.safetensors
+        step faces-ddpm "$p2/faces" p2_ddpm_train.py --data-dir "$data_dir" --output-dir "$p2/faces" \
+            --domains faces --net ddim "${face_ddpm[@]}"
+    fi
+    if [ -f "$net" ] && [ -d "$noises" ]; then
+        ddim=(--noise-dir "$noises" --checkpoint "$net" --output-dir)
+        step ddim-generate "$p2/ddim/generated" p2_ddim.py generate "${ddim[@]}" "$p2/ddim/generated"
+        step ddim-eta "$p2/ddim/eta_grid.png" p2_ddim.py eta-grid "${ddim[@]}" "$p2/ddim"
+        step ddim-interpolate "$p2/ddim/{slerp,lerp}.png" p2_ddim.py interpolate "${ddim[@]}" "$p2/ddim"
+    fi
 fi
 
 p3=$output_dir/p3
-run p3_dann.py table --data-dir "$data_dir" --output-dir "$p3" "${table[@]}"
-for target in svhn usps; do
-    run p3_dann.py embed --data-dir "$data_dir" --checkpoint "$p3/$target-deep-dann-seed0/model.safetensors" \
-        --output-dir "$p3/figures/$target"
-done
-echo "Adaptation: $p3/table.png; t-SNE: $p3/figures/{svhn,usps}/tsne_{class,domain}.png"
-
-if [ -d "$data_dir/clip_zeroshot/train" ]; then
-    run p3_clip_zeroshot.py pretrain --data-dir "$data_dir" --output-dir "$p3/clip-small"
-    if [ ! -f "$p3/clip/result.json" ]; then
-        run p3_clip_zeroshot.py --data-dir "$data_dir" --checkpoint "$p3/clip-small/model.safetensors" \
-            --output-dir "$p3/clip"
+if wanted p3; then
+    step dann "$p3/table.png" p3_dann.py table --data-dir "$data_dir" --output-dir "$p3" "${table[@]}"
+    for target in svhn usps; do
+        step "embed-$target" "$p3/figures/$target" p3_dann.py embed --data-dir "$data_dir" \
+            --checkpoint "$p3/$target-${table[1]}-dann-seed0/model.safetensors" --output-dir "$p3/figures/$target"
+    done
+    if [ -d "$data_dir/clip_zeroshot/train" ]; then
+        step clip-pretrain "$p3/clip-small" p3_clip_zeroshot.py pretrain --data-dir "$data_dir" \
+            --output-dir "$p3/clip-small" ${clip[@]+"${clip[@]}"}
+        step clip "$p3/clip" p3_clip_zeroshot.py --data-dir "$data_dir" --output-dir "$p3/clip" \
+            --checkpoint "$p3/clip-small/model.safetensors"
+    elif [ -d "$data_dir/clip_zeroshot/val" ]; then # the course's, by the published weights
+        (step clip "$p3/clip" p3_clip_zeroshot.py --data-dir "$data_dir" --output-dir "$p3/clip") ||
+            echo "Zero-shot classification: left out"
     fi
-    echo "Zero-shot classification: $p3/clip/{table,cases,similarity,confusion}.png"
-elif [ -d "$data_dir/clip_zeroshot/val" ]; then # the course's
-    run p3_clip_zeroshot.py --data-dir "$data_dir" --output-dir "$p3/clip" || echo "Zero-shot classification: left out"
 fi
-echo "Done."
+
+python report.py "$output_dir"

@@ -58,7 +58,7 @@ def command_line(commands: Any, main: Callable[[Any], Any]) -> None:
 def make_accelerator(device: Device = "auto", precision: Precision = "auto") -> Accelerator:
     """Accelerate's device, precision and data parallelism; the same script runs alone and under torchrun.
 
-    "auto" precision is bf16 where the hardware multiplies bf16 matrices (CUDA since Ampere, CPUs with AMX), else fp32.
+    "auto" precision is bf16 where the hardware multiplies bf16 matrices (CUDA since Ampere, CPUs with AVX512-BF16), else fp32.
     """
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     here = [name for name, available in here.items() if available]
@@ -67,7 +67,7 @@ def make_accelerator(device: Device = "auto", precision: Precision = "auto") -> 
     device = here[0] if device == "auto" else device
     if precision == "auto":
         features = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.11
-        fast = torch.cuda.get_device_capability() >= (8, 0) if device == "cuda" else features.get("amx_bf16", False)
+        fast = torch.cuda.get_device_capability() >= (8, 0) if device == "cuda" else features.get("avx512_bf16", False)
         precision = "bf16" if fast and device != "mps" else "fp32"
     # One program may train in bf16 and predict in fp32; Accelerate would keep the settings of the first.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
