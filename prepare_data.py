@@ -9,6 +9,7 @@
     python prepare_data.py download --year 2022            # the course's own archive
     python prepare_data.py download --public --textures BSDS500/data/images/train
     python prepare_data.py check hw2_data
+    python prepare_data.py noises --output-dir noises      # for DDIM, where hw2_data has none
 
 MNIST-M and SynthDigits: Ganin et al. 2016, https://arxiv.org/abs/1505.07818. CelebA: Liu et al. 2015,
 https://arxiv.org/abs/1411.7766.
@@ -20,6 +21,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,6 +94,20 @@ class Check:
 
     data_dir: Positional[Path] = Path("hw2_data")
     """The folder to check."""
+
+
+@dataclass
+class Noises:
+    """Write standard normal noises 00.pt, 01.pt, ... of 1x3xSIZExSIZE, what p2_ddim.py starts from."""
+
+    output_dir: Path
+    """Where to write; noises that are there already must be these very ones."""
+    count: int = 10
+    """How many."""
+    size: int = 64
+    """Height and width: those of the model's images."""
+    seed: int = 0
+    """Noise k depends on this, on k and on the size only."""
 
 
 # ------------------------------------------------------------------------------------------------------------ synthetic
@@ -237,12 +253,33 @@ def download(args: Download) -> None:
     print(f"{args.data_dir}: finished; python prepare_data.py check {args.data_dir} tells what is there")
 
 
-def main(args: Synthetic | Download | Check) -> None:
+# --------------------------------------------------------------------------------------------------------------- noises
+
+
+def noises(args: Noises) -> None:
+    """Write the noises aside, then move them to their place; UserError if others are there, which would be read too."""
+    if args.count < 1 or args.size < 1:
+        raise UserError(f"--count {args.count}, --size {args.size}: at least 1")
+    folder = make_output_dir(args.output_dir)
+    with tempfile.TemporaryDirectory(prefix=".noises-", dir=folder) as aside:
+        layout.write_noises(Path(aside), args.seed, args.count, args.size)
+        made = {path.name: path for path in Path(aside).iterdir()}
+        for path in sorted(folder.glob("*.pt")):
+            if path.name not in made or path.read_bytes() != made[path.name].read_bytes():
+                raise UserError(f"--output-dir {folder}: {path.name} is another noise, remove it first")
+        for name, path in made.items():
+            path.replace(folder / name)
+    print(f"{args.count:,} noises of 1x3x{args.size}x{args.size}: {folder}")
+
+
+def main(args: Synthetic | Download | Check | Noises) -> None:
     """Run one sub-command."""
     if isinstance(args, Synthetic):
         synthetic(args)
     elif isinstance(args, Download):
         download(args)
+    elif isinstance(args, Noises):
+        noises(args)
     else:
         report = inspection.inspect_folder(args.data_dir)
         inspection.print_report(report)
@@ -251,4 +288,4 @@ def main(args: Synthetic | Download | Check) -> None:
 
 
 if __name__ == "__main__":
-    command_line(Synthetic | Download | Check, main)
+    command_line(Synthetic | Download | Check | Noises, main)

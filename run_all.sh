@@ -106,6 +106,10 @@ if wanted p2; then
         net=$p2/faces/model.safetensors
         step faces-ddpm "$p2/faces" p2_ddpm_train.py --data-dir "$data_dir" --output-dir "$p2/faces" \
             --domains faces --net ddim "${face_ddpm[@]}"
+        if [ ! -d "$noises" ]; then
+            noises=$p2/noises
+            step noises "$noises" prepare_data.py noises --output-dir "$noises"
+        fi
     fi
     if [ -f "$net" ] && [ -d "$noises" ]; then
         ddim=(--noise-dir "$noises" --checkpoint "$net" --output-dir)

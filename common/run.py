@@ -58,7 +58,8 @@ def command_line(commands: Any, main: Callable[[Any], Any]) -> None:
 def make_accelerator(device: Device = "auto", precision: Precision = "auto") -> Accelerator:
     """Accelerate's device, precision and data parallelism; the same script runs alone and under torchrun.
 
-    "auto" precision is bf16 where the hardware multiplies bf16 matrices (CUDA since Ampere, CPUs with AVX512-BF16), else fp32.
+    "auto" precision is bf16 where the hardware multiplies bf16 matrices (CUDA since Ampere, CPUs with AVX512-BF16), else
+    fp32.
     """
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     here = [name for name, available in here.items() if available]

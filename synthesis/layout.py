@@ -61,11 +61,13 @@ def write_attributes(folder: Path, names: Sequence[str], rows: Sequence[tuple[st
     (folder / "list_attr_celeba.txt").write_text(text)
 
 
-def write_noises(folder: Path, seed: int) -> None:
-    """00.pt … 09.pt: standard normal (1, 3, 64, 64), each of its own generator."""
-    folder.mkdir()
-    for k in range(10):
-        torch.save(torch.randn((1, 3, 64, 64), generator=generator(seed, "face noise", k)), folder / f"{k:02d}.pt")
+def write_noises(folder: Path, seed: int, count: int = 10, size: int = 64) -> None:
+    """00.pt, 01.pt, …: standard normal (1, 3, size, size), each of its own generator; names of one length."""
+    folder.mkdir(exist_ok=True)
+    digits = max(2, len(str(count - 1)))
+    for k in range(count):
+        noise = torch.randn((1, 3, size, size), generator=generator(seed, "face noise", k))
+        torch.save(noise, folder / f"{k:0{digits}d}.pt")
 
 
 def write_names(folder: Path, names: Sequence[str]) -> None:

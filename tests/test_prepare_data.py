@@ -15,7 +15,7 @@ from PIL import Image
 
 import prepare_data
 from common.run import UserError, generator
-from prepare_data import Check, Download, Synthetic
+from prepare_data import Check, Download, Noises, Synthetic
 from synthesis import archive, digits, layout, looks, objects, public
 
 TINY = {
@@ -157,6 +157,30 @@ def test_noises(made, tmp_path):
     assert (correlations - torch.eye(20)).abs().max() < 0.05  # 5.5 standard errors: seed and number change the noise
     expected = torch.randn(1, 3, 64, 64, generator=generator(0, "face noise", 7))
     assert torch.equal(noises[7], expected)
+
+
+def test_noises_alone_are_those_of_the_layout(made, tmp_path):
+    """Byte for byte; the same command again is fine."""
+    folder = tmp_path / "a b" / "noises"
+    for _ in range(2):
+        prepare_data.main(Noises(folder))
+        assert fingerprint(folder) == fingerprint(made / "face" / "noise")
+
+
+def test_noises_of_other_numbers_and_sizes(tmp_path):
+    prepare_data.main(Noises(tmp_path, count=101, size=4, seed=5))
+    files = sorted(tmp_path.iterdir())
+    assert [path.name for path in files] == [f"{k:03d}.pt" for k in range(101)]
+    noises = torch.cat([torch.load(path, weights_only=True) for path in files])
+    assert noises.shape == (101, 3, 4, 4)
+    assert torch.equal(noises[100:], torch.randn(1, 3, 4, 4, generator=generator(5, "face noise", 100)))
+    before = fingerprint(tmp_path)
+    for other in (Noises(tmp_path, count=102, size=4, seed=6), Noises(tmp_path, count=10, size=4, seed=5)):
+        with pytest.raises(UserError, match=r"000\.pt is another noise"):
+            prepare_data.main(other)
+    with pytest.raises(UserError, match="--count 0"):
+        prepare_data.main(Noises(tmp_path, count=0))
+    assert fingerprint(tmp_path) == before
 
 
 def test_base_digits_stand_in_one_place_only():

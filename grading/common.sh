@@ -1,0 +1,39 @@
+# shellcheck shell=bash
+# What the graders' scripts share; each sources it. Paths are relative to the current directory, wherever that is.
+# CHECKPOINTS=FOLDER takes the weights from another folder than checkpoints/.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=$root/.venv/bin/python # what setup.sh makes; a grader may have an environment of their own
+[ -x "$python" ] || python=python3
+
+fail() { # STATUS LINE
+    echo "$2" >&2
+    exit "$1"
+}
+
+# expect "NAME NAME …" "$@": one argument for each name, none of them empty.
+expect() {
+    local names=$1 argument given=0
+    shift
+    for argument; do [ -z "$argument" ] || given=$((given + 1)); done
+    if [ "$given" != $# ] || [ $# != "$(wc -w <<<"$names" | tr -d ' ')" ]; then fail 2 "usage: bash $0 $names"; fi
+}
+
+# weights NAME COMMAND: sets `checkpoint`; if there is none, says which run's weights to put where.
+weights() {
+    checkpoint=${CHECKPOINTS:-$root/checkpoints}/$1.safetensors
+    [ -f "$checkpoint" ] || fail 2 "error: $checkpoint: no such file; put model.safetensors of '$2' there"
+}
+
+# domain_of PATH: sets `domain` to svhn or usps, whichever PATH names last (any case); else DOMAIN tells.
+domain_of() {
+    local path svhn usps
+    path=$(tr '[:upper:]' '[:lower:]' <<<"$1")
+    svhn=${path##*svhn} usps=${path##*usps} # what follows the last mention; everything if there is none
+    domain=$(tr '[:upper:]' '[:lower:]' <<<"${DOMAIN:-}")
+    if [ ${#svhn} -lt ${#usps} ]; then domain=svhn; elif [ ${#usps} -lt ${#svhn} ]; then domain=usps; fi
+    case $domain in
+    svhn | usps) ;;
+    *) fail 2 "error: $1: the path names neither svhn nor usps; DOMAIN=svhn or DOMAIN=usps before the command does" ;;
+    esac
+}

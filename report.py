@@ -1,0 +1,300 @@
+"""One page of everything that `run_all.sh` left in its output directory, and its tables as markdown, csv and LaTeX.
+
+    python report.py output          # writes output/report.html and output/report/*.{md,csv,tex}
+
+The page holds its images and needs no other file; its order and prose are in templates/report.html.j2. Every figure is
+read from the output directory, but for the course's bars and what course reports reached, which stand below.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import itertools
+import json
+import operator
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from PIL import Image
+from tyro.conf import Positional
+
+from common.figures import save_csv
+from common.run import ROOT, UserError, atomic_write, command_line, make_output_dir
+from models.gan import GENERATORS, Critic, Discriminator
+
+Row = list[str]
+Table = tuple[str, list[Row]]  # the title, and the rows, of which the first is the header
+
+# How a figure must stand to the course's lower and higher bar (hand-outs, graders' scripts), the year of the hand-out,
+# and the best that public course reports of 2022 to 2024 tell.
+BARS = {
+    "fid": ("≤", (30, 27), "2022", "22.97"),
+    "faces": ("≥", (85, 90), "2022", "92.2 (with FID 25.66)"),
+    "mnistm": ("≥", (90, 95), "2023; in 2022 80 / 88", "99.5 to 100"),
+    "digits": ("≥", (90, 95), "2024", "99.5 to 100"),
+    "mse": ("<", (20,), "2023, 2024", "1.27"),
+    "svhn": ("≥", (40, 42), "2022, 2023", "64.5 (epoch chosen by target labels)"),
+    "usps": ("≥", (76, 78), "2022, 2023", "90.4 (epoch chosen by target labels)"),
+    "clip": ("", (), "", "56.64 (OpenAI's ViT-B-32, the course's 50 classes)"),
+    "": ("", (), "", ""),
+}
+COMPARISONS = {"≤": operator.le, "<": operator.lt, "≥": operator.ge}
+COURSE_COUNTS = {"digits/mnistm/data": 56_000, "digits/svhn/data": 79_431, "digits/usps/data": 7_438}  # PNG files
+COURSE_COUNTS |= {"face/val": 2_025, "face/GT": 10}
+COURSE, SYNTHETIC, OTHER, UNKNOWN = "the course's", "synthetic", "other data", "data not found"
+METHODS = {"dcgan": "DCGAN", "wgangp": "WGAN-GP"}
+NAMES = {"mnistm": "MNIST-M", "svhn": "SVHN", "usps": "USPS"}
+HEADER = ["figure", "ours", "to compare with", "reports' best", "course's bars", "verdict"]
+LARGEST_FILM = 4_000_000  # bytes; of a larger one the page holds the end only
+
+
+@dataclass
+class Report:
+    """Write OUTPUT_DIR/report.html and OUTPUT_DIR/report/."""
+
+    output_dir: Positional[Path]  # What run_all.sh wrote: p1/, p2/, p3/ and steps/, or some of them.
+
+
+class Output:
+    """An output directory: reads what is there, and notes in `missing` what is not. UserError names a broken file."""
+
+    def __init__(self, folder: Path) -> None:
+        if not any((folder / name).is_dir() for name in ("p1", "p2", "p3")):
+            raise UserError(f"{folder}: holds none of p1, p2, p3, which run_all.sh writes")
+        self.folder = folder.absolute()
+        self.missing: list[Row] = []  # part, why
+        self.origins: dict[tuple[str, str], tuple[str, dict]] = {}  # (data folder, part) → origin, made.json
+
+    def json(self, name: str | Path) -> dict[str, Any]:
+        """The object in a json file; an empty one if there is no file."""
+        path = self.folder / name
+        try:
+            return dict(json.loads(path.read_text())) if path.is_file() else {}
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: not a whole json object ({error})") from None
+
+    def arguments(self, name: str) -> dict[str, Any]:
+        """The arguments of a run."""
+        return self.json(f"{name}/config.json").get("arguments", {})
+
+    def table(self, name: str, title: str) -> Table:
+        """A table that another script wrote as csv; without rows if it is not there."""
+        path = self.folder / name
+        return title, list(csv.reader(path.read_text().splitlines())) if path.is_file() else []
+
+    def image(self, name: str, what: str, kind: str) -> dict[str, Any] | None:
+        """An image as a data URI, with its size and kind: "plot", "pixels" or "film". None, and noted, if missing."""
+        path = self.folder / name
+        if not path.is_file():
+            self.missing.append([f"figure: {what}", f"not run ({name} is not there)"])
+            return None
+        try:
+            with Image.open(path) as image:
+                image.load()
+                content, size, mime = path.read_bytes(), image.size, image.get_format_mimetype()
+                if kind == "film" and len(content) > LARGEST_FILM:
+                    image.seek(image.n_frames - 1)
+                    image.convert("RGB").save(still := io.BytesIO(), "png")
+                    content, mime, kind = still.getvalue(), "image/png", "pixels"
+        except (OSError, SyntaxError):
+            raise UserError(f"{path}: not a whole image") from None
+        source = f"data:{mime};base64,{base64.b64encode(content).decode()}"
+        return {"source": source, "width": size[0], "height": size[1], "kind": kind}
+
+    def origin(self, data_dir: str | None, *parts: str) -> str:
+        """Where parts of the data come from: made.json tells, or as many files as the course's. The worst of several."""
+        found = set()
+        for part in parts:
+            folder = ROOT / (data_dir or "") / part
+            made = self.json(folder / "made.json") or self.json(folder.parent / "made.json")
+            origin = SYNTHETIC if made.get("made_by") == "synthetic" else OTHER
+            if not data_dir or not folder.is_dir():
+                origin = UNKNOWN
+            elif not made and sum(1 for _ in folder.glob("*.png")) == COURSE_COUNTS.get(part):
+                origin = COURSE
+            self.origins[str(data_dir), part] = origin, made
+            found.add(origin)
+        return next((origin for origin in (SYNTHETIC, UNKNOWN, OTHER) if origin in found), COURSE)
+
+
+def number(value: float | None, before: str = "", after: str = "") -> str:
+    """A figure with two decimals between two texts; nothing if there is none."""
+    return "" if value is None else f"{before}{value:,.2f}{after}"
+
+
+def compare(
+    name: str, value: float | None, beside: str, bar: str, origin: str, why: str = "", judge: str = "", spread: str = ""
+) -> Row:
+    """A row under HEADER; on other data than the course's, no bar is passed. `why`: the reason of a figure's absence."""
+    sign, levels, note, best = BARS[bar]
+    bars = f"{' / '.join(f'{sign} {level:g}' for level in levels)} ({note})" if levels else ""
+    if value is None:
+        verdict = f"not measured: {why or 'not run'}"
+    else:
+        passed = sum(COMPARISONS[sign](value, level) for level in levels)
+        verdict = "fail" if not passed else "pass" if passed == len(levels) else f"pass {passed} of {len(levels)}"
+        verdict = origin if origin == SYNTHETIC or (levels and origin != COURSE) else verdict if levels else "no bar"
+        verdict += f"; {judge}" if judge else ""
+    return [name, number(value, after=spread), beside, best, bars, verdict]
+
+
+def p1_tables(output: Output) -> dict[str, Table]:
+    """GANs: FID and face rate of both methods; the settings in which they differ."""
+    rows, arguments = [HEADER], {method: output.arguments(f"p1/{method}") for method in METHODS}
+    for method, name in METHODS.items():
+        origin = output.origin(arguments[method].get("data_dir"), "face/val")
+        results = [output.json(path) for path in sorted(output.folder.glob(f"p1/score/{method}-*/result.json"))]
+        scores = {result.get("metric"): result for result in results}
+        fid, other = scores.get("FID", {}), scores.get("random-feature Fréchet distance", {})
+        why, random = "no Inception weights" if other else "", f"random-feature distance (not FID), {name}"
+        for score, label, bar in ((fid, f"FID, {name}", "fid"), (other, random, "")):
+            beside = number(score.get("floor"), "other real images ")
+            rows.append(compare(label, score.get("distance"), beside, bar, origin, why))
+        faces = scores.get("exactly one face", {})
+        beside = number((faces.get("real") or {}).get("one_face_percent"), "real images ")
+        rows.append(compare(f"exactly one face, {name}, %", faces.get("one_face_percent"), beside, "faces", origin))
+    tables = {"p1_gan": ("Generated faces", rows)}
+    if all(arguments.values()):
+        keys = sorted({**arguments["dcgan"], **arguments["wgangp"]}.keys() - {"output_dir"})
+        cells = ([key, *(str(told.get(key, "no such option")) for told in arguments.values())] for key in keys)
+        differing = [["option", *METHODS.values()], *(row for row in cells if row[1] != row[2])]
+        tables["p1_differences"] = ("Settings in which the two runs differ", differing)
+    return tables
+
+
+def architectures(output: Output) -> list[tuple[str, str]]:
+    """The nets of both GANs as PyTorch prints them, each under its name and number of parameters."""
+    printed = []
+    for method, name in METHODS.items():
+        if told := output.arguments(f"p1/{method}"):
+            options = {key: told[key] for key in ("width", "norm", "spectral") if key in told}
+            generator, judge = GENERATORS[told.get("net", "generator")], Discriminator if method == "dcgan" else Critic
+            with torch.device("meta"):  # takes no memory for the weights
+                nets = generator(width=told["width"]), judge(**options)
+            counts = [sum(parameter.numel() for parameter in net.parameters()) for net in nets]
+            told = [f"{type(net).__name__} of {name}: {n:,} parameters" for net, n in zip(nets, counts, strict=True)]
+            printed += zip(told, map(str, nets), strict=True)
+    return printed
+
+
+def p2_tables(output: Output) -> dict[str, Table]:
+    """DDPM: what the judges say of each domain's digits. DDIM: the graders' error, if their images are there."""
+    rows, told = [HEADER], output.arguments("p2/digits")
+    domains = told.get("domains", ["mnistm", "svhn"])
+    scores = [output.json(f"p2/score/{domain}/result.json") for domain in domains]
+    judges = ["" if score.get("net") == "DigitClassifier" else "independent judge" for score in scores]
+    for domain, score, judge in zip(domains, scores, judges, strict=True):
+        name, origin = NAMES.get(domain, domain), output.origin(told.get("data_dir"), f"digits/{domain}/data")
+        beside = number(score.get("real_accuracy"), "real images ")
+        bar = "mnistm" if domain == "mnistm" else ""
+        rows.append(compare(f"accuracy, {name}, %", score.get("accuracy"), beside, bar, origin, judge=judge))
+        beside = number(score.get("real_diversity_sd"), "sets of real images 100 ± ")
+        share = score.get("diversity_percent_of_real")
+        rows.append(compare(f"diversity, {name}, % of real images'", share, beside, "", origin))
+    if len(domains) > 1:
+        mean = (
+            sum(score["accuracy"] for score in scores) / len(scores) if all("accuracy" in s for s in scores) else None
+        )
+        origin = output.origin(told.get("data_dir"), *(f"digits/{domain}/data" for domain in domains))
+        rows.append(compare("mean accuracy of the domains, %", mean, "", "digits", origin, judge=max(judges)))
+    tables = {"p2_ddpm": ("Generated digits before their judges", rows)}
+    paths = sorted(output.folder.glob("p2/score/*/result.json"))
+    score = next((found for path in paths if (found := output.json(path)).get("score") == "mse"), {})
+    truth = Path(score.get("arguments", {}).get("truth", "face/GT"))
+    origin = output.origin(str(truth.parent.parent), "face/GT") if score else UNKNOWN
+    why = "needs the course's UNet.pt and face/GT, by score.py mse"
+    row = compare("mean squared error to the given images, 0 to 255", score.get("mse"), "", "mse", origin, why)
+    return tables | {"p2_ddim": ("Faces from the given noises", [HEADER, row])}
+
+
+def p3_tables(output: Output) -> dict[str, Table]:
+    """DANN: mean accuracy of all seeds on each target, beside training on source and on target only. CLIP: accuracy."""
+    rows, found, data_dir = [HEADER], defaultdict(list), None
+    for path in sorted(output.folder.glob("p3/*/config.json")):
+        told = output.json(path).get("arguments", {})
+        if "method" in told:
+            data_dir = told.get("data_dir")
+            for domain, accuracy in output.json(path.with_name("result.json")).get("accuracy", {}).items():
+                found[told.get("net"), domain, told["method"]].append(accuracy)
+    for net, target in itertools.product(sorted({net for net, *_ in found}) or ["deep"], ("svhn", "usps")):
+        values = {method: found[net, target, method] for method in ("source", "dann", "target")}
+        means = {method: float(np.mean(some)) if some else None for method, some in values.items()}
+        spread = f" ± {np.std(values['dann'], ddof=1):.2f}" if values["dann"][1:] else ""
+        beside = [number(means["source"], "source only "), number(means["target"], "trained on target ")]
+        origin = output.origin(data_dir, "digits/mnistm/data", f"digits/{target}/data")
+        label = f"DANN, MNIST-M → {NAMES[target]}, {net} net, runs: {len(values['dann'])}, %"
+        rows.append(compare(label, means["dann"], "; ".join(filter(None, beside)), target, origin, spread=spread))
+    told = output.table("p3/table.csv", "Trained on source, adapted, trained on target, beside three course reports")
+    tables = {"p3_dann": ("Domain adaptation", rows), "p3_dann_methods": told}
+    result = output.json("p3/clip/result.json")
+    origin = output.origin(result.get("arguments", {}).get("data_dir"), "clip_zeroshot/val")
+    low, high = result.get("interval", (None, None))
+    beside = number(result.get("chance"), "chance ") + number(low, "; 95 % interval ") + number(high, " to ")
+    label = f"accuracy, {result.get('model', 'CLIP')}, prompts: {result.get('templates', 'course')}, %"
+    row = compare(label, result.get("accuracy"), beside, "clip", origin)
+    told = output.table("p3/clip/table.csv", "Zero-shot classification by all sets of prompts")
+    return tables | {"p3_clip": ("Zero-shot classification", [HEADER, row]), "p3_clip_prompts": told}
+
+
+def record_tables(output: Output) -> dict[str, Table]:
+    """What was run: commands with their seconds, runs with seed and hardware, versions, data."""
+    notes = sorted((output.folder / "steps").glob("*.txt"), key=lambda path: path.stat().st_mtime_ns)
+    steps = [[path.stem, *[*path.read_text().splitlines(), "", ""][:2]] for path in notes]
+    runs, versions = [["run", "seed", "hardware", "commit", "seconds"]], defaultdict(set)
+    for path in sorted(path for level in ("*/*", "*/*/*") for path in output.folder.glob(f"{level}/*.json")):
+        told = output.json(path)
+        if hardware := told.get("hardware"):
+            seconds = told.get("seconds", output.json(path.with_name("result.json")).get("seconds"))
+            machine = "{device} ({name}), {precision}, processes: {processes}, threads: {threads}".format(**hardware)
+            seed, commit = str(told.get("arguments", {}).get("seed", "")), str(told.get("git_commit"))[:10]
+            runs.append(
+                [
+                    str(path.parent.relative_to(output.folder)),
+                    seed,
+                    machine,
+                    commit,
+                    "unfinished" if seconds is None else f"{seconds:.1f}",
+                ]
+            )
+            for package, version in told.get("versions", {}).items():
+                versions[package].add(version)
+    data = [[part, origin, str(made or ""), folder] for (folder, part), (origin, made) in output.origins.items()]
+    versions = [["package", "version"], *([package, " / ".join(sorted(some))] for package, some in versions.items())]
+    tables = {"steps": ("Commands, in order", [["step", "command", "seconds"], *steps])}
+    tables |= {"runs": ("Runs and scores", runs), "versions": ("Versions", versions)}
+    return tables | {"data": ("Data", [["part", "origin", "made.json", "folder"], *data])}
+
+
+def main(args: Report) -> Path:
+    """Write the page and the tables; returns the path of the page."""
+    output = Output(args.output_dir)
+    tables = p1_tables(output) | p2_tables(output) | p3_tables(output) | record_tables(output)
+    figures = [row for _, rows in tables.values() if rows[:1] == [HEADER] for row in rows]
+    output.missing += [[r[0], r[-1].split(": ", 1)[1]] for r in figures if r[-1].startswith("not measured")]
+    loader, styles = jinja2.FileSystemLoader(ROOT / "templates"), {"trim_blocks": True, "lstrip_blocks": True}
+    styles |= {"undefined": jinja2.StrictUndefined, "autoescape": lambda name: name.endswith(".html.j2")}
+    templates = jinja2.Environment(loader=loader, keep_trailing_newline=True, **styles)
+    options = {"output": output, "tables": tables, "architectures": architectures(output)}
+    text = templates.get_template("report.html.j2").render(**options)
+    tables["missing"] = ("Not measured or left out", [["part", "why"], *output.missing])
+    page, folder = output.folder / "report.html", make_output_dir(output.folder / "report", "OUTPUT_DIR")
+    atomic_write(page, text)
+    for name, (title, rows) in tables.items():
+        if rows:
+            save_csv(rows, folder / f"{name}.csv")
+            for suffix in ("md", "tex"):
+                text = templates.get_template(f"table.{suffix}.j2").render(name=name, title=title, rows=rows)
+                atomic_write(folder / f"{name}.{suffix}", text)
+    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB), tables in {folder}")
+    return page
+
+
+if __name__ == "__main__":
+    command_line(Report, main)
