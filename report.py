@@ -160,13 +160,13 @@ def p1_tables(output: Output) -> dict[str, Table]:
         faces = scores.get("exactly one face", {})
         beside = number((faces.get("real") or {}).get("one_face_percent"), "real images ")
         rows.append(compare(f"exactly one face, {name}, %", faces.get("one_face_percent"), beside, "faces", origin))
-    tables = {"p1_gan": ("Generated faces", rows)}
+    differing = []
     if all(arguments.values()):
         keys = sorted({**arguments["dcgan"], **arguments["wgangp"]}.keys() - {"output_dir"})
         cells = ([key, *(str(told.get(key, "no such option")) for told in arguments.values())] for key in keys)
         differing = [["option", *METHODS.values()], *(row for row in cells if row[1] != row[2])]
-        tables["p1_differences"] = ("Settings in which the two runs differ", differing)
-    return tables
+    differing = ("Settings in which the two runs differ", differing)
+    return {"p1_gan": ("Generated faces", rows), "p1_differences": differing}
 
 
 def architectures(output: Output) -> list[tuple[str, str]]:
