@@ -2,7 +2,7 @@
 
 Paper: Song et al., Denoising Diffusion Implicit Models, 2020, https://arxiv.org/abs/2010.02502
 
-    python p2_ddim.py generate --noise-dir hw2_data/face/noise --checkpoint UNet.pt --output-dir faces
+    python p2_ddim.py generate --noise-dir hw2_data/face/noise --checkpoint UNet.pt --output-dir ddim
     python p2_ddim.py eta-grid --noise-dir hw2_data/face/noise --checkpoint UNet.pt --output-dir figures
     python p2_ddim.py interpolate --noise-dir hw2_data/face/noise --checkpoint UNet.pt --output-dir figures
 """
@@ -160,10 +160,11 @@ def generate(args: Generate) -> None:
     """Write the images; tell time and memory."""
     names, noises = read_noises(args.noise_dir)
     model, started = Model(args, tuple(noises.shape[-2:])), time.monotonic()
-    runs.make_output_dir(args.output_dir)
+    files = [f"{name}.png" for name in names]
+    runs.make_output_dir(args.output_dir, only=files)
     pixels = model.to_pixels(model.generate(noises, args.eta))
-    for name, image in zip(names, pixels, strict=True):
-        save_grid(image[None], args.output_dir / f"{name}.png", columns=1, padding=0)
+    for file, image in zip(files, pixels, strict=True):
+        save_grid(image[None], args.output_dir / file, columns=1, padding=0)
     seconds = (time.monotonic() - started) / len(names)
     on_cuda = model.accelerator.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

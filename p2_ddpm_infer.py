@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -86,16 +86,19 @@ class Model:
                 yield step.t, to_uint8(step.x).cpu()
 
 
-def write_digits(model: Model, domain: str, folder: Path, args: Generate) -> None:
-    """Write the images of one domain under the graders' names."""
-    per_class = args.per_class or (50 if len(args.domains) > 1 else 100)
-    wanted = [(digit, number) for digit in range(10) for number in range(1, per_class + 1)]
+def write_digits(model: Model, domain: str, wanted: list[tuple[int, int]], folder: Path, args: Generate) -> None:
+    """Write the images of one domain, (digit, number) each, under the graders' names."""
     for start in range(0, len(wanted), args.batch_size):
         digits, numbers = zip(*wanted[start : start + args.batch_size], strict=True)
         _, pixels = deque(model.states(domain, list(digits), list(numbers), args.guidance), maxlen=1)[0]
         for digit, number, image in zip(digits, numbers, pixels, strict=True):
-            save_grid(image[None], folder / f"{digit}_{number:03d}.png", columns=1, padding=0)
+            save_grid(image[None], folder / file_name(digit, number), columns=1, padding=0)
         print(f"{domain}: {min(start + args.batch_size, len(wanted)):,}/{len(wanted):,} digits: {folder}")
+
+
+def file_name(digit: int, number: int) -> str:
+    """The graders' name of an image: its first sign is the label."""
+    return f"{digit}_{number:03d}.png"
 
 
 def draw_figures(model: Model, domain: str, folder: Path, args: Generate) -> None:
@@ -126,12 +129,16 @@ def main(args: Generate) -> None:
     unknown = [domain for domain in args.domains if domain not in model.domains]
     if unknown:
         raise UserError(f"--domains {unknown[0]}: {args.checkpoint} knows {' '.join(model.domains)}")
-    args = replace(args, domains=args.domains or tuple(model.domains))
-    for folder, flag in ((args.output_dir, "--output-dir"), (args.figures_dir, "--figures-dir")):
-        if folder is not None:
-            runs.make_output_dir(folder, flag)
-    for domain in args.domains:
-        write_digits(model, domain, args.output_dir / domain if len(args.domains) > 1 else args.output_dir, args)
+    domains = args.domains or tuple(model.domains)
+    per_class = args.per_class or (50 if len(domains) > 1 else 100)
+    wanted = [(digit, number) for digit in range(10) for number in range(1, per_class + 1)]
+    folders = {domain: args.output_dir / domain if len(domains) > 1 else args.output_dir for domain in domains}
+    for folder in folders.values():
+        runs.make_output_dir(folder, only={file_name(*image) for image in wanted})
+    if args.figures_dir is not None:
+        runs.make_output_dir(args.figures_dir, "--figures-dir")
+    for domain, folder in folders.items():
+        write_digits(model, domain, wanted, folder, args)
         if args.figures_dir is not None:
             draw_figures(model, domain, args.figures_dir, args)
 

@@ -109,7 +109,7 @@ class Output:
         return {"source": source, "width": size[0], "height": size[1], "kind": kind}
 
     def origin(self, data_dir: str | None, *parts: str) -> str:
-        """Where parts of the data come from: made.json tells, or as many files as the course's. The worst of several."""
+        """Where parts of the data come from: made.json tells, or the number of files does. Of several, the worst."""
         found = set()
         for part in parts:
             folder = ROOT / (data_dir or "") / part
@@ -132,7 +132,7 @@ def number(value: float | None, before: str = "", after: str = "") -> str:
 def compare(
     name: str, value: float | None, beside: str, bar: str, origin: str, why: str = "", judge: str = "", spread: str = ""
 ) -> Row:
-    """A row under HEADER; on other data than the course's, no bar is passed. `why`: the reason of a figure's absence."""
+    """A row under HEADER; on other data than the course's, no bar is passed. `why` a figure is absent."""
     sign, levels, note, best = BARS[bar]
     bars = f"{' / '.join(f'{sign} {level:g}' for level in levels)} ({note})" if levels else ""
     if value is None:

@@ -39,15 +39,16 @@ def sample(args: Sample) -> None:
     device = runs.make_accelerator(args.device, "fp32").device
     device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     net = runs.load_net(args.checkpoint, GENERATORS)[0].to(device, torch.float64)
-    runs.make_output_dir(args.output_dir)
+    digits, first = max(4, len(str(args.num_images - 1))), []
+    names = [f"{number:0{digits}}.png" for number in range(args.num_images)]
+    runs.make_output_dir(args.output_dir, only=set(names))
     if args.grid is not None:
         runs.make_output_dir(args.grid.parent, "--grid")
-    digits, first = max(4, len(str(args.num_images - 1))), []
     for start in range(0, args.num_images, args.batch_size):
         numbers = range(start, min(start + args.batch_size, args.num_images))
         pixels = to_uint8(net(runs.ImageNoise(args.seed, numbers, (net.latent,))().to(device, torch.float64))).cpu()
         for number, image in zip(numbers, pixels, strict=True):
-            save_grid(image[None], args.output_dir / f"{number:0{digits}}.png", columns=1, padding=0)
+            save_grid(image[None], args.output_dir / names[number], columns=1, padding=0)
         first += [image for number, image in zip(numbers, pixels, strict=True) if number < 32]
     if args.grid is not None:
         save_grid(torch.stack(first), args.grid, columns=8)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,8 +58,8 @@ def command_line(commands: Any, main: Callable[[Any], Any]) -> None:
 def make_accelerator(device: Device = "auto", precision: Precision = "auto") -> Accelerator:
     """Accelerate's device, precision and data parallelism; the same script runs alone and under torchrun.
 
-    "auto" precision is bf16 where the hardware multiplies bf16 matrices (CUDA since Ampere, CPUs with AVX512-BF16), else
-    fp32.
+    "auto" precision is bf16 where the hardware multiplies bf16 matrices (CUDA since Ampere, CPUs with AVX512-BF16),
+    else fp32.
     """
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     here = [name for name, available in here.items() if available]
@@ -141,13 +141,19 @@ def atomic_write(path: Path, write: bytes | str | Callable[[Path], Any]) -> None
         raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', error)})") from None
 
 
-def make_output_dir(folder: Path, flag: str = "--output-dir") -> Path:
-    """Create `folder` and make sure that files can be written in it, before any work is done."""
+def make_output_dir(folder: Path, flag: str = "--output-dir", only: Collection[str] | None = None) -> Path:
+    """Create `folder` and make sure that files can be written in it, before any work is done.
+
+    Graders read every file of a folder of images: one that is not among the names `only` is a UserError.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
+    found = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if only is not None and (strays := [name for name in found if name not in only]):
+        raise UserError(f"{flag} {folder}: holds {strays[0]}, which graders would read too; remove it first")
     return folder
 
 

@@ -15,7 +15,7 @@ from torch import nn
 import p2_ddpm_infer
 import p2_ddpm_train
 from common.diffusion import Schedule
-from common.run import command_line, generator, load_weights
+from common.run import UserError, command_line, generator, load_weights
 from models.context_unet import ContextUnet
 from p2_ddpm_infer import Generate
 from p2_ddpm_train import Train, loss_of, train
@@ -150,6 +150,8 @@ def test_files_are_the_graders_and_depend_on_seed_and_number_alone(checkpoint, t
         assert np.abs(image - pixels["b"][name]).max() <= 1  # another batch size: another order of float32 sums
         assert np.abs(image - pixels["d"][name]).max() > 1
     assert all(np.abs(image - pixels["a"][name]).max() <= 1 for name, image in pixels["c"].items())
+    with pytest.raises(UserError, match=r"a/mnistm: holds 0_003\.png, which graders would read too"):
+        p2_ddpm_infer.main(options(checkpoint, tmp_path / "a", per_class=2))
 
 
 def test_one_domain_goes_into_the_folder_itself_with_its_figures(checkpoint, tmp_path):

@@ -294,6 +294,8 @@ def test_samples_depend_on_seed_and_number_alone(checkpoint, tmp_path):
     assert c == {name: a[name] for name in list(a)[:5]}
     assert all(d[name] != c[name] for name in c)
     assert len(set(a.values())) == 40
+    with pytest.raises(UserError, match=r"a: holds 0005\.png, which graders would read too"):
+        sample(Sample(checkpoint=checkpoint, output_dir=folders[0], num_images=5))
     assert Image.open(tmp_path / "a.png").size == (8 * 66 + 2, 4 * 66 + 2)
     net = load_net(checkpoint, GENERATORS)[0]
     with torch.inference_mode():  # eval mode: by the running statistics
