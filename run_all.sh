@@ -35,10 +35,13 @@ smoke)
     wgangp=("${dcgan[@]}" --n-critic 1)
     short=(--epochs 1 --images-per-epoch 128)
     judge=("${short[@]}")
-    ddpm=(--width 32 "${short[@]}")
-    face_ddpm=(--width 32 --batch-size 16 --epochs 1 --images-per-epoch 32)
+    ddpm=(--width 32 --schedule cosine --steps 4 "${short[@]}")
+    face_ddpm=(--width 32 --schedule cosine --steps 4 --batch-size 16 --epochs 1 --images-per-epoch 32)
     table=(--nets cnn --seeds 0 "${short[@]}")
     clip=(--epochs 1)
+    num_images=(--num-images 50)
+    digits=(--per-class 5)
+    ddim_steps=(--steps 2)
     small=(--mnistm 200 60 --svhn 200 60 --usps 200 60 --face 64 40 --clip-zeroshot 48 24) ;;
 *) echo "error: PROFILE=$profile: quick, full or smoke" >&2 && exit 2 ;;
 esac
@@ -81,7 +84,7 @@ if wanted p1 && [ -d "$data_dir/face/train" ]; then
     step wgangp "$p1/wgangp" p1_wgangp.py train --data-dir "$data_dir" --output-dir "$p1/wgangp" "${wgangp[@]}"
     for method in dcgan wgangp; do
         step "$method-sample" "$p1/first32_$method.png" "p1_$method.py" sample --output-dir "$p1/faces/$method" \
-            --checkpoint "$p1/$method/model.safetensors" --grid "$p1/first32_$method.png"
+            --checkpoint "$p1/$method/model.safetensors" --grid "$p1/first32_$method.png" ${num_images[@]+"${num_images[@]}"}
         step "$method-faces" "$p1/score/$method-faces" score.py faces "$p1/faces/$method" \
             --real "$data_dir/face/val" --output-dir "$p1/score/$method-faces"
         step "$method-random" "$p1/score/$method-random" score.py fid "$p1/faces/$method" "$data_dir/face/val" \
@@ -94,7 +97,8 @@ if wanted p2; then
     step digits-ddpm "$p2/digits" p2_ddpm_train.py --data-dir "$data_dir" --output-dir "$p2/digits" \
         --domains mnistm svhn "${ddpm[@]}"
     step digits-sample "$p2/figures" p2_ddpm_infer.py --checkpoint "$p2/digits/model.safetensors" \
-        --output-dir "$p2/generated" --figures-dir "$p2/figures" --guidance-sweep 0 1 2 3 5
+        --output-dir "$p2/generated" --figures-dir "$p2/figures" --guidance-sweep 0 1 2 3 5 \
+        ${digits[@]+"${digits[@]}"}
     for domain in mnistm svhn; do
         step "judge-$domain" "$p2/judge-$domain" score.py train-classifier --data-dir "$data_dir" --domain "$domain" \
             --output-dir "$p2/judge-$domain" "${judge[@]}"
@@ -112,7 +116,7 @@ if wanted p2; then
         fi
     fi
     if [ -f "$net" ] && [ -d "$noises" ]; then
-        ddim=(--noise-dir "$noises" --checkpoint "$net" --output-dir)
+        ddim=(--noise-dir "$noises" --checkpoint "$net" ${ddim_steps[@]+"${ddim_steps[@]}"} --output-dir)
         step ddim-generate "$p2/ddim/generated" p2_ddim.py generate "${ddim[@]}" "$p2/ddim/generated"
         step ddim-eta "$p2/ddim/eta_grid.png" p2_ddim.py eta-grid "${ddim[@]}" "$p2/ddim"
         step ddim-interpolate "$p2/ddim/{slerp,lerp}.png" p2_ddim.py interpolate "${ddim[@]}" "$p2/ddim"

@@ -1,0 +1,151 @@
+"""run_all.sh: its steps in every profile, what is skipped, what stops it; the smoke profile from no data to the report.
+
+A stand-in for Python notes what the script calls and leaves the files that the script looks for, so that a whole run
+takes a second. The smoke profile's calls are then done in this process, where nothing has to be imported again.
+"""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+from common.run import ROOT
+
+STAND_IN = r"""#!/usr/bin/env bash
+[ "$1" = -c ] && exit 0
+(IFS=$'\x1f'; printf '%s\n' "$*") >>calls
+[[ -n "$FAIL" && "$*" == *"$FAIL"* ]] && exit 3
+option() { while [ "$1" != "$option" ]; do shift; done; echo "$2"; }
+case "$1 $2" in
+"prepare_data.py synthetic")
+    option=--data-dir && mkdir -p "$(option "$@")"/{digits,face/train,face/val,face/noise,clip_zeroshot/train} ;;
+"p2_ddpm_train.py "*)
+    option=--output-dir && folder=$(option "$@") && mkdir -p "$folder" && touch "$folder/model.safetensors" ;;
+esac
+exit 0
+"""
+PROFILES = ("quick", "full", "smoke")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with run_all.sh, an environment that is not stale, and the stand-in as its Python."""
+    folder = tmp_path / "the project"
+    folder.mkdir()
+    for name in ("run_all.sh", "setup.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    requirements = (folder / "requirements.txt").open()
+    checksum = subprocess.run(["cksum"], stdin=requirements, capture_output=True, text=True, check=True).stdout
+    (folder / ".venv" / "requirements.hash").write_text(checksum)
+    monkeypatch.chdir(folder)
+    for name in ("PROFILE", "ONLY", "PYTHON"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+def run_all(*arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+    """What bash says of run_all.sh, and the calls that it made."""
+    calls = Path("calls")
+    calls.unlink(missing_ok=True)
+    ended = subprocess.run(
+        ["bash", "run_all.sh", *arguments],
+        env=os.environ | {"FAIL": ""} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return ended, [line.split("\x1f") for line in calls.read_text().splitlines()] if calls.exists() else []
+
+
+def steps_of(calls: list[list[str]]) -> list[str]:
+    """Script and sub-command of each call."""
+    return [" ".join(call[: 2 if call[1:] and call[1].isalpha() else 1]) for call in calls]
+
+
+def test_a_run_goes_from_data_to_the_report_and_skips_what_is_done(project):
+    ended, calls = run_all("my data", "out put")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    steps = steps_of(calls)
+    assert steps[:2] == ["prepare_data.py synthetic", "prepare_data.py check"]
+    assert calls[-1] == ["report.py", f"{project}/out put"]
+    for step in (
+        "p1_dcgan.py train",
+        "p1_wgangp.py sample",
+        "score.py faces",
+        "p2_ddpm_infer.py",
+        "p2_ddim.py generate",
+    ):
+        assert step in steps
+    assert steps.count("p2_ddpm_train.py") == steps.count("score.py digits") == steps.count("p3_dann.py embed") == 2
+    notes = {path.stem: path.read_text().splitlines() for path in (project / "out put" / "steps").iterdir()}
+    assert len(notes) == len(calls) - 1  # the report is made anew each time
+    assert notes["dcgan"][0].startswith("python p1_dcgan.py train")
+    assert notes["dcgan"][1].isdigit()
+
+    again, calls = run_all("my data", "out put")
+    assert again.returncode == 0
+    assert [call[0] for call in calls] == ["report.py"]
+    assert again.stdout.count(": done already: ") == len(notes) - 1  # the data is there: no step any more
+
+
+def test_a_failed_step_stops_the_run_with_its_name_and_is_where_the_next_begins(project):
+    ended, calls = run_all(FAIL="p2_ddpm_infer.py")
+    assert ended.returncode == 3
+    assert ended.stderr.startswith("error: the step digits-sample failed; run again to continue: python p2_ddpm_infer")
+    assert calls[-1][0] == "p2_ddpm_infer.py"
+    assert steps_of(run_all()[1])[0] == "p2_ddpm_infer.py"
+
+
+def test_other_arguments_are_another_step(project):
+    """The quick profile's results do not stand for the smoke profile's."""
+    run_all(ONLY="p1")
+    steps = steps_of(run_all(ONLY="p1", PROFILE="smoke")[1])
+    assert {"p1_dcgan.py train", "p1_wgangp.py train"} <= set(steps)
+
+
+@pytest.mark.parametrize(("only", "scripts"), [("p1", {"p1_d", "p1_w"}), ("p3", {"p3_d", "p3_c"}), ("p2", {"p2_d"})])
+def test_only_some_problems(project, only, scripts):
+    calls = run_all(ONLY=only)[1]
+    assert {call[0][:4] for call in calls if call[0].startswith("p")} - {"prep"} == scripts
+
+
+def test_mistakes_are_one_line_before_any_work(project):
+    for environment, told in (({"PROFILE": "slow"}, "PROFILE=slow"), ({"ONLY": "p1 p4"}, "ONLY=p1 p4")):
+        ended, calls = run_all(**environment)
+        assert (ended.returncode, ended.stderr.count("\n"), calls) == (2, 1, [])
+        assert ended.stderr.startswith(f"error: {told}: ")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_command_is_understood(project, monkeypatch, profile):
+    """The scripts' own command lines read the arguments of each profile."""
+    calls = run_all(PROFILE=profile)[1]
+    read = []
+    monkeypatch.setattr("common.run.command_line", lambda commands, main: read.append(tyro.cli(commands)))
+    for script, *arguments in calls:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert len(read) == len(calls) > 20
+
+
+def test_the_smoke_profile_makes_the_report(project, tmp_path, monkeypatch):
+    """Every step for real, one after the other, in this process."""
+    calls = run_all("real/data", "real/out", PROFILE="smoke")[1]
+    shutil.rmtree(project / "real")
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # of thousands of files: most of the time
+    for script, *arguments in calls:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    page = (project / "real/out/report.html").read_text()
+    assert "Not run: " not in page
+    assert page.count('<img src="data:image/') == 39
+    assert "Synthetic data." in page
