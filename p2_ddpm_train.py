@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from common import run as runs
 from common.data import Images, draw_batch, load_digits, load_folder, normalise, to_uint8
-from common.diffusion import Kind, Schedule, predictor, sample
+from common.diffusion import Kind, Prediction, Schedule, predictor, sample
 from common.figures import read_grids, save_curves, save_gif, save_grid
 from common.run import Run, UserError, generator
 from models.attention_unet import AttentionUnet
@@ -43,6 +43,8 @@ class Train:
     domains: tuple[str, ...] = ("mnistm",)  # Digit domains, as many images of each; or "faces", without classes.
     net: Literal["context", "attention", "ddim"] = "context"  # The U-Net.
     width: int = 128  # Channels of its first level.
+    blocks: int = 2  # Of each level of the ddim net.
+    patch: int = 1  # Side of the squares of pixels that the ddim net takes as one position: 2 costs a quarter.
     epochs: int = 100  # Epochs of --images-per-epoch images.
     images_per_epoch: int = 56_000  # Whatever the size of the data.
     batch_size: int = 128  # Images of a step, over all processes.
@@ -51,6 +53,7 @@ class Train:
     clip: float = 1.0  # Largest norm of the gradient.
     steps: int = 1_000  # T, the steps of the noise schedule.
     schedule: Kind = "linear"  # Of β; the linear one is scaled to T.
+    prediction: Prediction = "eps"  # What the net learns to give: the noise, or v, which learns shapes sooner.
     drop: float = 0.1  # Probability that an image's class is withheld.
     min_snr: float | None = None  # γ of min-SNR weighting; None weights all t alike.
     ema_decay: float = 0.9995  # Of the averaged net, the one that is sampled and saved.
@@ -61,19 +64,26 @@ class Train:
 
 
 def make_net(args: Train, channels: int, size: int, classes: int) -> nn.Module:
-    """The noise predictor: `net(x, time, labels, drop)` → noise of the shape of x."""
-    if args.net == "ddim":  # half as large at each level, attention at the last
-        levels = (1, 2, 2, 4) if size % 8 == 0 else (1, 2, 2)
-        return DdimUnet(channels, size, args.width, levels, (size >> len(levels) - 1,), n_classes=classes)
+    """The noise predictor: `net(x, time, labels, drop)` → noise (or v) of the shape of x."""
+    if args.net == "ddim":  # half as large at each level while it is even, attention at the last
+        if args.patch < 1 or size % args.patch or args.blocks < 1:
+            raise UserError(f"--patch {args.patch}: must divide {size}, the images' size; --blocks: at least 1")
+        size_of = [size // args.patch]
+        while len(size_of) < 4 and size_of[-1] % 2 == 0:
+            size_of.append(size_of[-1] // 2)
+        levels, options = (1, 2, 2, 4)[: len(size_of)], {"n_classes": classes, "patch": args.patch}
+        return DdimUnet(channels, size, args.width, levels, size_of[-1:], args.blocks, **options)
     if not classes or size != 28:
         raise UserError(f"--net {args.net}: is for 28x28 digits; take ddim for {' and '.join(args.domains)}")
+    if (args.patch, args.blocks) != (1, 2):
+        raise UserError(f"--net {args.net}: has no --patch and no --blocks; ddim has")
     return {"context": ContextUnet, "attention": AttentionUnet}[args.net](channels, args.width, classes)
 
 
 def loss_of(
     net: nn.Module, schedule: Schedule, x0: Tensor, labels: Tensor | None, args: Train, rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """Mean squared error of the predicted noise (equation 14) at random t, and its means by quarter of t.
+    """Mean squared error of the predicted noise (equation 14), or v, at random t, and its means by quarter of t.
 
     `x0` is (batch, channels, height, width) in [-1, 1], `labels` int64 (batch,) or None.
     """
@@ -81,7 +91,7 @@ def loss_of(
     eps = torch.randn(x0.shape, generator=rng, device=x0.device)
     drop = None if labels is None else torch.rand(len(x0), generator=rng, device=x0.device) < args.drop
     predicted = net(schedule.q_sample(x0, t, eps), schedule.time(t, getattr(net, "module", net)), labels, drop).float()
-    errors = F.mse_loss(predicted, eps, reduction="none").flatten(1).mean(1)  # (batch,)
+    errors = F.mse_loss(predicted, schedule.target(x0, t, eps), reduction="none").flatten(1).mean(1)  # (batch,)
     weights = torch.ones_like(errors) if args.min_snr is None else schedule.min_snr_weight(t, args.min_snr)
     losses = {"loss": (weights * errors).mean()}
     bucket = (t - 1) * BUCKETS // schedule.T
@@ -109,7 +119,7 @@ def train(args: Train) -> dict[str, Any]:
     pixels = [images.pixels.to(device) for images in data]
     labels = [(images.labels + 10 * n).to(device) for n, images in enumerate(data)] if classes else None
 
-    schedule = Schedule(args.steps, args.schedule)
+    schedule = Schedule(args.steps, args.schedule, prediction=args.prediction)
     torch.manual_seed(runs.derive_seed(args.seed, "init"))
     bare_net = make_net(args, *pixels[0].shape[1:3], classes)
     bare_net = bare_net.to(device, memory_format=torch.channels_last)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from common.run import UserError
 
 Kind = Literal["linear", "cosine"]
+Prediction = Literal["eps", "v"]
 Sampler = Literal["ddpm", "ddim", "dpm-solver++"]
 Clamp = Literal["static", "dynamic", "none"]
 Spacing = Literal["leading", "trailing"]
@@ -29,6 +30,10 @@ class Schedule:
     kind "linear": β from beta_start to beta_end, as stated for T = 1000; for another T the range is scaled by 1000 / T,
     for else little noise would be left at T (or the signal be gone early), unless `as_given`. kind "cosine": Nichol and
     Dhariwal, 2021, https://arxiv.org/abs/2102.09672. Raises UserError for a range that leaves (0, 1).
+
+    `prediction` is what a net learns to give for x_t: the noise "eps", or the velocity "v" = √ᾱ_t ε - √(1-ᾱ_t) x_0,
+    which tells as much of the image in strong noise as in weak (Salimans and Ho, 2022,
+    https://arxiv.org/abs/2202.00512).
     """
 
     def __init__(
@@ -38,12 +43,13 @@ class Schedule:
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
         as_given: bool = False,
+        prediction: Prediction = "eps",
     ) -> None:
         self.config = {"steps": steps, "kind": kind, "beta_start": beta_start, "beta_end": beta_end}
-        self.config["as_given"] = as_given
+        self.config |= {"as_given": as_given, "prediction": prediction}
         if steps < 2:
             raise UserError(f"noise schedule: {steps} steps, at least 2 are needed")
-        self.T = steps
+        self.T, self.prediction = steps, prediction
         if kind == "linear":
             scale = 1.0 if as_given else 1_000 / steps
             betas = torch.linspace(scale * beta_start, scale * beta_end, steps, dtype=torch.float64)
@@ -81,10 +87,28 @@ class Schedule:
         """∇ log q(x_t) ≈ -eps / √(1-ᾱ_t) (Song et al., 2021, https://arxiv.org/abs/2011.13456)."""
         return -eps / self.coefficients(t)[1]
 
+    def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What a net is to give for q_sample(x0, t, noise): the noise, or v."""
+        if self.prediction == "eps":
+            return noise
+        signal, sigma = self.coefficients(t)
+        return signal * noise - sigma * x0
+
+    def eps_of(self, x: Tensor, t: Tensor, predicted: Tensor) -> Tensor:
+        """The noise in x_t by what a net gave for it."""
+        if self.prediction == "eps":
+            return predicted
+        signal, sigma = self.coefficients(t)
+        return signal * predicted + sigma * x
+
     def min_snr_weight(self, t: Tensor, gamma: float = 5.0) -> Tensor:
-        """min(SNR, γ) / SNR (batch,), the weight of the noise loss (Hang et al., 2023, arxiv.org/abs/2303.09556)."""
+        """Weight (batch,) of the loss that makes it min(SNR, γ) times the squared error of the clean image.
+
+        min(SNR, γ) / SNR for the noise, min(SNR, γ) / (SNR + 1) for v (Hang et al., 2023, arxiv.org/abs/2303.09556).
+        """
         alpha_bar = self.alpha_bars.to(t.device)[t]
-        return (gamma * (1 - alpha_bar) / alpha_bar).clamp(max=1.0)
+        weight = (gamma * (1 - alpha_bar) / alpha_bar).clamp(max=1.0)
+        return weight if self.prediction == "eps" else weight * alpha_bar  # SNR / (SNR + 1) = ᾱ
 
     def subset(self, count: int, spacing: Spacing = "trailing", offset: int = 0) -> list[int]:
         """Exactly `count` of the steps 1 … T, falling, evenly spread; a sampler goes from each to the next, then to 0.
@@ -121,17 +145,18 @@ def predictor(
 
     w = 0 is the conditional net alone, one pass; else both are one batch of twice the size. Guidance is on while t / T
     lies in `interval` (Kynkäänniemi et al., 2024, https://arxiv.org/abs/2404.07724). The net is called as
-    `net(x, time, labels, drop)`.
+    `net(x, time, labels, drop)`; what it gives is what the schedule says, here made the noise.
     """
 
     def predict(x: Tensor, t: int) -> Tensor:
-        time = schedule.time(torch.full((len(x),), t, device=x.device), net)
+        steps = torch.full((len(x),), t, device=x.device)
+        time = schedule.time(steps, net)
         if labels is None or guidance == 0 or not interval[0] <= t / schedule.T <= interval[1]:
-            return net(x, time, labels).float()
+            return schedule.eps_of(x, steps, net(x, time, labels).float())
         drop = torch.arange(2 * len(x), device=x.device) >= len(x)
         both = net(x.repeat(2, 1, 1, 1), time.repeat(2), labels.repeat(2), drop).float()
         conditional, unconditional = both.chunk(2)
-        return torch.lerp(unconditional, conditional, 1 + guidance)
+        return schedule.eps_of(x, steps, torch.lerp(unconditional, conditional, 1 + guidance))
 
     return predict
 

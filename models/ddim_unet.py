@@ -83,11 +83,14 @@ class Block(nn.Module):
 
 
 class DdimUnet(nn.Module):
-    """Predicts noise in images of `size` pixels, a multiple of 2 ** (levels - 1). The default has 113.7 M parameters.
+    """Predicts noise in images of `size` pixels, a multiple of patch * 2 ** (levels - 1).
 
-    Level i is `width * multipliers[i]` wide and half as large as the level before; it has `blocks` blocks on the way
-    down, one more on the way up, and attention where its size is in `attention`. Widths are multiples of 4.
-    `n_classes` > 0 adds a label embedding to the time's; nothing is added for a dropped class.
+    The default has 113.7 M parameters. Level i is `width * multipliers[i]` wide and half as large as the level before;
+    it has `blocks` blocks on the way down, one more on the way up, and attention where its size is in `attention`.
+    Widths are multiples of 4. `patch` > 1 makes each square of patch x patch pixels one position of in_channels *
+    patch ** 2 values, so that the first level is `size` / patch wide and costs as much less (Hoogeboom et al., 2023,
+    https://arxiv.org/abs/2301.11093). `n_classes` > 0 adds a label embedding to the time's; nothing is added for a
+    dropped class.
     """
 
     counts_steps = True  # its t is the number of the step, from 0; the digits' nets read t / T
@@ -102,19 +105,21 @@ class DdimUnet(nn.Module):
         blocks: int = 2,
         dropout: float = 0.0,
         n_classes: int = 0,
+        patch: int = 1,
     ) -> None:
         super().__init__()
         arguments = {"in_channels": in_channels, "size": size, "width": width, "multipliers": list(multipliers)}
         arguments |= {"attention": list(attention), "blocks": blocks, "dropout": dropout, "n_classes": n_classes}
-        self.config = {"net": "ddim_unet", "arguments": arguments}
-        levels = [(width * factor, size >> i in attention) for i, factor in enumerate(multipliers)]
+        self.config = {"net": "ddim_unet", "arguments": arguments | {"patch": patch}}
+        self.patch, pixels = patch, in_channels * patch**2
+        levels = [(width * factor, size // patch >> i in attention) for i, factor in enumerate(multipliers)]
         time = 4 * width
         self.time = nn.Sequential(Sinusoid(width), nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time))
         self.label = nn.Embedding(n_classes, time) if n_classes else None
         self.lengths = {"down": 0, "mid": 0, "up": 0}
 
         now = width
-        self._append("down", nn.Conv2d(in_channels, now, 3, padding=1))
+        self._append("down", nn.Conv2d(pixels, now, 3, padding=1))
         kept = [now]  # the widths of what the way down leaves for the way up
         for i, (after, attends) in enumerate(levels):
             if i > 0:  # half the height and width
@@ -131,7 +136,7 @@ class DdimUnet(nn.Module):
                 now = after
             if i > 0:  # twice the height and width
                 self._append("up", nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(now, now, 3, padding=1)))
-        self.out = nn.Sequential(_norm(now), nn.SiLU(), nn.Conv2d(now, in_channels, 3, padding=1))
+        self.out = nn.Sequential(_norm(now), nn.SiLU(), nn.Conv2d(now, pixels, 3, padding=1))
         self._initialise()
 
     def _append(self, part: str, layer: nn.Module) -> None:
@@ -166,7 +171,8 @@ class DdimUnet(nn.Module):
                 raise ValueError("classes given to a net without them (n_classes is 0)")
             labels = self.label(classes)
             time = time + (labels if drop is None else labels.masked_fill(drop[:, None], 0.0))
-        kept = []
+        # (batch, in_channels, height, width) → (batch, in_channels * patch², height / patch, width / patch)
+        x, kept = F.pixel_unshuffle(x, self.patch), []
         for layer in self._layers("down"):
             x = layer(x, time) if isinstance(layer, Block) else layer(x)
             kept.append(x)
@@ -174,4 +180,4 @@ class DdimUnet(nn.Module):
             x = layer(x, time)
         for layer in self._layers("up"):
             x = layer(torch.cat((x, kept.pop()), 1), time) if isinstance(layer, Block) else layer(x)
-        return self.out(x)
+        return F.pixel_shuffle(self.out(x), self.patch)
