@@ -52,6 +52,9 @@ def test_loss_is_the_mean_squared_error_of_the_noise(tmp_path):
     assert sum(losses[f"count_t{n}"] for n in range(4)) == 400
     per_image = eps.square().flatten(1).mean(1)
     torch.testing.assert_close(losses["loss_t3"], per_image[t > 75].sum(), rtol=1e-3, atol=1e-3)
+    target = signal_part * eps - sigma * x0
+    velocity = loss_of(net, Schedule(100, prediction="v"), x0, labels, args, generator(0))["loss"]
+    torch.testing.assert_close(velocity, target.square().mean(), rtol=1e-3, atol=1e-3)
     weighted = loss_of(net, schedule, x0, labels, dataclasses.replace(args, min_snr=5.0), generator(0))["loss"]
     torch.testing.assert_close(weighted, (schedule.min_snr_weight(t) * per_image).mean(), rtol=1e-3, atol=1e-3)
 
@@ -93,10 +96,12 @@ def test_faces_are_learned_without_classes(tmp_path):
     folder.mkdir(parents=True)
     for number in range(6):
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    args = small(tmp_path / "hw2_data", "run", domains=("faces",), net="ddim", width=32, epochs=1)
+    options = {"net": "ddim", "width": 32, "patch": 2, "blocks": 1, "prediction": "v"}
+    args = small(tmp_path / "hw2_data", "run", domains=("faces",), epochs=1, **options)
     train(args)
     config = load_weights(args.output_dir / "model.safetensors")[1]
     assert (config["arguments"]["n_classes"], config["size"], config["domains"]) == (0, 16, ["faces"])
+    assert (config["arguments"]["patch"], config["schedule"]["prediction"]) == (2, "v")
     assert Image.open(args.output_dir / "samples/epoch_0001.png").size == (8 * 18 + 2, 4 * 18 + 2)
 
 
@@ -189,6 +194,8 @@ def test_bad_input_is_one_line_and_status_2(checkpoint, data_dir, tmp_path, monk
         (p2_ddpm_train, [*begin, "--domains", "mnistm", "faces"], "faces have no digits"),
         (p2_ddpm_train, [*begin, "--domains", "faces"], "face/train: no such folder"),
         (p2_ddpm_train, [*begin, "--domains", "mnistm", "svhn", "--batch-size", 9], "--batch-size 9"),
+        (p2_ddpm_train, [*begin, "--patch", 2], "--net context: has no --patch"),
+        (p2_ddpm_train, [*begin, "--net", "ddim", "--patch", 3], "--patch 3: must divide 28"),
         (p2_ddpm_infer, [*generate, "other.pth"], "other.pth: is not this ContextUnet"),
         (p2_ddpm_infer, [*generate, checkpoint, "--domains", "usps"], "--domains usps:"),
         (p2_ddpm_infer, [*generate, checkpoint, "--steps", 7], "--steps 7: the noise schedule has 1 to 6"),

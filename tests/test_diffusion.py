@@ -83,6 +83,23 @@ def test_forward_process_and_its_inverse():
     assert weights[1:].tolist() == [1, 1]
 
 
+def test_v_tells_the_noise_and_is_weighted_as_the_image_s_error():
+    """v is the derivative of x_t by the angle whose cosine is √ᾱ_t (Salimans and Ho, appendix D)."""
+    schedule, t = Schedule(prediction="v"), torch.tensor([1, 250, 1000])
+    x0, noise = torch.randn(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    x, v = schedule.q_sample(x0, t, noise), schedule.target(x0, t, noise)
+    torch.testing.assert_close(schedule.eps_of(x, t, v), noise, rtol=1e-4, atol=1e-5)
+    angle, h = torch.tensor([math.acos(math.sqrt(schedule.a[step])) for step in t.tolist()]).double(), 1e-4
+    ahead, behind = (a.cos().view(-1, 1, 1, 1) * x0 + a.sin().view(-1, 1, 1, 1) * noise for a in (angle + h, angle - h))
+    torch.testing.assert_close(v.double(), (ahead - behind) / (2 * h), rtol=1e-4, atol=1e-4)  # v is float32
+    # The same errors of the image, told as errors of the noise or of v, weigh the same: min(SNR, γ).
+    snr = torch.tensor([schedule.a[step] / (1 - schedule.a[step]) for step in t.tolist()])
+    for some, factor in ((Schedule(), snr), (schedule, snr + 1)):
+        torch.testing.assert_close(some.min_snr_weight(t) * factor, snr.clamp(max=5), rtol=1e-2, atol=0)  # 1 - ᾱ_1
+    assert Schedule(**schedule.config).prediction == "v"
+    assert torch.equal(Schedule().target(x0, t, noise), noise)
+
+
 @pytest.mark.parametrize("count", [1, 2, 13, 50, 300, 999, 1000])
 def test_subsets_have_exactly_their_number_of_steps(count):
     schedule = Schedule()
@@ -137,6 +154,22 @@ def test_ddim_is_diffusers(count, eta):
         noise = draw() if eta > 0 and number < count - 1 else torch.zeros_like(x)
         x = theirs.step(predict(x, (t + 1) / 1000), t, x, eta=eta, variance_noise=noise).prev_sample
         torch.testing.assert_close(ours[number], x, rtol=1e-7, atol=1e-7)
+
+
+def test_ddim_of_a_net_that_gives_v_is_diffusers():
+    schedule = Schedule(1000, "cosine", prediction="v")
+    theirs = DDIMScheduler(1000, prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=True)
+    theirs.alphas_cumprod = schedule.alpha_bars[1:].double()
+    theirs.set_timesteps(25)
+
+    def net(x, time, labels):
+        return predict(x, time[0].item())
+
+    steps = sample(schedule, predictor(net, schedule), start().float(), schedule.subset(25), "ddim")
+    x = start()
+    for step, t in zip(steps, theirs.timesteps.tolist(), strict=True):
+        x = theirs.step(predict(x, (t + 1) / 1000), t, x).prev_sample
+        torch.testing.assert_close(step.x.double(), x, rtol=1e-3, atol=1e-3)  # ours is float32, at ᾱ_T = 2e-9
 
 
 @pytest.mark.parametrize("count", [5, 10, 20])

@@ -267,6 +267,16 @@ def test_ddim_unet_of_other_settings():
     assert not torch.equal(net(x, t), net(x, t))
 
 
+def test_patches_are_pixels_of_more_channels():
+    """A position holds the pixels of its square, channel by channel; coordinates, not the net, change."""
+    net, x, t = tiny_ddim(patch=2, size=32), image(2, 3, 32), torch.tensor([3.0, 700.0])
+    plain = tiny_ddim(in_channels=12)
+    plain.load_state_dict(net.state_dict())
+    squares = x.view(2, 3, 16, 2, 16, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 12, 16, 16)
+    expected = plain(squares, t).view(2, 3, 2, 2, 16, 16).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 32, 32)
+    torch.testing.assert_close(net(x, t), expected)
+
+
 def test_layout_of_the_memory_changes_nothing():
     for net, x in conditional():
         t = torch.tensor([0.1, 0.7])
