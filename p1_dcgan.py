@@ -58,6 +58,16 @@ def bce(logits: Tensor, target: float) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), torch.full_like(logits, target, dtype=torch.float32))
 
 
+def judged(d: nn.Module, real: Tensor, fake: Tensor, seen: Callable[[Tensor], Tensor], batches: str) -> Tensor:
+    """Logits (2, batch) of real and of generated images, in one BatchNorm batch ("joint") or one each ("separate").
+
+    The discriminator up to its first BatchNorm has no bias, so a batch of its own hides an image's contrast.
+    """
+    if batches == "joint":
+        return d(seen(torch.cat([real, fake]))).view(2, -1)  # (2 · batch,) → (2, batch)
+    return torch.stack([d(seen(real)), d(seen(fake))])
+
+
 def train(args: Train) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
     accelerator = runs.make_accelerator(args.device, args.precision)
@@ -93,17 +103,8 @@ def train(args: Train) -> dict[str, Any]:
             images = images + noise * torch.randn(images.shape, generator=rng, device=device)
             return images.contiguous(memory_format=torch.channels_last)
 
-        def judged(d: nn.Module, fake: Tensor, real: Tensor = real, seen: Callable[[Tensor], Tensor] = seen) -> Tensor:
-            """Logits (2, batch) of real and of generated images.
-
-            The discriminator up to its first BatchNorm has no bias, so a batch of its own hides an image's contrast.
-            """
-            if args.batches == "joint":
-                return d(seen(torch.cat([real, fake]))).view(2, -1)  # (2 · batch,) → (2, batch)
-            return torch.stack([d(seen(real)), d(seen(fake))])
-
         # The discriminator descends -log D(x) - log(1 - D(G(z))) with smoothed labels. The fakes carry no gradient.
-        logits_real, logits_fake = judged(d, fake.detach())
+        logits_real, logits_fake = judged(d, real, fake.detach(), seen, args.batches)
         d_loss = bce(logits_real, args.real_label) + bce(logits_fake, args.fake_label)
         d_adam.zero_grad()
         accelerator.backward(d_loss)
@@ -112,7 +113,7 @@ def train(args: Train) -> dict[str, Any]:
         # The generator descends -log D(G(z)), which does not saturate as log(1 - D(G(z))) does.
         bare_d.requires_grad_(False)
         with accelerator.autocast():
-            g_loss = bce(judged(bare_d, fake)[1], 1.0)
+            g_loss = bce(judged(bare_d, real, fake, seen, args.batches)[1], 1.0)
         g_adam.zero_grad()
         accelerator.backward(g_loss)
         g_adam.step()

@@ -160,11 +160,10 @@ def generate(args: Generate) -> None:
     """Write the images; tell time and memory."""
     names, noises = read_noises(args.noise_dir)
     model, started = Model(args, tuple(noises.shape[-2:])), time.monotonic()
-    files = [f"{name}.png" for name in names]
-    runs.make_output_dir(args.output_dir, only=files)
+    runs.make_output_dir(args.output_dir)
     pixels = model.to_pixels(model.generate(noises, args.eta))
-    for file, image in zip(files, pixels, strict=True):
-        save_grid(image[None], args.output_dir / file, columns=1, padding=0)
+    for name, image in zip(names, pixels, strict=True):
+        save_grid(image[None], args.output_dir / f"{name}.png", columns=1, padding=0)
     seconds = (time.monotonic() - started) / len(names)
     on_cuda = model.accelerator.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -133,9 +133,12 @@ def main(args: Generate) -> None:
     per_class = args.per_class or (50 if len(domains) > 1 else 100)
     wanted = [(digit, number) for digit in range(10) for number in range(1, per_class + 1)]
     folders = {domain: args.output_dir / domain if len(domains) > 1 else args.output_dir for domain in domains}
+    figures = args.figures_dir and args.figures_dir.resolve()
+    if figures and any(folder.resolve() in (figures, *figures.parents) for folder in folders.values()):
+        raise UserError(f"--figures-dir {args.figures_dir}: lies among the digits, where graders would read it too")
     for folder in folders.values():
         runs.make_output_dir(folder, only={file_name(*image) for image in wanted})
-    if args.figures_dir is not None:
+    if figures:
         runs.make_output_dir(args.figures_dir, "--figures-dir")
     for domain, folder in folders.items():
         write_digits(model, domain, wanted, folder, args)

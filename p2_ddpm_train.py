@@ -53,7 +53,7 @@ class Train:
     clip: float = 1.0  # Largest norm of the gradient.
     steps: int = 1_000  # T, the steps of the noise schedule.
     schedule: Kind = "linear"  # Of β; the linear one is scaled to T.
-    prediction: Prediction = "eps"  # What the net learns to give: the noise, or v, which learns shapes sooner.
+    prediction: Prediction = "eps"  # What the net learns to give: the noise, or v (see Schedule).
     drop: float = 0.1  # Probability that an image's class is withheld.
     min_snr: float | None = None  # γ of min-SNR weighting; None weights all t alike.
     ema_decay: float = 0.9995  # Of the averaged net, the one that is sampled and saved.

@@ -50,33 +50,39 @@ for problem in $only; do
 done
 source ./setup.sh
 
-# step NAME FILES SCRIPT ARGUMENT...: runs a script once, notes its command and seconds in steps/NAME.txt; FILES tells
-# where to look.
+# step NAME FILE SCRIPT ARGUMENT...: runs a script that makes FILE, notes its command and seconds in steps/NAME.txt. A
+# step is skipped if that command made FILE before, and no step before it in its problem has run again meanwhile.
+changed=
 step() {
-    local name=$1 files=$2 start=$SECONDS note=$output_dir/steps/$1.txt status=0
+    local name=$1 file=$2 start=$SECONDS note=$output_dir/steps/$1.txt status=0 command
     shift 2
-    if [ "$(head -n 1 "$note" 2>/dev/null)" = "python $*" ]; then
-        echo "= $name: done already: $files"
+    command=$(printf ' %q' python "$@")
+    command=${command# }
+    if [ -z "$changed" ] && [ -e "$file" ] && [ "$(head -n 1 "$note" 2>/dev/null)" = "$command" ]; then
+        echo "= $name: done already: $file"
         return
     fi
-    echo "+ python $*"
+    changed=yes
+    rm -f "$note"
+    echo "+ $command"
     python "$@" || status=$?
     if [ "$status" != 0 ]; then
-        echo "error: the step $name failed; run again to continue: python $*" >&2
+        echo "error: the step $name failed; run again to continue: $command" >&2
         exit "$status"
     fi
     mkdir -p "$output_dir/steps"
-    printf '%s\n' "python $*" "$((SECONDS - start))" >"$note"
-    echo "= $name: $((SECONDS - start)) s: $files"
+    printf '%s\n' "$command" "$((SECONDS - start))" >"$note"
+    echo "= $name: $((SECONDS - start)) s: $file"
 }
 
 wanted() { [[ "$only" == *" $1 "* ]]; }
 
-if [ ! -d "$data_dir/digits" ] || { [ ! -d "$data_dir/clip_zeroshot" ] &&
+if [ ! -d "$data_dir/clip_zeroshot" ] && { { [ ! -d "$data_dir/digits" ] && [ ! -d "$data_dir/face" ]; } ||
     grep -qs '"synthetic"' "$data_dir"/digits/*/made.json; }; then # none, or half made
     step data "$data_dir" prepare_data.py synthetic --data-dir "$data_dir" ${small[@]+"${small[@]}"}
 fi
 step check "$data_dir" prepare_data.py check "$data_dir"
+data_changed=$changed
 
 p1=$output_dir/p1
 if wanted p1 && [ -d "$data_dir/face/train" ]; then
@@ -89,11 +95,15 @@ if wanted p1 && [ -d "$data_dir/face/train" ]; then
             --real "$data_dir/face/val" --output-dir "$p1/score/$method-faces"
         step "$method-random" "$p1/score/$method-random" score.py fid "$p1/faces/$method" "$data_dir/face/val" \
             --floor "$data_dir/face/train" --features random --output-dir "$p1/score/$method-random"
+        if [ "$profile" = full ]; then # needs the weights of the Inception net, which may not be at hand
+            (step "$method-fid" "$p1/score/$method-fid" score.py fid "$p1/faces/$method" "$data_dir/face/val" \
+                --output-dir "$p1/score/$method-fid") || echo "FID of $method: left out"
+        fi
     done
 fi
 
-p2=$output_dir/p2
-if wanted p2; then
+p2=$output_dir/p2 changed=$data_changed
+if wanted p2 && [ -d "$data_dir/digits/mnistm" ] && [ -d "$data_dir/digits/svhn" ]; then
     step digits-ddpm "$p2/digits" p2_ddpm_train.py --data-dir "$data_dir" --output-dir "$p2/digits" \
         --domains mnistm svhn "${ddpm[@]}"
     step digits-sample "$p2/figures" p2_ddpm_infer.py --checkpoint "$p2/digits/model.safetensors" \
@@ -105,7 +115,9 @@ if wanted p2; then
         step "digits-$domain" "$p2/score/$domain" score.py digits "$p2/generated/$domain" --domain "$domain" \
             --classifier "$p2/judge-$domain/model.safetensors" --real "$data_dir" --output-dir "$p2/score/$domain"
     done
-    noises=$data_dir/face/noise net=$data_dir/face/UNet.pt
+fi
+if wanted p2; then
+    changed=$data_changed noises=$data_dir/face/noise net=$data_dir/face/UNet.pt
     if [ ! -f "$net" ] && [ -d "$data_dir/face/train" ]; then # the course's net, or one of our own
         net=$p2/faces/model.safetensors
         step faces-ddpm "$p2/faces" p2_ddpm_train.py --data-dir "$data_dir" --output-dir "$p2/faces" \
@@ -119,17 +131,29 @@ if wanted p2; then
         ddim=(--noise-dir "$noises" --checkpoint "$net" ${ddim_steps[@]+"${ddim_steps[@]}"} --output-dir)
         step ddim-generate "$p2/ddim/generated" p2_ddim.py generate "${ddim[@]}" "$p2/ddim/generated"
         step ddim-eta "$p2/ddim/eta_grid.png" p2_ddim.py eta-grid "${ddim[@]}" "$p2/ddim"
-        step ddim-interpolate "$p2/ddim/{slerp,lerp}.png" p2_ddim.py interpolate "${ddim[@]}" "$p2/ddim"
+        step ddim-interpolate "$p2/ddim/slerp.png" p2_ddim.py interpolate "${ddim[@]}" "$p2/ddim"
+        if [ "$net" = "$data_dir/face/UNet.pt" ] && [ -d "$data_dir/face/GT" ]; then
+            step ddim-mse "$p2/score/ddim" score.py mse "$p2/ddim/generated" "$data_dir/face/GT" \
+                --output-dir "$p2/score/ddim"
+        fi
     fi
 fi
 
-p3=$output_dir/p3
-if wanted p3; then
-    step dann "$p3/table.png" p3_dann.py table --data-dir "$data_dir" --output-dir "$p3" "${table[@]}"
-    for target in svhn usps; do
+p3=$output_dir/p3 changed=$data_changed
+targets=()
+for target in svhn usps; do
+    if [ -d "$data_dir/digits/$target" ]; then targets+=("$target"); fi
+done
+if wanted p3 && [ -d "$data_dir/digits/mnistm" ] && [ ${#targets[@]} -gt 0 ]; then
+    step dann "$p3/table.png" p3_dann.py table --data-dir "$data_dir" --output-dir "$p3" \
+        --targets "${targets[@]}" "${table[@]}"
+    for target in "${targets[@]}"; do
         step "embed-$target" "$p3/figures/$target" p3_dann.py embed --data-dir "$data_dir" \
             --checkpoint "$p3/$target-${table[1]}-dann-seed0/model.safetensors" --output-dir "$p3/figures/$target"
     done
+fi
+if wanted p3; then
+    changed=$data_changed
     if [ -d "$data_dir/clip_zeroshot/train" ]; then
         step clip-pretrain "$p3/clip-small" p3_clip_zeroshot.py pretrain --data-dir "$data_dir" \
             --output-dir "$p3/clip-small" ${clip[@]+"${clip[@]}"}

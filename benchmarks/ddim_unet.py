@@ -32,7 +32,6 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import p2_ddim
-from common.diffusion import predictor
 from common.run import UserError, atomic_write, command_line
 from models.ddim_unet import Block, DdimUnet, ResidualBlock, SelfAttention
 
@@ -79,7 +78,7 @@ def plain_attention(attention: SelfAttention, x: Tensor) -> Tensor:
 
 def plain(net: DdimUnet, x: Tensor, t: Tensor) -> Tensor:
     """The pass of DdimUnet, layer by layer."""
-    time, kept = net.time(t), []
+    time, x, kept = net.time(t), F.pixel_unshuffle(x, net.patch), []
 
     def through(layer: nn.Module, x: Tensor) -> Tensor:
         if not isinstance(layer, Block):
@@ -95,7 +94,7 @@ def plain(net: DdimUnet, x: Tensor, t: Tensor) -> Tensor:
     for number in range(1, net.lengths["up"] + 1):
         layer = getattr(net, f"up{number}")
         x = through(layer, torch.cat((x, kept.pop()), 1) if isinstance(layer, Block) else x)
-    return net.out(x)
+    return F.pixel_shuffle(net.out(x), net.patch)
 
 
 @torch.inference_mode()
@@ -105,17 +104,14 @@ def timed(way: Way, checkpoint: Path, args: Benchmark) -> tuple[Tensor, float, f
     model = p2_ddim.Model(p2_ddim.Generate(checkpoint=checkpoint, **options), (args.size, args.size))
     device = model.accelerator.device
     noise = torch.randn(args.batch_size, 3, args.size, args.size, generator=torch.Generator().manual_seed(0)).to(device)
-    if way == "plain":
-        net = model.net.to(memory_format=torch.contiguous_format)
-        times = torch.full((args.batch_size,), T - 1.0, device=device)  # the course counts from 0
-    else:
-        noise = noise.contiguous(memory_format=torch.channels_last)
-        predict = predictor(model.net, model.schedule)
+    times = torch.full((args.batch_size,), T - 1.0, device=device)  # the course counts from 0
+    layout = torch.contiguous_format if way == "plain" else torch.channels_last
+    net, noise = model.net.to(memory_format=layout), noise.contiguous(memory_format=layout)
     seconds = []
     with model.accelerator.autocast():
         for _ in range(1 + args.repeats):
             start = time.perf_counter()
-            eps = (plain(net, noise, times) if way == "plain" else predict(noise, T)).cpu()  # waits for the GPU
+            eps = (plain(net, noise, times) if way == "plain" else net(noise, times)).float().cpu()  # waits for the GPU
             seconds.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak

@@ -74,8 +74,9 @@ def textbook(args: Benchmark, model: Model) -> tuple[Tensor, Tensor, float]:
     alpha_bar = alpha.cumprod(0)
 
     def step(x: Tensor, t: int) -> Tensor:
-        time_of_rows = model.schedule.time(torch.full((2 * count,), t, device=device), net)
-        eps_class, eps_none = net(torch.cat((x, x)), time_of_rows, labels, withheld).chunk(2)
+        steps, both = torch.full((2 * count,), t, device=device), torch.cat((x, x))
+        predicted = net(both, model.schedule.time(steps, net), labels, withheld)
+        eps_class, eps_none = model.schedule.eps_of(both, steps, predicted).chunk(2)
         eps = (1 + w) * eps_class - w * eps_none
         mean = (x - beta[t] / (1 - alpha_bar[t]).sqrt() * eps) / alpha[t].sqrt()
         return mean + beta[t].sqrt() * torch.randn_like(x) if t > 1 else mean

@@ -58,7 +58,7 @@ def halve(net: torch.nn.Module) -> tuple[dict[str, torch.Tensor], str]:
         zeros += int(((stored[key] == 0) & (value != 0)).sum())
     halves = sum(value.dtype == torch.half for value in stored.values())
     line = f"{halves} tensors in float16 ({zeros:,} of their numbers, below 3e-8, became 0); unchanged: {len(buffers)} "
-    return stored, f"{line}buffers (BatchNorm's statistics), {len(stored) - len(buffers) - halves} too wide for float16"
+    return stored, f"{line}buffers, {len(stored) - len(buffers) - halves} too wide for float16"
 
 
 def describe_data(about: dict, folder: Path) -> dict[str, str]:
@@ -80,7 +80,15 @@ def figure_row(label: str, result: dict) -> str:
     found = {name: value for name, value in (result | nested).items() if re.fullmatch(FIGURES, name)}
     told = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in found.items() if isinstance(value, int | float)]
     by = ", ".join(result[key] for key in ("metric", "features", "net") if key in result)
-    return f"| {label} | {by} | {', '.join(told)} |" if told else ""
+    images = result.get("images", "")  # a number, or one for each side of a distance
+    images = images.get("generated") if isinstance(images, dict) else images
+    command = f"`python {strip_folders(result['command'])}`" if "command" in result else "its own"
+    return f"| {label} | {by} | {', '.join(told)} | {images} | {command} |" if told else ""
+
+
+def strip_folders(command: str) -> str:
+    """A command without the absolute folders of another machine, which help nobody."""
+    return re.sub(r"(^|(?<=[ =]))/[^ ]*/", "", command)
 
 
 def main(args: Release) -> None:
@@ -99,18 +107,20 @@ def main(args: Release) -> None:
         rows.append(figure_row(label, json.loads(Path(file).read_text()) if file else {}))
         if not rows[-1]:
             raise UserError(f"--figures {label}={file}: must be LABEL=FILE, the file a result.json of score.py")
-    command = re.sub(r"(^|(?<=[ =]))/[^ ]*/", "", config["command"])  # folders of other machines help nobody
+    versions = f"commit {config['git_commit']}, torch {config['versions']['torch']}"
     card = data | {
         "file": f"`{args.name}.safetensors`, {len(content):,} bytes, sha256 `{hashlib.sha256(content).hexdigest()}`",
         "net": f"`{json.dumps(about)}`, {sum(w.numel() for w in stored.values()):,} numbers",
         "stored": line,
-        "command": f"`python {command}`, commit {config['git_commit']}, torch {config['versions']['torch']}",
+        "command": f"`python {strip_folders(config['command'])}`, {versions}",
         "run": f"seed {given['seed']}, epochs {last['epoch']}, steps {last['step']:,} of {given['batch_size']} images",
         "hardware": f"{result['seconds'] / 3600:.2f} hours on {json.dumps(config['hardware'])[1:-1]}".replace('"', ""),
     }
     lines = [f"# {args.name}\n", *(f"{text}\n" for text in args.note), "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in card.items()]
-    lines += ["", "| weights | judged by | figures |", "| --- | --- | --- |", *filter(None, rows)] if any(rows) else []
+    if any(rows):
+        header = ["", "| weights | judged by | figures | images | command |", "| --- | --- | --- | --- | --- |"]
+        lines += header + [row for row in rows if row]
     atomic_write(args.output_dir / f"{args.name}.safetensors", content)
     atomic_write(args.output_dir / f"{args.name}.md", "\n".join(lines) + "\n")
     print(f"{args.output_dir / args.name}.safetensors and .md: {len(content):,} bytes; {line}")

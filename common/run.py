@@ -144,15 +144,14 @@ def atomic_write(path: Path, write: bytes | str | Callable[[Path], Any]) -> None
 def make_output_dir(folder: Path, flag: str = "--output-dir", only: Collection[str] | None = None) -> Path:
     """Create `folder` and make sure that files can be written in it, before any work is done.
 
-    Graders read every file of a folder of images: one that is not among the names `only` is a UserError.
+    Graders read everything in a folder of images: what is not among the names `only` is a UserError.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
-    found = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    if only is not None and (strays := [name for name in found if name not in only]):
+    if only is not None and (strays := sorted(path.name for path in folder.iterdir() if path.name not in only)):
         raise UserError(f"{flag} {folder}: holds {strays[0]}, which graders would read too; remove it first")
     return folder
 

@@ -198,6 +198,12 @@ def test_bad_input_is_one_line_and_status_2(checkpoint, data_dir, tmp_path, monk
         (p2_ddpm_train, [*begin, "--net", "ddim", "--patch", 3], "--patch 3: must divide 28"),
         (p2_ddpm_infer, [*generate, "other.pth"], "other.pth: is not this ContextUnet"),
         (p2_ddpm_infer, [*generate, checkpoint, "--domains", "usps"], "--domains usps:"),
+        (
+            p2_ddpm_infer,
+            [*generate, checkpoint, "--domains", "svhn", "--figures-dir", "y/z"],
+            "y/z: lies among the digits",
+        ),
+        (p2_ddpm_infer, [*generate, checkpoint, "--figures-dir", "y/svhn"], "y/svhn: lies among the digits"),
         (p2_ddpm_infer, [*generate, checkpoint, "--steps", 7], "--steps 7: the noise schedule has 1 to 6"),
         (p2_ddpm_infer, [*generate, checkpoint, "--guidance-sweep", 1], "--guidance-sweep: needs --figures-dir"),
     ):

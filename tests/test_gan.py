@@ -178,6 +178,25 @@ def test_diff_augment_by_policy():
 # ----------------------------------------------------------------------------------------------------------- training
 
 
+def test_real_and_generated_images_share_a_batch_or_have_one_each():
+    """Logits of the real ones come first; a joint batch normalises both alike, so that contrast can be seen."""
+    shown = []
+
+    class Normalised(nn.Module):
+        def forward(self, images):
+            shown.append(len(images))
+            return ((images - images.mean()) / images.std()).abs().mean((1, 2, 3))
+
+    real = torch.randn(8, 3, 4, 4, generator=generator(0))
+    for batches, expected in (("separate", [8, 8]), ("joint", [16])):
+        shown.clear()
+        logits = p1_dcgan.judged(Normalised(), real, real / 4, lambda images: images, batches)
+        assert shown == expected
+        assert logits.shape == (2, 8)
+        ratio = (logits[0] / logits[1]).mean().item()
+        assert ratio == pytest.approx(1 if batches == "separate" else 4, rel=0.1)  # the means are nearly 0
+
+
 @pytest.mark.parametrize("script", [p1_dcgan, p1_wgangp])
 def test_training_resumes_bit_for_bit_within_an_epoch(script, faces, stop_in_step_1):
     whole, cut = options(script, faces, "whole"), options(script, faces, "cut")

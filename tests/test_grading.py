@@ -249,7 +249,8 @@ def test_release(tmp_path):
     run = make_run(tmp_path / "run", net, method="dcgan", seed=7)
     scores = {"full": 16.884, "half": 16.889}
     for label, distance in scores.items():
-        score = {"score": "fid", "metric": "FID", "distance": distance, "floor": None, "images": {"real": 2025}}
+        score = {"score": "fid", "metric": "FID", "distance": distance, "floor": None, "images": {"generated": 9}}
+        score["command"] = "/secret/score.py fid /secret/faces --features inception"
         (tmp_path / f"{label}.json").write_text(json.dumps(score))
     figures = tuple(f"{label}={tmp_path / label}.json" for label in scores)
     for out in ("a", "b"):
@@ -281,8 +282,8 @@ def test_release(tmp_path):
         "`python p1_dcgan.py train --data-dir data --output-dir=dcgan --seed 7`, commit abc",
         "seed 7, epochs 20, steps 2,000 of 64 images",
         "1.50 hours on device: cuda, name: Some GPU",
-        "| full | FID | distance 16.88 |",
-        "| half | FID | distance 16.89 |",
+        "| full | FID | distance 16.88 | 9 | `python score.py fid faces --features inception` |",
+        "| half | FID | distance 16.89 | 9 | `python score.py fid faces --features inception` |",
         "Of the seventh seed.",
     ):
         assert told in card
@@ -322,11 +323,12 @@ def test_release_refuses(tmp_path, monkeypatch):
 def test_figures_of_every_score():
     row = release.figure_row
     dann = {"accuracy": {"svhn": 82.871, "mnistm": 99.0}, "oracle_best_accuracy": {"svhn": 90.0}, "seconds": 3.0}
-    assert row("full", dann) == "| full |  | accuracy svhn 82.87, accuracy mnistm 99.00 |"
+    assert row("full", dann) == "| full |  | accuracy svhn 82.87, accuracy mnistm 99.00 |  | its own |"
     faces = {"metric": "exactly one face", "one_face_percent": 96.2, "real": {"one_face_percent": 95.31}}
-    assert row("x", faces) == "| x | exactly one face | one face percent 96.20, real one face percent 95.31 |"
+    told = "one face percent 96.20, real one face percent 95.31"
+    assert row("x", faces) == f"| x | exactly one face | {told} |  | its own |"
     digits = {"metric": "accuracy", "net": "DigitResNet", "accuracy": 99.5, "digits": [{"accuracy": 1.0}]}
     digits |= {"real_accuracy": None, "diversity_percent_of_real": 81.04, "images": 1000}
     told = "accuracy 99.50, diversity percent of real 81.04"
-    assert row("half", digits) == f"| half | accuracy, DigitResNet | {told} |"
+    assert row("half", digits) == f"| half | accuracy, DigitResNet | {told} | 1000 | its own |"
     assert row("x", {"epoch": 3, "d_loss": 1.0}) == ""

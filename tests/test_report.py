@@ -84,6 +84,13 @@ def write_run(folder: Path, data_dir: Path, result: dict, **arguments: object) -
     write_json(folder / "result.json", result)
 
 
+def write_error(folder: Path, mse: float, images: int = 10) -> None:
+    """The graders' error of DDIM."""
+    truth = str(folder.parent / "data/face/GT")
+    error = {"score": "mse", "mse": mse, "images": {f"{k}.png": mse for k in range(images)}}
+    write_json(folder / "p2/score/ddim/result.json", error | {"arguments": {"truth": truth}})
+
+
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """All that run_all.sh leaves, in small; the data has as many files as the course's (counted as 3 in this test)."""
@@ -99,21 +106,23 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_image(folder / f"p1/{method}/figures/curves.png")
         write_image(folder / f"p1/{method}/figures/training.gif", frames=2)
         faces = {"metric": "exactly one face", "one_face_percent": 86.5, "real": {"one_face_percent": 95.31}}
+        faces |= {"images": 1000, "arguments": {"real": str(data / "face/val")}}
         write_json(folder / f"p1/score/{method}-faces/result.json", faces)
-    write_json(folder / "p1/score/dcgan-fid/result.json", {"metric": "FID", "distance": 26.995, "floor": 5.25})
-    random = {"metric": "random-feature Fréchet distance", "distance": 16.9, "floor": 1.2}
+    score = {"images": {"generated": 1000}, "arguments": {"real": str(data / "face/val")}}
+    fid = score | {"metric": "FID", "distance": 26.995, "floor": 5.25}
+    write_json(folder / "p1/score/dcgan-fid/result.json", fid)
+    random = score | {"metric": "random-feature Fréchet distance", "distance": 16.9, "floor": 1.2}
     write_json(folder / "p1/score/wgangp-random/result.json", random)
     write_run(folder / "p2/digits", data, {"seconds": 1.0}, domains=["mnistm", "svhn"])
     for domain, accuracy, net in (("mnistm", 99.5, "DigitClassifier"), ("svhn", 94.0, "DigitResNet")):
         score = {"metric": "accuracy", "net": net, "accuracy": accuracy, "real_accuracy": 95.3}
-        score |= {"diversity_percent_of_real": 81.5, "real_diversity_sd": 1.5}
+        score |= {"diversity_percent_of_real": 81.5, "real_diversity_sd": 1.5, "images": 500}
         write_json(folder / f"p2/score/{domain}/result.json", score)
         for figure in ("grid", "reverse", "guidance"):
             write_image(folder / f"p2/figures/{domain}_{figure}.png", 50)
         write_image(folder / f"p2/figures/{domain}_reverse.gif", frames=3)
         write_image(folder / f"p2/score/{domain}/confusion.png")
-    error = {"score": "mse", "mse": 1.27, "arguments": {"truth": str(data / "face/GT")}}
-    write_json(folder / "p2/score/ddim/result.json", error)
+    write_error(folder, 1.27)
     for number in range(10):
         write_image(folder / f"p2/ddim/generated/0{number}.png", 20 * number)
     for name in ("p2/ddim/eta_grid", "p2/ddim/slerp", "p2/ddim/lerp", "p2/faces/figures/curves"):
@@ -160,14 +169,17 @@ def test_figures_stand_beside_bars_with_a_verdict(output):
     page = Page(report.main(Report(output)))
     fid = ["FID, DCGAN", "27.00", "other real images 5.25", "22.97", "≤ 30 / ≤ 27 (2022)", "pass"]
     assert page.row("FID, DCGAN") == fid
-    assert page.row("FID, WGAN-GP")[1::4] == ["", "not measured: no Inception weights"]
+    assert page.row("FID, WGAN-GP")[1::4] == [
+        "",
+        "not measured: PROFILE=full runs it, by the weights of its Inception net",
+    ]
     assert page.row("random-feature distance (not FID), WGAN-GP")[1:6:4] == ["16.90", "no bar"]
     assert page.row("exactly one face, DCGAN")[1:3] == ["86.50", "real images 95.31"]
     assert page.row("exactly one face, DCGAN")[-1] == "pass 1 of 2"
     assert page.row("accuracy, MNIST-M")[-1] == "pass"
     assert page.row("accuracy, SVHN")[-1] == "no bar; independent judge"
     mean = page.row("mean accuracy of the domains")
-    assert (mean[1], mean[-1]) == ("96.75", "pass; independent judge")
+    assert (mean[1], mean[-1]) == ("96.75", "none; independent judge")
     assert page.row("mean squared error")[1::4] == ["1.27", "pass"]
     usps = page.row("DANN, MNIST-M → USPS, deep net, runs: 2")
     assert usps[1:3] == ["77.50 ± 2.12", "source only 50.00; trained on target 99.00"]  # 1.5 * root of 2
@@ -185,11 +197,23 @@ def test_figures_stand_beside_bars_with_a_verdict(output):
 
 @pytest.mark.parametrize(("mse", "verdict"), [(19.99, "pass"), (20.0, "fail")])
 def test_a_bar_is_below_20_not_at_it(output, mse, verdict):
-    error = {"score": "mse", "mse": mse, "arguments": {"truth": str(output.parent / "data/face/GT")}}
-    write_json(output / "p2/score/ddim/result.json", error)
+    write_error(output, mse)
     page = Page(report.main(Report(output)))
     assert page.row("mean squared error")[-1] == verdict
     assert verdict in page.classes
+
+
+def test_no_bar_is_passed_by_too_few_images(output):
+    write_error(output, 1.27, images=9)
+    page = Page(report.main(Report(output)))
+    assert page.row("mean squared error")[-1] == "none: 9 images, 10 are needed"
+    assert "fail" not in page.classes
+
+
+def test_only_runs_of_the_table_are_averaged(output):
+    """A run beside them, of whatever settings, is none of theirs."""
+    write_run(output / "p3/mine", output.parent / "data", {"accuracy": {"usps": 1.0}}, net="deep", method="dann")
+    assert Page(report.main(Report(output))).row("DANN, MNIST-M → USPS, deep net, runs: 2")[1] == "77.50 ± 2.12"
 
 
 def test_no_bar_is_passed_on_other_data(output):

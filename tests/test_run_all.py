@@ -20,12 +20,21 @@ STAND_IN = r"""#!/usr/bin/env bash
 [ "$1" = -c ] && exit 0
 (IFS=$'\x1f'; printf '%s\n' "$*") >>calls
 [[ -n "$FAIL" && "$*" == *"$FAIL"* ]] && exit 3
-option() { while [ "$1" != "$option" ]; do shift; done; echo "$2"; }
+all=("$@")
+option() { # NAME: sets `value` to what follows it
+    local k
+    for k in "${!all[@]}"; do [ "${all[k]}" = "$1" ] && value=${all[k + 1]} && return; done
+}
+option --output-dir && mkdir -p "$value"
+option --figures-dir && mkdir -p "$value"
 case "$1 $2" in
-"prepare_data.py synthetic")
-    option=--data-dir && mkdir -p "$(option "$@")"/{digits,face/train,face/val,face/noise,clip_zeroshot/train} ;;
-"p2_ddpm_train.py "*)
-    option=--output-dir && folder=$(option "$@") && mkdir -p "$folder" && touch "$folder/model.safetensors" ;;
+"prepare_data.py synthetic") option --data-dir && mkdir -p "$value"/{digits/{mnistm,svhn,usps},face/{train,val,noise}} \
+    "$value/clip_zeroshot/train" ;;
+"p2_ddpm_train.py "*) touch "$value/model.safetensors" ;;
+"p1_"*" sample") option --grid && touch "$value" ;;
+"p2_ddim.py eta-grid") touch "$value/eta_grid.png" ;;
+"p2_ddim.py interpolate") touch "$value/slerp.png" ;;
+"p3_dann.py table") touch "$value/table.png" ;;
 esac
 exit 0
 """
@@ -68,7 +77,7 @@ def run_all(*arguments: str, **environment: str) -> tuple[subprocess.CompletedPr
 
 def steps_of(calls: list[list[str]]) -> list[str]:
     """Script and sub-command of each call."""
-    return [" ".join(call[: 2 if call[1:] and call[1].isalpha() else 1]) for call in calls]
+    return [" ".join(call[: 2 if call[1:] and call[1][0].isalpha() else 1]) for call in calls]
 
 
 def test_a_run_goes_from_data_to_the_report_and_skips_what_is_done(project):
@@ -89,12 +98,55 @@ def test_a_run_goes_from_data_to_the_report_and_skips_what_is_done(project):
     notes = {path.stem: path.read_text().splitlines() for path in (project / "out put" / "steps").iterdir()}
     assert len(notes) == len(calls) - 1  # the report is made anew each time
     assert notes["dcgan"][0].startswith("python p1_dcgan.py train")
+    assert r"/my\ data" in notes["dcgan"][0]  # can be pasted
     assert notes["dcgan"][1].isdigit()
 
     again, calls = run_all("my data", "out put")
     assert again.returncode == 0
     assert [call[0] for call in calls] == ["report.py"]
     assert again.stdout.count(": done already: ") == len(notes) - 1  # the data is there: no step any more
+
+
+def test_what_follows_a_step_is_done_again_with_it(project):
+    """A net trained anew is sampled and scored anew, though those commands are the same; other problems stay."""
+    run_all()
+    shutil.rmtree(project / "output" / "p2" / "digits")
+    steps = steps_of(run_all()[1])
+    assert steps[:2] == ["p2_ddpm_train.py", "p2_ddpm_infer.py"]
+    assert steps[2:-1] == ["score.py train-classifier", "score.py digits"] * 2  # which returns at once if finished
+    (project / "output" / "p1" / "first32_wgangp.png").unlink()
+    assert steps_of(run_all()[1]) == ["p1_wgangp.py sample", "score.py faces", "score.py fid", "report.py"]
+
+
+def test_data_without_some_parts(project):
+    """2024's has no USPS; with faces alone nothing is drawn beside them."""
+    for part in ("mnistm", "svhn"):
+        (project / "data of 2024" / "digits" / part).mkdir(parents=True)
+    ended, calls = run_all("data of 2024")
+    assert ended.returncode == 0
+    (table,) = (call for call in calls if call[:2] == ["p3_dann.py", "table"])
+    assert table[table.index("--targets") + 1 : table.index("--nets")] == ["svhn"]
+    assert not any("usps" in word for call in calls for word in call)
+    (project / "faces" / "face" / "train").mkdir(parents=True)
+    scripts = {call[0] for call in run_all("faces", "out")[1]}
+    assert scripts == {
+        "prepare_data.py",
+        "p1_dcgan.py",
+        "p1_wgangp.py",
+        "score.py",
+        "p2_ddpm_train.py",
+        "p2_ddim.py",
+        "report.py",
+    }
+
+
+def test_the_course_net_and_its_images_are_scored(project):
+    for part in ("noise", "GT"):
+        (project / "hw2_data" / "face" / part).mkdir(parents=True)
+    (project / "hw2_data" / "face" / "UNet.pt").touch()
+    calls = run_all(ONLY="p2")[1]
+    assert steps_of(calls)[-2] == "score.py mse"
+    assert calls[-2][2:4] == [f"{project}/output/p2/ddim/generated", f"{project}/hw2_data/face/GT"]
 
 
 def test_a_failed_step_stops_the_run_with_its_name_and_is_where_the_next_begins(project):
