@@ -2,35 +2,27 @@
 
     python report.py output          # writes output/report.html and output/report/*.{md,csv,tex}
 
-The page holds its images and needs no other file; its order and prose are in templates/report.html.j2. Every figure is
+The page holds its images and needs no other file; its order and prose are in reporting/report.html.j2. Every figure is
 read from the output directory, but for the course's bars and what course reports reached, which stand below.
 """
 
 from __future__ import annotations
 
-import base64
-import csv
-import io
 import itertools
-import json
 import operator
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import numpy as np
 import torch
-from PIL import Image
 from tyro.conf import Positional
 
 from common.figures import save_csv
-from common.run import ROOT, UserError, atomic_write, command_line, make_output_dir
+from common.run import ROOT, atomic_write, command_line, make_output_dir
 from models.gan import GENERATORS, Critic, Discriminator
-
-Row = list[str]
-Table = tuple[str, list[Row]]  # the title, and the rows, of which the first is the header
+from reporting.output import COURSE, SYNTHETIC, Output, Row, Table
 
 # How a figure must stand to the course's lower and higher bar (hand-outs, graders' scripts), the year of the hand-out,
 # and the best that public course reports of 2022 to 2024 tell.
@@ -47,13 +39,9 @@ BARS = {
 }
 IMAGES = {"fid": 1_000, "faces": 1_000, "mnistm": 500, "digits": 500, "mse": 10}  # that a verdict needs at least
 COMPARISONS = {"≤": operator.le, "<": operator.lt, "≥": operator.ge}
-COURSE_COUNTS = {"digits/mnistm/data": 56_000, "digits/svhn/data": 79_431, "digits/usps/data": 7_438}  # PNG files
-COURSE_COUNTS |= {"face/val": 2_025, "face/GT": 10}
-COURSE, SYNTHETIC, OTHER, UNKNOWN = "the course's", "synthetic", "other data", "data not found"
 METHODS = {"dcgan": "DCGAN", "wgangp": "WGAN-GP"}
 NAMES = {"mnistm": "MNIST-M", "svhn": "SVHN", "usps": "USPS"}
 HEADER = ["figure", "ours", "to compare with", "reports' best", "course's bars", "verdict"]
-LARGEST_FILM = 4_000_000  # bytes; of a larger one the page holds the end only
 
 
 @dataclass
@@ -61,73 +49,6 @@ class Report:
     """Write OUTPUT_DIR/report.html and OUTPUT_DIR/report/."""
 
     output_dir: Positional[Path]  # What run_all.sh wrote: p1/, p2/, p3/ and steps/, or some of them.
-
-
-class Output:
-    """An output directory: reads what is there, and notes in `missing` what is not. UserError names a broken file."""
-
-    def __init__(self, folder: Path) -> None:
-        if not any((folder / name).is_dir() for name in ("p1", "p2", "p3")):
-            raise UserError(f"{folder}: holds none of p1, p2, p3, which run_all.sh writes")
-        self.folder = folder.absolute()
-        self.missing: list[Row] = []  # part, why
-        self.origins: dict[tuple[str, str], tuple[str, dict]] = {}  # (data folder, part) → origin, made.json
-
-    def json(self, name: str | Path) -> dict[str, Any]:
-        """The object in a json file; an empty one if there is no file."""
-        path = self.folder / name
-        try:
-            return dict(json.loads(path.read_text())) if path.is_file() else {}
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}: not a whole json object ({error})") from None
-
-    def arguments(self, name: str) -> dict[str, Any]:
-        """The arguments of a run."""
-        return self.json(f"{name}/config.json").get("arguments", {})
-
-    def table(self, name: str, title: str) -> Table:
-        """A table that another script wrote as csv; without rows if it is not there."""
-        path = self.folder / name
-        return title, list(csv.reader(path.read_text().splitlines())) if path.is_file() else []
-
-    def image(self, name: str, what: str, kind: str) -> dict[str, Any] | None:
-        """An image as a data URI, with its size and kind: "plot", "pixels" or "film". None, and noted, if missing."""
-        path = self.folder / name
-        if not path.is_file():
-            self.missing.append([f"figure: {what}", f"not run ({name} is not there)"])
-            return None
-        try:
-            with Image.open(path) as image:
-                image.load()
-                content, size, mime = path.read_bytes(), image.size, image.get_format_mimetype()
-                if kind == "film" and len(content) > LARGEST_FILM:
-                    image.seek(image.n_frames - 1)
-                    image.convert("RGB").save(still := io.BytesIO(), "png")
-                    content, mime, kind = still.getvalue(), "image/png", "pixels"
-        except (OSError, SyntaxError):
-            raise UserError(f"{path}: not a whole image") from None
-        source = f"data:{mime};base64,{base64.b64encode(content).decode()}"
-        return {"source": source, "width": size[0], "height": size[1], "kind": kind}
-
-    def origin_of(self, score: dict[str, Any], flag: str) -> str:
-        """The origin of the folder DATA_DIR/face/… that a score was given by `flag`."""
-        folder = Path(score.get("arguments", {}).get(flag) or "")
-        return self.origin(str(folder.parent.parent), "/".join(folder.parts[-2:])) if folder.name else UNKNOWN
-
-    def origin(self, data_dir: str | None, *parts: str) -> str:
-        """Where parts of the data come from: made.json tells, or the number of files does. Of several, the worst."""
-        found = set()
-        for part in parts:
-            folder = ROOT / (data_dir or "") / part
-            made = self.json(folder / "made.json") or self.json(folder.parent / "made.json")
-            origin = SYNTHETIC if made.get("made_by") == "synthetic" else OTHER
-            if not data_dir or not folder.is_dir():
-                origin = UNKNOWN
-            elif not made and sum(1 for _ in folder.glob("*.png")) == COURSE_COUNTS.get(part):
-                origin = COURSE
-            self.origins[str(data_dir), part] = origin, made
-            found.add(origin)
-        return next((origin for origin in (SYNTHETIC, UNKNOWN, OTHER) if origin in found), COURSE)
 
 
 def number(value: float | None, before: str = "", after: str = "") -> str:
@@ -224,9 +145,8 @@ def p2_tables(output: Output) -> dict[str, Table]:
         share = score.get("diversity_percent_of_real")
         rows.append(compare(f"diversity, {name}, % of real images'", share, beside, "", origin))
     if len(domains) > 1:
-        mean = (
-            sum(score["accuracy"] for score in scores) / len(scores) if all("accuracy" in s for s in scores) else None
-        )
+        found = [score.get("accuracy") for score in scores]
+        mean = None if None in found else sum(found) / len(found)
         origin = output.origin(told.get("data_dir"), *(f"digits/{domain}/data" for domain in domains))
         images = min(score.get("images", 0) for score in scores)
         label = "mean accuracy of the domains, %"
@@ -281,15 +201,8 @@ def record_tables(output: Output) -> dict[str, Table]:
             seconds = told.get("seconds", output.json(path.with_name("result.json")).get("seconds"))
             machine = "{device} ({name}), {precision}, processes: {processes}, threads: {threads}".format(**hardware)
             seed, commit = str(told.get("arguments", {}).get("seed", "")), str(told.get("git_commit"))[:10]
-            runs.append(
-                [
-                    str(path.parent.relative_to(output.folder)),
-                    seed,
-                    machine,
-                    commit,
-                    "unfinished" if seconds is None else f"{seconds:.1f}",
-                ]
-            )
+            name, took = str(path.parent.relative_to(output.folder)), number(seconds) or "unfinished"
+            runs.append([name, seed, machine, commit, took])
             for package, version in told.get("versions", {}).items():
                 versions[package].add(version)
     data = [[part, origin, str(made or ""), folder] for (folder, part), (origin, made) in output.origins.items()]
@@ -306,7 +219,7 @@ def main(args: Report) -> Path:
     figures = [row for _, rows in tables.values() if rows[:1] == [HEADER] for row in rows]
     output.missing += [["textual inversion", "not a part of this yet"]]
     output.missing += [[r[0], r[-1].split(": ", 1)[1]] for r in figures if r[-1].startswith("not measured")]
-    loader, styles = jinja2.FileSystemLoader(ROOT / "templates"), {"trim_blocks": True, "lstrip_blocks": True}
+    loader, styles = jinja2.FileSystemLoader(ROOT / "reporting"), {"trim_blocks": True, "lstrip_blocks": True}
     styles |= {"undefined": jinja2.StrictUndefined, "autoescape": lambda name: name.endswith(".html.j2")}
     templates = jinja2.Environment(loader=loader, keep_trailing_newline=True, **styles)
     options = {"output": output, "tables": tables, "architectures": architectures(output)}

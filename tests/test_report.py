@@ -15,6 +15,7 @@ from PIL import Image
 import report
 from common.run import UserError
 from report import Report
+from reporting import output as reading
 
 HARDWARE = {"device": "cpu", "name": "A CPU", "precision": "fp32", "processes": 1, "threads": 2}
 
@@ -95,8 +96,8 @@ def write_error(folder: Path, mse: float, images: int = 10) -> None:
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """All that run_all.sh leaves, in small; the data has as many files as the course's (counted as 3 in this test)."""
     folder, data = tmp_path / "out put", tmp_path / "data"
-    counts = dict.fromkeys(report.COURSE_COUNTS, 3)
-    monkeypatch.setattr(report, "COURSE_COUNTS", counts)
+    counts = dict.fromkeys(reading.COURSE_COUNTS, 3)
+    monkeypatch.setattr(reading, "COURSE_COUNTS", counts)
     for part in counts:
         for number in range(3):
             write_image(data / part / f"{number}.png")
@@ -188,7 +189,7 @@ def test_figures_stand_beside_bars_with_a_verdict(output):
     assert page.row("accuracy, ViT-B-32")[1:3] == ["71.80", "chance 10.00; 95 % interval 68.10 to 75.30"]
     assert page.row("norm")[1:] == ["no such option", "layer"]  # in which the two GANs differ
     assert page.row("dcgan")[1:] == ["python p1_dcgan.py train --lr 1e-3", "60"]
-    assert page.row("p1/dcgan")[1:] == ["3", "cpu (A CPU), fp32, processes: 1, threads: 2", "0123456789", "60.0"]
+    assert page.row("p1/dcgan")[1:] == ["3", "cpu (A CPU), fp32, processes: 1, threads: 2", "0123456789", "60.00"]
     # A generator of width 8, from 100 latents: transposed convolutions of 4x4, BatchNorm of two parameters a channel.
     widths = [100, 64, 32, 16, 8, 3]
     count = sum(16 * a * b for a, b in itertools.pairwise(widths)) + 2 * sum(widths[1:-1])
@@ -224,8 +225,8 @@ def test_no_bar_is_passed_on_other_data(output):
     (data / "digits/usps/data").rename(data / "elsewhere")
     page = Page(report.main(Report(output)))
     assert page.row("DANN, MNIST-M → SVHN")[-1] == "synthetic"
-    assert page.row("exactly one face, DCGAN")[-1] == report.OTHER
-    assert page.row("DANN, MNIST-M → USPS")[-1] == report.UNKNOWN
+    assert page.row("exactly one face, DCGAN")[-1] == reading.OTHER
+    assert page.row("DANN, MNIST-M → USPS")[-1] == reading.UNKNOWN
     assert page.row("accuracy, MNIST-M")[-1] == "pass"
     assert "Synthetic data." in page.text
 
@@ -258,7 +259,7 @@ def test_what_was_not_run_is_told(tmp_path):
 
 
 def test_a_large_film_is_shown_by_its_end(output, monkeypatch):
-    monkeypatch.setattr(report, "LARGEST_FILM", 10)
+    monkeypatch.setattr(reading, "LARGEST_FILM", 10)
     page = Page(report.main(Report(output)))
     content = base64.b64decode(page.images["MNIST-M: film of the reverse process"].partition(",")[2])
     with Image.open(io.BytesIO(content)) as image:
