@@ -38,7 +38,7 @@ class Generate:
     domains: tuple[str, ...] = ()  # Of those the model knows; all of them if none is named.
     per_class: int | None = None  # Images of each digit; None is 100 for one domain, 50 for several.
     sampler: Sampler = "dpm-solver++"  # ddpm takes all steps well, the others few.
-    steps: int | None = None  # Of the sampler; None is all for ddpm, 50 for ddim, 20 for dpm-solver++.
+    steps: int | None = None  # Of the sampler; None is all for ddpm, 50 for ddim, 12 for dpm-solver++.
     spacing: Spacing = "trailing"  # Which steps: ending at T, or beginning at 1.
     eta: float = 0.0  # Noise of ddim: 0 none, 1 that of ddpm.
     large_sigma: bool = False  # ddpm adds variance β instead of the posterior's.
@@ -66,7 +66,7 @@ class Model:
             raise UserError(f"--checkpoint {args.checkpoint}: knows no classes")
         self.domains = config.get("domains", [f"domain{number}" for number in range(classes // 10)])
         self.schedule = Schedule(**config.get("schedule", {"steps": args.noise_steps, "as_given": True}))
-        steps = {"ddpm": self.schedule.T, "ddim": min(50, self.schedule.T), "dpm-solver++": min(20, self.schedule.T)}
+        steps = {"ddpm": self.schedule.T, "ddim": min(50, self.schedule.T), "dpm-solver++": min(12, self.schedule.T)}
         self.steps = self.schedule.subset(steps[args.sampler] if args.steps is None else args.steps, args.spacing)
 
     @torch.inference_mode()

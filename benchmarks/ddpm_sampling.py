@@ -1,6 +1,6 @@
 """Digits a second from a diffusion model: p2_ddpm_infer.py as it is released against the textbook sampler.
 
-Ours takes the defaults of p2_ddpm_infer.py: 20 steps of DPM-Solver++, channels-last, in the precision that --precision
+Ours takes the defaults of p2_ddpm_infer.py: 12 steps of DPM-Solver++, channels-last, in the precision that --precision
 auto chooses. The textbook sampler is algorithm 2 of DDPM over all T steps with noise of variance β, as the public
 scripts have it, in fp32 with contiguous tensors. Both have the same weights and the same strength of guidance, by a
 batch of twice the size in which half of the rows have no class. Time is that from noise to uint8 pixels, with the net
