@@ -44,6 +44,7 @@ class Benchmark:
     checkpoint: Path  # model.safetensors of p2_ddpm_train.py, or a published ContextUnet .pth.
     classifier: Path  # The course's Classifier.pth, or model.safetensors of score.py train-classifier.
     domain: str = "mnistm"  # Whose digits.
+    guidance: float = Generate.guidance  # w, of both.
     per_class: int = 10  # Images of each digit by ours.
     textbook_images: int | None = None  # Images of the textbook sampler; None is 20 on a CPU, ours' (≤ 250) on a GPU.
 
@@ -94,7 +95,7 @@ def textbook(args: Benchmark, model: Model) -> tuple[Tensor, Tensor, float]:
 def timed(args: Benchmark, is_ours: bool) -> tuple[Tensor, Tensor, float, float, str]:
     """Images, digits, seconds, peak memory of this process (or of the GPU) in MiB, and what the sampler is."""
     precision = {} if is_ours else {"precision": "fp32"}
-    model = Model(Generate(checkpoint=args.checkpoint, output_dir=Path(), **precision))
+    model = Model(Generate(checkpoint=args.checkpoint, output_dir=Path(), guidance=args.guidance, **precision))
     if args.domain not in model.domains:
         raise UserError(f"--domain {args.domain}: {args.checkpoint} knows {' '.join(model.domains)}")
     pixels, digits, seconds = (ours if is_ours else textbook)(args, model)

@@ -1,6 +1,6 @@
 """Accuracy and diversity of generated digits beside their cost, over samplers, numbers of steps and guidance: a table.
 
-Rows: each of --samplers at the default guidance of p2_ddpm_infer.py, each of --guidances at its default sampler and
+Rows: each of --samplers at --guidance, each of --guidances at its default sampler and
 steps, and last the real validation images. Columns: passes of the net an image (a guided step counts 2), accuracy
 before the judge of each domain, diversity in % of the real images' (score.py digits), and seconds an image: from noise
 to pixels in batches of --batch-size, the net loaded and warm. The rest is as p2_ddpm_infer.py has it: trailing steps,
@@ -51,7 +51,8 @@ class Table:
     domains: tuple[str, ...]  # Of those the model knows.
     classifiers: tuple[Path, ...]  # The judge of each of --domains: model.safetensors of score.py train-classifier.
     data_dir: Path = Path("hw2_data")  # Its validation images are the real ones.
-    samplers: tuple[str, ...] = SAMPLERS  # SAMPLER or SAMPLER-STEPS (ddpm, ddim, dpm-solver++), at default guidance.
+    samplers: tuple[str, ...] = SAMPLERS  # SAMPLER or SAMPLER-STEPS (ddpm, ddim, dpm-solver++), at --guidance.
+    guidance: float = Generate.guidance  # w of these.
     guidances: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 5.0)  # w, at the default sampler and steps.
     per_class: int = 50  # Images of each digit and domain.
     ddpm_per_class: int = 10  # The same for ddpm, which is slow.
@@ -76,7 +77,7 @@ def wanted_rows(args: Table) -> list[Row]:
         found = re.fullmatch(rf"({'|'.join(map(re.escape, get_args(Sampler)))})(?:-(\d+))?", name)
         if not found:
             raise UserError(f"--samplers {name}: SAMPLER or SAMPLER-STEPS with one of {', '.join(get_args(Sampler))}")
-        rows.append(Row(found[1], int(found[2]) if found[2] else None, default.guidance))
+        rows.append(Row(found[1], int(found[2]) if found[2] else None, args.guidance))
     return rows + [Row(default.sampler, default.steps, guidance) for guidance in args.guidances]
 
 
