@@ -45,6 +45,8 @@ class Train:
     width: int = 128  # Channels of its first level.
     blocks: int = 2  # Of each level of the ddim net.
     patch: int = 1  # Side of the squares of pixels that the ddim net takes as one position: 2 costs a quarter.
+    init: Path | None = None  # Begin with the weights of this model.safetensors of such a net, not at random.
+    shares: tuple[int, ...] = ()  # Images of the domains in a batch, as ratios (1 3); as many of each if none.
     epochs: int = 100  # Epochs of --images-per-epoch images.
     images_per_epoch: int = 56_000  # Whatever the size of the data.
     batch_size: int = 128  # Images of a step, over all processes.
@@ -80,6 +82,16 @@ def make_net(args: Train, channels: int, size: int, classes: int) -> nn.Module:
     return {"context": ContextUnet, "attention": AttentionUnet}[args.net](channels, args.width, classes)
 
 
+def load_init(args: Train, net: nn.Module, schedule: Schedule) -> None:
+    """Copy the weights of --init into the net. UserError if they are another net's, schedule's or other domains'."""
+    found, config = runs.load_net(args.init, {net.config["net"]: type(net)}, "--init")
+    ours = {"arguments": net.config["arguments"], "domains": list(args.domains), "schedule": schedule.config}
+    for name, value in ours.items():
+        if config.get(name) != value:
+            raise UserError(f"--init {args.init}: has {name} {config.get(name)}, this run has {value}")
+    net.load_state_dict(found.state_dict())
+
+
 def loss_of(
     net: nn.Module, schedule: Schedule, x0: Tensor, labels: Tensor | None, args: Train, rng: torch.Generator
 ) -> dict[str, Tensor]:
@@ -106,9 +118,12 @@ def train(args: Train) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
     accelerator = runs.make_accelerator(args.device, args.precision)
     device, rank = accelerator.device, accelerator.process_index
-    if not args.domains or args.batch_size % (len(args.domains) * accelerator.num_processes):
-        told = f"{len(args.domains)} domains and {accelerator.num_processes} processes"
-        raise UserError(f"--batch-size {args.batch_size}: must be shared evenly by {told}")
+    shares = args.shares or (1,) * len(args.domains)
+    if not shares or len(shares) != len(args.domains) or min(shares) < 1:
+        raise UserError(f"--shares {' '.join(map(str, shares))}: one for each of --domains, at least 1")
+    if args.batch_size % (sum(shares) * accelerator.num_processes):
+        told = f"{sum(shares)} shares and {accelerator.num_processes} processes"
+        raise UserError(f"--batch-size {args.batch_size}: is no multiple of {told}")
     if args.grid_every < 1 or args.width % 32:
         raise UserError("--grid-every: at least 1; --width: a multiple of 32")
     run = Run(args, accelerator)
@@ -122,6 +137,8 @@ def train(args: Train) -> dict[str, Any]:
     schedule = Schedule(args.steps, args.schedule, prediction=args.prediction)
     torch.manual_seed(runs.derive_seed(args.seed, "init"))
     bare_net = make_net(args, *pixels[0].shape[1:3], classes)
+    if args.init:
+        load_init(args, bare_net, schedule)
     bare_net = bare_net.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(bare_net)
     net, adam = accelerator.prepare(
@@ -131,12 +148,13 @@ def train(args: Train) -> dict[str, Any]:
 
     steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
     last = args.epochs * steps_per_epoch
-    share = args.batch_size // len(data)
+    counts = [args.batch_size * share // sum(shares) for share in shares]
     for step in run.steps(run.load_state(parts), last, args.batch_size):
         net.train()
         learning_rate = adam.param_groups[0]["lr"] = args.lr * runs.warmup_cosine(step / last, warm_up=0.02)
         rng = generator(args.seed, "step", step, rank, device=device)
-        rows = [draw_batch(len(p), step, share, accelerator, args.seed, "order", n) for n, p in enumerate(pixels)]
+        drawn = enumerate(zip(pixels, counts, strict=True))
+        rows = [draw_batch(len(p), step, count, accelerator, args.seed, "order", n) for n, (p, count) in drawn]
         x0 = normalise(torch.cat([p[r] for p, r in zip(pixels, rows, strict=True)]))
         y = torch.cat([y[r] for y, r in zip(labels, rows, strict=True)]) if labels else None  # digit + 10 · domain
 

@@ -74,6 +74,30 @@ def test_domains_are_balanced_and_labelled_apart(data_dir, monkeypatch):
     assert len(torch.cat(seen).unique()) == 20
 
 
+def test_a_run_begins_with_the_weights_of_another_and_takes_the_shares_asked_for(data_dir, monkeypatch):
+    def first_step(*given):
+        steps.append((given[0].state_dict()["out.2.weight"].clone(), int((given[3] < 10).sum())))
+        return loss_of(*given)
+
+    steps = []
+    options = {"net": "ddim", "epochs": 1}
+    train(small(data_dir, "first", **options))
+    before = load_weights(data_dir.parent / "first" / "model.safetensors")[0]["out.2.weight"]
+    monkeypatch.setattr(p2_ddpm_train, "loss_of", first_step)
+    init = data_dir.parent / "first" / "model.safetensors"
+    train(small(data_dir, "second", init=init, shares=(1, 3), **options))
+    weight, of_mnistm = steps[0]
+    assert torch.equal(weight, before)
+    assert before.abs().max() > 0  # a new net's are zeros
+    assert of_mnistm == 2  # of 8
+    with pytest.raises(UserError, match="has domains"):
+        train(small(data_dir, "third", init=init, **options | {"domains": ("svhn", "mnistm")}))
+    with pytest.raises(UserError, match="has schedule"):
+        train(small(data_dir, "third", init=init, prediction="v", **options))
+    with pytest.raises(UserError, match="is a net 'ddim_unet'"):
+        train(small(data_dir, "third", init=init, **options | {"net": "context"}))
+
+
 @pytest.mark.parametrize("net", ["context", "attention"])
 def test_training_resumes_bit_for_bit_within_an_epoch(net, data_dir, stop_in_step_1):
     options = {"net": net}
@@ -194,6 +218,7 @@ def test_bad_input_is_one_line_and_status_2(checkpoint, data_dir, tmp_path, monk
         (p2_ddpm_train, [*begin, "--domains", "mnistm", "faces"], "faces have no digits"),
         (p2_ddpm_train, [*begin, "--domains", "faces"], "face/train: no such folder"),
         (p2_ddpm_train, [*begin, "--domains", "mnistm", "svhn", "--batch-size", 9], "--batch-size 9"),
+        (p2_ddpm_train, [*begin, "--shares", 1, 2], "--shares 1 2: one for each of --domains"),
         (p2_ddpm_train, [*begin, "--patch", 2], "--net context: has no --patch"),
         (p2_ddpm_train, [*begin, "--net", "ddim", "--patch", 3], "--patch 3: must divide 28"),
         (p2_ddpm_infer, [*generate, "other.pth"], "other.pth: is not this ContextUnet"),
