@@ -335,3 +335,15 @@ def test_figures_of_every_score():
     told = "accuracy 99.50, diversity percent of real 81.04"
     assert row("half", digits) == f"| half | accuracy, DigitResNet | {told} | 1000 | its own |"
     assert row("x", {"epoch": 3, "d_loss": 1.0}) == ""
+
+
+def test_what_is_released_loads_and_is_what_its_card_tells():
+    released = sorted((ROOT / "checkpoints").glob("*.safetensors"))
+    assert {path.stem for path in released} >= {"dann_svhn", "dann_usps"}
+    for path in released:
+        net, _ = load_net(path, release.NETS)
+        assert all(weight.isfinite().all() for weight in net.parameters())
+        content, card = path.read_bytes(), path.with_suffix(".md").read_text()
+        assert f"{len(content):,} bytes, sha256 `{hashlib.sha256(content).hexdigest()}`" in card
+        assert len(content) <= release.MOST_BYTES
+    assert sum(path.stat().st_size for path in released) <= 60e6
