@@ -2,9 +2,9 @@
 
 Paper: Song et al., Denoising Diffusion Implicit Models, 2020, https://arxiv.org/abs/2010.02502
 
-    python p2_ddim.py generate --noise-dir hw2_data/face/noise --checkpoint UNet.pt --output-dir ddim
-    python p2_ddim.py eta-grid --noise-dir hw2_data/face/noise --checkpoint UNet.pt --output-dir figures
-    python p2_ddim.py interpolate --noise-dir hw2_data/face/noise --checkpoint UNet.pt --output-dir figures
+    python p2_ddim.py generate --noise-dir hw2_data/face/noise --checkpoint hw2_data/face/UNet.pt --output-dir ddim
+    python p2_ddim.py eta-grid --noise-dir hw2_data/face/noise --checkpoint hw2_data/face/UNet.pt --output-dir eta
+    python p2_ddim.py interpolate --noise-dir hw2_data/face/noise --checkpoint hw2_data/face/UNet.pt --output-dir paths
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Options:
     noise_dir: Path  # 00.pt, 01.pt, …: noise (1, 3, height, width) each.
     output_dir: Path  # Where the images are written.
     checkpoint: Path  # The course's UNet.pt, or model.safetensors of p2_ddpm_train.py --net ddim.
+    noise_steps: int = 1_000  # T of a published checkpoint, which does not say it ...
+    betas: tuple[float, float] = (1e-4, 2e-2)  # ... and its first and last β, of a linear schedule.
     steps: int = 50  # Of DDIM, evenly spread.
     offset: int = 1  # The lowest step is 1 + offset (the course counts from 0: t = 1, 21, …, 981).
     clamp: bool = True  # Keep predicted images in [-1, 1].
@@ -98,7 +100,8 @@ class Model:
         if "size" in config and size != (config["size"], config["size"]):
             raise UserError(f"--noise-dir {args.noise_dir}: is {size[0]}x{size[1]}, {args.checkpoint} {config['size']}")
         self.net = net.to(self.accelerator.device, memory_format=torch.channels_last)
-        self.schedule = Schedule(**config.get("schedule", {}))
+        published = {"steps": args.noise_steps, "beta_start": args.betas[0], "beta_end": args.betas[1]}
+        self.schedule = Schedule(**config.get("schedule", published | {"as_given": True}))
         highest = self.schedule.subset(args.steps, "leading")[0]  # leaves no room for an offset at S = T
         self.steps = self.schedule.subset(args.steps, "leading", min(args.offset, self.schedule.T - highest))
 

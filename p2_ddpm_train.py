@@ -12,6 +12,7 @@ at times for classifier-free guidance, Ho and Salimans, 2022, https://arxiv.org/
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,14 +83,20 @@ def make_net(args: Train, channels: int, size: int, classes: int) -> nn.Module:
     return {"context": ContextUnet, "attention": AttentionUnet}[args.net](channels, args.width, classes)
 
 
-def load_init(args: Train, net: nn.Module, schedule: Schedule) -> None:
-    """Copy the weights of --init into the net. UserError if they are another net's, schedule's or other domains'."""
+def load_init(args: Train, net: nn.Module, schedule: Schedule) -> dict[str, str]:
+    """Copy the weights of --init into the net; returns what the new weights tell of them.
+
+    Raises UserError if they are another net's, another schedule's or other domains'.
+    """
     found, config = runs.load_net(args.init, {net.config["net"]: type(net)}, "--init")
+    theirs = {"arguments": found.config["arguments"], "domains": config.get("domains")}
+    theirs["schedule"] = Schedule(**config.get("schedule", {})).config
     ours = {"arguments": net.config["arguments"], "domains": list(args.domains), "schedule": schedule.config}
     for name, value in ours.items():
-        if config.get(name) != value:
-            raise UserError(f"--init {args.init}: has {name} {config.get(name)}, this run has {value}")
+        if theirs[name] != value:
+            raise UserError(f"--init {args.init}: has {name} {theirs[name]}, this run has {value}")
     net.load_state_dict(found.state_dict())
+    return {"init": hashlib.sha256(args.init.read_bytes()).hexdigest()}
 
 
 def loss_of(
@@ -137,8 +144,7 @@ def train(args: Train) -> dict[str, Any]:
     schedule = Schedule(args.steps, args.schedule, prediction=args.prediction)
     torch.manual_seed(runs.derive_seed(args.seed, "init"))
     bare_net = make_net(args, *pixels[0].shape[1:3], classes)
-    if args.init:
-        load_init(args, bare_net, schedule)
+    origin = load_init(args, bare_net, schedule) if args.init else {}
     bare_net = bare_net.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(bare_net)
     net, adam = accelerator.prepare(
@@ -175,7 +181,7 @@ def train(args: Train) -> dict[str, Any]:
     if run.is_main:
         save_gif(read_grids(run.dir / "samples"), run.dir / "figures" / "training.gif", 400)
         extra = {"domains": args.domains, "size": pixels[0].shape[2], "schedule": schedule.config, "seed": args.seed}
-        run.save_model(ema, ema.config | extra)
+        run.save_model(ema, ema.config | extra | origin)
         run.finish(run.history()[-1])
     return run.result or {}
 

@@ -111,7 +111,7 @@ if wanted p2 && [ -d "$data_dir/digits/mnistm" ] && [ -d "$data_dir/digits/svhn"
         ${digits[@]+"${digits[@]}"}
     for domain in mnistm svhn; do
         step "judge-$domain" "$p2/judge-$domain" score.py train-classifier --data-dir "$data_dir" --domain "$domain" \
-            --output-dir "$p2/judge-$domain" "${judge[@]}"
+            --output-dir "$p2/judge-$domain" ${judge[@]+"${judge[@]}"}
         step "digits-$domain" "$p2/score/$domain" score.py digits "$p2/generated/$domain" --domain "$domain" \
             --classifier "$p2/judge-$domain/model.safetensors" --real "$data_dir" --output-dir "$p2/score/$domain"
     done

@@ -1,16 +1,17 @@
 """The table of the DDIM paper in small: quality of faces by the number of steps and by η, beside their cost.
 
 A cell: Fréchet distance of --count faces to the real validation images, the share of them with exactly one face by
-dlib's detector, and seconds a face. η = 1 at all steps of the schedule is DDPM. Face k comes from noise k in every
-cell, and its pixels are those of [-1, 1]. Distances compare with such of as many images only; the last row is that of
-real training images. The same command again does what is missing. Every cell has a folder with its images and the
-result.json of both scores; table.csv, table.md and table.png lie beside them.
+dlib's detector, and seconds a face from noise files to PNG, start included. η = 1 at all of 1,000 --steps is DDPM. Face
+k comes from noise k in every cell, and its pixels are those of [-1, 1]. Distances compare with such of as many images
+only; the last row is that of real training images. The same command again does what is missing. Every cell has a folder
+with its images and the result.json of both scores; table.csv, table.md and table.png lie beside them.
 
     python benchmarks/face_samplers.py --checkpoint runs/p2/faces/model.safetensors --output-dir runs/p2/face-samplers
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -48,6 +49,7 @@ class Table:
 def measure(args: Table, noises: Path, steps: int, eta: float) -> dict[str, Any]:
     """One cell, made and judged unless that is done; what its result.json files and seconds.json hold."""
     folder = args.output_dir / f"ddim-{steps}-eta-{eta:g}"
+    val = args.data_dir / "face" / "val"
     fid, faces, cost = (folder / name for name in ("fid/result.json", "faces/result.json", "seconds.json"))
     if not cost.exists():
         options = {name: getattr(args, name) for name in ("checkpoint", "seed", "batch_size", "device", "precision")}
@@ -57,10 +59,10 @@ def measure(args: Table, noises: Path, steps: int, eta: float) -> dict[str, Any]
         runs.atomic_write(cost, json.dumps((time.monotonic() - started) / args.count) + "\n")
     if not fid.exists():
         options = {"features": args.features, "weights": args.weights, "device": args.device}
-        floor, val = args.data_dir / "face" / "train", args.data_dir / "face" / "val"
-        score.main(score.Fid(folder / "images", val, floor=floor, output_dir=fid.parent, **options))
+        train = args.data_dir / "face" / "train"
+        score.main(score.Fid(folder / "images", val, floor=train, output_dir=fid.parent, **options))
     if not faces.exists():
-        score.main(score.Faces(folder / "images", output_dir=faces.parent))
+        score.main(score.Faces(folder / "images", real=val, output_dir=faces.parent))
     cell = json.loads(fid.read_text()) | json.loads(faces.read_text())
     return cell | {"metric": json.loads(fid.read_text())["metric"], "seconds": json.loads(cost.read_text())}
 
@@ -71,7 +73,9 @@ def main(args: Table) -> list[list[str]]:
         raise runs.UserError("--steps and --etas: at least one of each; --count: at least 2")
     config = runs.load_net(args.checkpoint, {"ddim_unet": DdimUnet})[0].config["arguments"]
     # What the cells share must be what it was: another checkpoint or count needs a folder of its own.
-    shared = {name: str(getattr(args, name)) for name in ("checkpoint", "count", "features", "seed", "precision")}
+    shared = {name: str(getattr(args, name)) for name in ("count", "features", "seed", "device", "precision")}
+    shared |= {"data_dir": str(args.data_dir.resolve())}
+    shared |= {"checkpoint": hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()}
     about = runs.make_output_dir(args.output_dir) / "about.json"
     if about.exists() and json.loads(about.read_text()) != shared:
         raise runs.UserError(f"--output-dir {args.output_dir}: holds a table of something else, see about.json")
@@ -84,7 +88,8 @@ def main(args: Table) -> list[list[str]]:
             cell = measure(args, noises, steps, eta)
             told = [f"{cell['distance']:.2f}", f"{cell['one_face_percent']:.1f}", f"{cell['seconds']:.3g}"]
             rows.append([str(steps), f"{eta:g}", *told])
-            last = ["real images", "", f"{cell['floor']:.2f}", "", ""]
+            real = cell["real"]["one_face_percent"]
+            last = ["real images", "", f"{cell['floor']:.2f}", f"{real:.1f}", ""]
             save_table([*rows, last], args.output_dir / "table.png", f"{args.count:,} faces, {cell['metric']}")
     print((args.output_dir / "table.md").read_text() + str(args.output_dir / "table.png"))
     return [*rows, last]

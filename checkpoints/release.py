@@ -114,6 +114,7 @@ def main(args: Release) -> None:
         "stored": line,
         "command": f"`python {strip_folders(config['command'])}`, {versions}",
         "run": f"seed {given['seed']}, epochs {last['epoch']}, steps {last['step']:,} of {given['batch_size']} images",
+        **({"begun with": f"the weights of sha256 `{about['init']}`"} if "init" in about else {}),
         "hardware": f"{result['seconds'] / 3600:.2f} hours on {json.dumps(config['hardware'])[1:-1]}".replace('"', ""),
     }
     lines = [f"# {args.name}\n", *(f"{text}\n" for text in args.note), "| | |", "| --- | --- |"]

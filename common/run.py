@@ -238,7 +238,10 @@ class Run:
         self.arguments = json.loads(json.dumps(dataclasses.asdict(args), default=str))
         self.config_file, result_file = self.dir / "config.json", self.dir / "result.json"
         if self.config_file.exists():
-            before = self._read(self.config_file)["arguments"]
+            given = ((field.name, field.default) for field in dataclasses.fields(args))
+            defaults = {name: default for name, default in given if default is not dataclasses.MISSING}
+            before = json.loads(json.dumps(defaults, default=str))  # of options newer than the run
+            before |= self._read(self.config_file)["arguments"]
             names = sorted((self.arguments.keys() | before.keys()) - FREE_ARGUMENTS)
             changed = [name for name in names if self.arguments.get(name) != before.get(name)]
             if changed:

@@ -181,6 +181,8 @@ def test_run_directory_continues_and_refuses_other_arguments(tmp_path):
     assert config["versions"]["torch"] == importlib.metadata.version("torch")
     assert config["hardware"]["precision"] == "fp32"
 
+    del config["arguments"]["lr"]  # as if the option were newer than the run: its default is what it did
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     again = Run(Args(tmp_path / "run", num_workers=4), accelerator)  # workers change nothing
     fresh = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     assert again.load_state({"part": fresh}) == 2
