@@ -478,7 +478,7 @@ def test_failed_download_is_one_line(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     (tmp_path / "digits" / "usps").mkdir(parents=True)
     (tmp_path / "digits" / "usps" / "made.json").touch()
-    with pytest.raises(UserError, match="holds other data .*usps.; take a new folder"):  # before a long download
+    with pytest.raises(UserError, match=r"holds other data .*usps\); take a new folder"):  # before a long download
         prepare_data.main(Download(year=2024, data_dir=tmp_path))
 
 
