@@ -3,4 +3,4 @@
 source "$(dirname "$0")/../common.sh"
 expect "OUT" "$@"
 weights ddpm_digits "p2_ddpm_train.py --domains mnistm svhn"
-"$python" "$root/p2_ddpm_infer.py" --checkpoint "$checkpoint" --output-dir "$1" --domains mnistm --per-class 100
+"$python" "$root/p2_ddpm_infer.py" --checkpoint "$checkpoint" --output-dir "$1" --domains mnistm --per-class 100 --guidance 5

@@ -3,4 +3,4 @@
 source "$(dirname "$0")/../common.sh"
 expect "OUT" "$@"
 weights ddpm_digits "p2_ddpm_train.py --domains mnistm svhn"
-"$python" "$root/p2_ddpm_infer.py" --checkpoint "$checkpoint" --output-dir "$1" --domains mnistm svhn --per-class 50
+"$python" "$root/p2_ddpm_infer.py" --checkpoint "$checkpoint" --output-dir "$1" --domains mnistm svhn --per-class 50 --guidance 8
