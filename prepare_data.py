@@ -245,8 +245,8 @@ def download(args: Download) -> None:
     elif args.archive is not None:
         archive.unpack(args.archive, args.data_dir)
     else:
-        for made in (found for level in ("*", "*/*") for found in args.data_dir.glob(f"{level}/made.json")):
-            raise UserError(f"--data-dir {args.data_dir}: holds other data ({made.parent}); take a new folder")
+        if made := [*args.data_dir.glob("*/made.json"), *args.data_dir.glob("*/*/made.json")]:
+            raise UserError(f"--data-dir {args.data_dir}: holds other data ({made[0].parent}); take a new folder")
         fetched = archive.fetch(args.year, args.data_dir)
         try:
             archive.unpack(fetched, args.data_dir)
