@@ -9,7 +9,6 @@ Paper: Song et al., Denoising Diffusion Implicit Models, 2020, https://arxiv.org
 
 from __future__ import annotations
 
-import resource
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from torch import Tensor
 
 from common import run as runs
 from common.data import to_uint8
-from common.diffusion import Schedule, predictor, sample
+from common.diffusion import Schedule, Spacing, predictor, sample
 from common.figures import save_grid, save_labelled
+from common.metrics import peak_memory
 from common.run import UserError
 from models.ddim_unet import DdimUnet
 
@@ -39,7 +39,8 @@ class Options:
     noise_steps: int = 1_000  # T of a published checkpoint, which does not say it ...
     betas: tuple[float, float] = (1e-4, 2e-2)  # ... and its first and last β, of a linear schedule.
     steps: int = 50  # Of DDIM, evenly spread.
-    offset: int = 1  # The lowest step is 1 + offset (the course counts from 0: t = 1, 21, …, 981).
+    spacing: Spacing = "leading"  # Which steps: beginning low, as the course's; or ending at T, where noise is whole.
+    offset: int = 1  # Of leading, the lowest step is 1 + offset (the course counts from 0: t = 1, 21, …, 981).
     clamp: bool = True  # Keep predicted images in [-1, 1].
     final_alpha: Literal["one", "first"] = "one"  # ᾱ of the clean image: 1, or that of the first step.
     save_range: Literal["minmax", "fixed"] = "minmax"  # Each image's own range becomes 0 … 255, or [-1, 1] does.
@@ -97,13 +98,14 @@ class Model:
         torch.backends.cudnn.allow_tf32 = False
         self.args, self.accelerator = args, runs.make_accelerator(args.device, args.precision)
         net, config = runs.load_net(args.checkpoint, {"ddim_unet": DdimUnet})
-        if "size" in config and size != (config["size"], config["size"]):
-            raise UserError(f"--noise-dir {args.noise_dir}: is {size[0]}x{size[1]}, {args.checkpoint} {config['size']}")
+        side = net.config["arguments"]["size"]
+        if size != (side, side):
+            raise UserError(f"--noise-dir {args.noise_dir}: is {size[0]}x{size[1]}, {args.checkpoint} {side}x{side}")
         self.net = net.to(self.accelerator.device, memory_format=torch.channels_last)
         published = {"steps": args.noise_steps, "beta_start": args.betas[0], "beta_end": args.betas[1]}
         self.schedule = Schedule(**config.get("schedule", published | {"as_given": True}))
-        highest = self.schedule.subset(args.steps, "leading")[0]  # leaves no room for an offset at S = T
-        self.steps = self.schedule.subset(args.steps, "leading", min(args.offset, self.schedule.T - highest))
+        offset = 0 if args.steps == self.schedule.T else args.offset  # all steps leave no room for one
+        self.steps = self.schedule.subset(args.steps, args.spacing, offset)
 
     @torch.inference_mode()
     def generate(self, noises: Tensor, eta: float) -> Tensor:
@@ -168,9 +170,8 @@ def generate(args: Generate) -> None:
     for name, image in zip(names, pixels, strict=True):
         save_grid(image[None], args.output_dir / f"{name}.png", columns=1, padding=0)
     seconds = (time.monotonic() - started) / len(names)
-    on_cuda = model.accelerator.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{len(names)} images: {args.output_dir} ({seconds:.1f} s an image, peak memory {peak / 2**30:.1f} GiB)")
+    peak = peak_memory(model.accelerator.device) / 2**10
+    print(f"{len(names)} images: {args.output_dir} ({seconds:.1f} s an image, peak memory {peak:.1f} GiB)")
 
 
 def eta_grid(args: EtaGrid) -> None:

@@ -4,7 +4,7 @@ DDPM: Ho et al., 2020, https://arxiv.org/abs/2006.11239. Fewer steps by DDIM (So
 https://arxiv.org/abs/2010.02502) or DPM-Solver++ (Lu et al., 2022, https://arxiv.org/abs/2211.01095).
 
     python p2_ddpm_infer.py --checkpoint runs/p2/digits/model.safetensors --output-dir digits --per-class 100
-    python p2_ddpm_infer.py --checkpoint runs/p2/digits/model.safetensors --output-dir digits --figures-dir figures
+    python p2_ddpm_infer.py --checkpoint runs/p2/digits/model.safetensors --output-dir few --figures-dir figures
 """
 
 from __future__ import annotations

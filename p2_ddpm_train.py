@@ -131,8 +131,10 @@ def train(args: Train) -> dict[str, Any]:
     if args.batch_size % (sum(shares) * accelerator.num_processes):
         told = f"{sum(shares)} shares and {accelerator.num_processes} processes"
         raise UserError(f"--batch-size {args.batch_size}: is no multiple of {told}")
-    if args.grid_every < 1 or args.width % 32:
+    if args.grid_every < 1 or args.width < 32 or args.width % 32:
         raise UserError("--grid-every: at least 1; --width: a multiple of 32")
+    if not 0 <= args.drop <= 1 or (args.min_snr is not None and args.min_snr <= 0):
+        raise UserError("--drop: a probability, 0 to 1; --min-snr: above 0")
     run = Run(args, accelerator)
     if run.result is not None:
         return run.result if run.is_main else {}

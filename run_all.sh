@@ -2,7 +2,7 @@
 # bash run_all.sh [DATA_DIR] [OUTPUT_DIR]
 # Sets up, makes the data if there is none, then trains, samples, scores and reports. Run again to continue where it
 # stopped: steps already done are skipped.
-# PROFILE=quick (default): small nets, few steps, one seed. PROFILE=full: the recipes of README's tables, for a GPU.
+# PROFILE=quick (default): small nets, few steps, one seed. PROFILE=full: nets of full size, for a GPU.
 # PROFILE=smoke: every step once, as short as can be. ONLY="p1 p3" picks problems.
 set -euo pipefail
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
@@ -13,13 +13,17 @@ only=" ${ONLY:-p1 p2 p3} "
 cd "$(dirname "$0")"
 
 case "$profile" in
-quick) # few steps: small nets and batches; batch statistics of each domain adapt sooner than the mixture's
+quick) # few steps: small nets and batches; batch statistics of each domain adapt sooner than the mixture's; the
+    # diffusion models, which take hours, begin with the released weights
     faces=(--width 32 --batch-size 32 --lr 5e-4 --ema-decay 0.99 --augment translation)
     dcgan=("${faces[@]}" --epochs 8)
     wgangp=("${faces[@]}" --epochs 5 --n-critic 1 --drift 0.001)
     judge=(--epochs 3)
-    ddpm=(--width 32 --batch-size 64 --images-per-epoch 6400 --epochs 10 --min-snr 5 --lr 1e-3 --ema-decay 0.995)
-    face_ddpm=(--width 32 --batch-size 32 --images-per-epoch 960 --epochs 3 --min-snr 5 --lr 1e-3 --ema-decay 0.99)
+    released=(--blocks 1 --patch 2 --prediction v --schedule cosine --batch-size 16 --lr 4e-4 --ema-decay 0.998)
+    ddpm=(--net ddim --width 64 "${released[@]}" --init checkpoints/ddpm_digits.safetensors
+        --images-per-epoch 4000 --epochs 4)
+    digits=(--sampler ddpm --steps 12 --guidance 5)
+    face_ddpm=(--width 32 "${released[@]}" --init checkpoints/ddim_faces.safetensors --images-per-epoch 2400 --epochs 2)
     table=(--nets deep --seeds 0 --epochs 6 --images-per-epoch 6400 --forward separate --lambda-max 0.5)
     clip=() ;;
 full)
@@ -41,7 +45,7 @@ smoke)
     clip=(--epochs 1)
     num_images=(--num-images 50)
     digits=(--per-class 5)
-    ddim_steps=(--steps 2)
+    ddim_options=(--steps 2)
     small=(--mnistm 200 60 --svhn 200 60 --usps 200 60 --face 64 40 --clip-zeroshot 48 24) ;;
 *) echo "error: PROFILE=$profile: quick, full or smoke" >&2 && exit 2 ;;
 esac
@@ -120,6 +124,7 @@ if wanted p2; then
     changed=$data_changed noises=$data_dir/face/noise net=$data_dir/face/UNet.pt
     if [ ! -f "$net" ] && [ -d "$data_dir/face/train" ]; then # the course's net, or one of our own
         net=$p2/faces/model.safetensors
+        ddim_options+=(--spacing trailing --save-range fixed) # the defaults are for the course's net
         step faces-ddpm "$p2/faces" p2_ddpm_train.py --data-dir "$data_dir" --output-dir "$p2/faces" \
             --domains faces --net ddim "${face_ddpm[@]}"
         if [ ! -d "$noises" ]; then
@@ -128,7 +133,7 @@ if wanted p2; then
         fi
     fi
     if [ -f "$net" ] && [ -d "$noises" ]; then
-        ddim=(--noise-dir "$noises" --checkpoint "$net" ${ddim_steps[@]+"${ddim_steps[@]}"} --output-dir)
+        ddim=(--noise-dir "$noises" --checkpoint "$net" ${ddim_options[@]+"${ddim_options[@]}"} --output-dir)
         step ddim-generate "$p2/ddim/generated" p2_ddim.py generate "${ddim[@]}" "$p2/ddim/generated"
         step ddim-eta "$p2/ddim/eta_grid.png" p2_ddim.py eta-grid "${ddim[@]}" "$p2/ddim"
         step ddim-interpolate "$p2/ddim/slerp.png" p2_ddim.py interpolate "${ddim[@]}" "$p2/ddim"

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import p2_ddim
+from common.metrics import peak_memory
 from common.run import UserError, atomic_write, command_line
 from models.ddim_unet import Block, DdimUnet, ResidualBlock, SelfAttention
 
@@ -113,9 +113,7 @@ def timed(way: Way, checkpoint: Path, args: Benchmark) -> tuple[Tensor, float, f
             start = time.perf_counter()
             eps = (plain(net, noise, times) if way == "plain" else net(noise, times)).float().cpu()  # waits for the GPU
             seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak
-    return eps.contiguous(), min(seconds[1:]), peak
+    return eps.contiguous(), min(seconds[1:]), peak_memory(device)
 
 
 def main(args: Benchmark) -> None:

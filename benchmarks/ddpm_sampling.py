@@ -17,7 +17,6 @@ Its accuracy is that of these few images: of 20, one is 5 %.
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import sys
 import time
 from collections import deque
@@ -31,7 +30,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.data import Images, to_uint8
-from common.metrics import accuracy
+from common.metrics import accuracy, peak_memory
 from common.run import UserError, command_line, load_net, make_accelerator
 from p2_ddpm_infer import Generate, Model
 from scoring.digits import NETS
@@ -99,11 +98,8 @@ def timed(args: Benchmark, is_ours: bool) -> tuple[Tensor, Tensor, float, float,
     if args.domain not in model.domains:
         raise UserError(f"--domain {args.domain}: {args.checkpoint} knows {' '.join(model.domains)}")
     pixels, digits, seconds = (ours if is_ours else textbook)(args, model)
-    device = model.accelerator.device
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak
     name = f"ours ({model.args.sampler}, {len(model.steps)} steps)" if is_ours else f"textbook ({model.schedule.T})"
-    return pixels, digits, seconds, peak, name
+    return pixels, digits, seconds, peak_memory(model.accelerator.device), name
 
 
 def main(args: Benchmark) -> None:

@@ -13,7 +13,6 @@ peak memory is its own.
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import p2_ddpm_train
 from benchmarks.dann_training import Folder, write_domain
+from common.metrics import peak_memory
 from common.run import UserError, command_line, make_accelerator
 from models.context_unet import ContextUnet
 
@@ -102,10 +102,7 @@ def timed(ours: bool, data_dir: Path, args: Benchmark) -> tuple[float, float]:
         textbook(args, data_dir / "digits" / "mnistm", device)
     synchronise(device)
     seconds = time.perf_counter() - start
-    if device.type == "cuda":
-        return seconds, torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
-    return seconds, peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return seconds, peak_memory(device)
 
 
 def main(args: Benchmark) -> None:

@@ -2,9 +2,9 @@
 
 A cell: Fréchet distance of --count faces to the real validation images, the share of them with exactly one face by
 dlib's detector, and seconds a face from noise files to PNG, start included. η = 1 at all of 1,000 --steps is DDPM. Face
-k comes from noise k in every cell, and its pixels are those of [-1, 1]. Distances compare with such of as many images
-only; the last row is that of real training images. The same command again does what is missing. Every cell has a folder
-with its images and the result.json of both scores; table.csv, table.md and table.png lie beside them.
+k comes from noise k in every cell; steps end at T (trailing); pixels are those of [-1, 1]. Distances compare with such
+of as many images only; the last row is that of real training images. The same command again does what is missing. Every
+cell has a folder with its images and the result.json of both scores; table.csv, table.md and table.png lie beside them.
 
     python benchmarks/face_samplers.py --checkpoint runs/p2/faces/model.safetensors --output-dir runs/p2/face-samplers
 """
@@ -53,7 +53,7 @@ def measure(args: Table, noises: Path, steps: int, eta: float) -> dict[str, Any]
     fid, faces, cost = (folder / name for name in ("fid/result.json", "faces/result.json", "seconds.json"))
     if not cost.exists():
         options = {name: getattr(args, name) for name in ("checkpoint", "seed", "batch_size", "device", "precision")}
-        options |= {"steps": steps, "eta": eta, "save_range": "fixed"}
+        options |= {"steps": steps, "eta": eta, "save_range": "fixed", "spacing": "trailing"}
         started = time.monotonic()
         p2_ddim.main(p2_ddim.Generate(noise_dir=noises, output_dir=folder / "images", **options))
         runs.atomic_write(cost, json.dumps((time.monotonic() - started) / args.count) + "\n")

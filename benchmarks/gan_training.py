@@ -11,7 +11,6 @@ the other. Each loop runs in a process of its own, so that its peak memory is it
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import p1_dcgan
 import p1_wgangp
+from common.metrics import peak_memory
 from common.run import UserError, command_line, make_accelerator
 from models.gan import Critic, Discriminator, Generator
 
@@ -112,9 +112,7 @@ def timed(method: str, ours: bool, data_dir: Path, args: Benchmark) -> tuple[flo
         {"dcgan": textbook_dcgan, "wgangp": textbook_wgangp}[method](loader, device)
     if device.type == "cuda":
         torch.cuda.synchronize()
-        return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
-    return time.perf_counter() - start, peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return time.perf_counter() - start, peak_memory(device)
 
 
 def main(args: Benchmark) -> None:

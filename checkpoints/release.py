@@ -87,8 +87,14 @@ def figure_row(label: str, result: dict) -> str:
 
 
 def strip_folders(command: str) -> str:
-    """A command without the absolute folders of another machine, which help nobody."""
-    return re.sub(r"(^|(?<=[ =]))/[^ ]*/", "", command)
+    """A command without the absolute folders of another machine, which help nobody; a file keeps its own folder."""
+
+    def shorten(match: re.Match) -> str:
+        path = Path(match[0])
+        inner = 2 if path.parent.name in ("face", "digits") else path.suffix not in ("", ".py")
+        return "/".join(path.parts[1:][-1 - inner :])  # data/face/val, run/model.safetensors, script.py
+
+    return re.sub(r"(?:^|(?<=[ =]))/[^ ]+", shorten, command)
 
 
 def main(args: Release) -> None:

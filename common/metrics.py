@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import sys
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -28,3 +31,11 @@ def classify(net: nn.Module, pixels: Tensor, accelerator: Accelerator) -> Tensor
 def accuracy(net: nn.Module, images: Images, accelerator: Accelerator) -> float:
     """Share of labelled `images` classified right, in %."""
     return 100 * (classify(net, images.pixels, accelerator) == images.labels).double().mean().item()
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has had, in MiB: of tensors on a CUDA device, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

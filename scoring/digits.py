@@ -51,7 +51,7 @@ def read_digits(folder: Path) -> Images:
 @torch.inference_mode()
 def features_of(net: nn.Module, pixels: Tensor, accelerator: Accelerator) -> np.ndarray:
     """What the last layer of `net` reads of uint8 images (n, 3, 28, 28), as float64 (n, features)."""
-    parts = [net.features(normalise(some.to(accelerator.device))).double().cpu() for some in pixels.split(500)]
+    parts = [net.features(normalise(some.to(accelerator.device))).cpu().double() for some in pixels.split(500)]
     return torch.cat(parts).numpy()
 
 

@@ -75,6 +75,8 @@ def test_any_number_of_steps_ends_at_the_lowest(options, steps, last):
     assert len(model.steps) == steps
     assert model.steps[-1] == last  # counted from 1; at 1,000 steps there is no room for the offset
     assert model.steps[0] <= 1000
+    model = p2_ddim.Model(Generate(**options, steps=steps, spacing="trailing"), (16, 16))
+    assert (len(model.steps), model.steps[0], model.steps[-1]) == (steps, 1000, round(1000 / steps))
 
 
 def test_conventions_are_flags(options):
@@ -165,3 +167,7 @@ def test_bad_input_is_one_line_and_status_2(options, noise_dir, tmp_path, monkey
     assert not (tmp_path / "y").exists()
     with pytest.raises(UserError, match="has 5 noises"):
         read_noises(noise_dir, at_least=6)
+    with pytest.raises(UserError, match=r"noise: is 32x32, .*UNet\.pt 16x16"):
+        p2_ddim.Model(Generate(**options), (32, 32))
+    with pytest.raises(UserError, match="--offset 100: 50 steps would begin at 1081"):
+        p2_ddim.Model(Generate(**options, offset=100), (16, 16))

@@ -98,6 +98,14 @@ def test_a_run_begins_with_the_weights_of_another_and_takes_the_shares_asked_for
         train(small(data_dir, "third", init=init, **options | {"net": "context"}))
 
 
+def test_settings_that_cannot_be_meant(data_dir):
+    for wrong in ({"width": 0}, {"width": -32}, {"width": 40}, {"drop": 1.5}, {"min_snr": 0.0}, {"shares": (1, 0)}):
+        flag = "--" + next(iter(wrong)).replace("_", "-")
+        with pytest.raises(UserError, match=flag):
+            train(small(data_dir, "never", domains=("mnistm", "svhn"), **wrong))
+    assert not (data_dir.parent / "never").exists()
+
+
 @pytest.mark.parametrize("net", ["context", "attention"])
 def test_training_resumes_bit_for_bit_within_an_epoch(net, data_dir, stop_in_step_1):
     options = {"net": net}

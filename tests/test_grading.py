@@ -214,6 +214,13 @@ def test_domain_by_path(project, path, domain):
     assert f"/dann_{domain}.safetensors" in ended.stderr
 
 
+def test_a_link_at_the_root_does_as_the_script(project):
+    """What graders type: bash hw2_1.sh OUT."""
+    Path("hw2_1.sh").symlink_to("grading/2023/hw2_1.sh")
+    ended = subprocess.run(["bash", "hw2_1.sh", "out"], capture_output=True, text=True, check=False)
+    assert ended.stderr.startswith(f"error: {project}/checkpoints/ddpm_digits.safetensors: no such file")
+
+
 def test_domain_unknown(project):
     for environment in ({}, {"DOMAIN": "mnistm"}):
         ended = grade("2022/hw2_3", "images/data", "out.csv", **environment)
@@ -335,6 +342,9 @@ def test_figures_of_every_score():
     told = "accuracy 99.50, diversity percent of real 81.04"
     assert row("half", digits) == f"| half | accuracy, DigitResNet | {told} | 1000 | its own |"
     assert row("x", {"epoch": 3, "d_loss": 1.0}) == ""
+    command = "score.py fid /a/b/faces /d/data/face/val --weights /w/judge/net.pt --data-dir=/d/data x/y"
+    short = "score.py fid faces data/face/val --weights judge/net.pt --data-dir=data x/y"
+    assert release.strip_folders(command) == short
 
 
 def test_what_is_released_loads_and_is_what_its_card_tells():

@@ -229,6 +229,10 @@ def test_no_bar_is_passed_on_other_data(output):
     assert page.row("DANN, MNIST-M → USPS")[-1] == reading.UNKNOWN
     assert page.row("accuracy, MNIST-M")[-1] == "pass"
     assert "Synthetic data." in page.text
+    (data / "face/val/another.png").unlink()
+    assert Page(report.main(Report(output))).row("exactly one face, DCGAN")[-1] == "pass 1 of 2"
+    write_image(data / "face/train/another.png")  # another split of the same photographs
+    assert Page(report.main(Report(output))).row("exactly one face, DCGAN")[-1] == reading.OTHER
 
 
 def test_the_tables_are_the_page_s(output):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # 2023, problem 3: a csv of labels for a folder of SVHN or USPS images, which its path or DOMAIN names.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(readlink -f "$0")")/../common.sh"
 expect "IMAGE_DIR OUT.csv" "$@"
 domain_of "$1"
 weights "dann_$domain" "p3_dann.py train --target $domain"
