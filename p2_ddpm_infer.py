@@ -86,14 +86,22 @@ class Model:
                 yield step.t, to_uint8(step.x).cpu()
 
 
-def write_digits(model: Model, domain: str, wanted: list[tuple[int, int]], folder: Path, args: Generate) -> None:
-    """Write the images of one domain, (digit, number) each, under the graders' names."""
-    for start in range(0, len(wanted), args.batch_size):
-        digits, numbers = zip(*wanted[start : start + args.batch_size], strict=True)
-        _, pixels = deque(model.states(domain, list(digits), list(numbers), args.guidance), maxlen=1)[0]
+def in_batches(per_class: int, batch_size: int) -> list[tuple[list[int], list[int]]]:
+    """Digits and numbers of the images to make, `per_class` of each digit, batch by batch."""
+    digits, numbers = [d for d in range(10) for _ in range(per_class)], list(range(1, per_class + 1)) * 10
+    starts = range(0, len(digits), batch_size)
+    return [(digits[start : start + batch_size], numbers[start : start + batch_size]) for start in starts]
+
+
+def write_digits(model: Model, domain: str, per_class: int, folder: Path, args: Generate) -> None:
+    """Write the images of one domain under the graders' names."""
+    done = 0
+    for digits, numbers in in_batches(per_class, args.batch_size):
+        _, pixels = deque(model.states(domain, digits, numbers, args.guidance), maxlen=1)[0]
         for digit, number, image in zip(digits, numbers, pixels, strict=True):
             save_grid(image[None], folder / file_name(digit, number), columns=1, padding=0)
-        print(f"{domain}: {min(start + args.batch_size, len(wanted)):,}/{len(wanted):,} digits: {folder}")
+        done += len(digits)
+        print(f"{domain}: {done:,}/{10 * per_class:,} digits: {folder}")
 
 
 def file_name(digit: int, number: int) -> str:
@@ -103,8 +111,7 @@ def file_name(digit: int, number: int) -> str:
 
 def draw_figures(model: Model, domain: str, folder: Path, args: Generate) -> None:
     """The 10x10 grid (rows digits, columns noises), its film, six states of the first 0, and the guidance strip."""
-    digits, numbers = [d for d in range(10) for _ in range(10)], [n for _ in range(10) for n in range(1, 11)]
-    states = list(model.states(domain, digits, numbers, args.guidance))
+    states = list(model.states(domain, *in_batches(10, 100)[0], args.guidance))
     save_grid(states[-1][1], folder / f"{domain}_grid.png", columns=10)
     frames = [*states[: -1 : -(-len(states) // 50)], states[-1]]
     save_gif([grid_of(pixels, 10) for _, pixels in frames], folder / f"{domain}_reverse.gif", 150)
@@ -131,17 +138,17 @@ def main(args: Generate) -> None:
         raise UserError(f"--domains {unknown[0]}: {args.checkpoint} knows {' '.join(model.domains)}")
     domains = args.domains or tuple(model.domains)
     per_class = args.per_class or (50 if len(domains) > 1 else 100)
-    wanted = [(digit, number) for digit in range(10) for number in range(1, per_class + 1)]
+    names = {file_name(digit, number) for digit in range(10) for number in range(1, per_class + 1)}
     folders = {domain: args.output_dir / domain if len(domains) > 1 else args.output_dir for domain in domains}
     figures = args.figures_dir and args.figures_dir.resolve()
     if figures and any(folder.resolve() in (figures, *figures.parents) for folder in folders.values()):
         raise UserError(f"--figures-dir {args.figures_dir}: lies among the digits, where graders would read it too")
     for folder in folders.values():
-        runs.make_output_dir(folder, only={file_name(*image) for image in wanted})
+        runs.make_output_dir(folder, only=names)
     if figures:
         runs.make_output_dir(args.figures_dir, "--figures-dir")
     for domain, folder in folders.items():
-        write_digits(model, domain, wanted, folder, args)
+        write_digits(model, domain, per_class, folder, args)
         if args.figures_dir is not None:
             draw_figures(model, domain, args.figures_dir, args)
 

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.data import Images, to_uint8
 from common.metrics import accuracy, peak_memory
 from common.run import UserError, command_line, load_net, make_accelerator
-from p2_ddpm_infer import Generate, Model
+from p2_ddpm_infer import Generate, Model, in_batches
 from scoring.digits import NETS
 
 
@@ -50,14 +50,12 @@ class Benchmark:
 
 def ours(args: Benchmark, model: Model) -> tuple[Tensor, Tensor, float]:
     """uint8 images (n, 3, 28, 28), their digits (n,) and the seconds they took, by p2_ddpm_infer.py's defaults."""
-    wanted = [(digit, number) for digit in range(10) for number in range(1, args.per_class + 1)]
-    batches = [wanted[k : k + model.args.batch_size] for k in range(0, len(wanted), model.args.batch_size)]
-    batches = [tuple(map(list, zip(*batch, strict=True))) for batch in batches]
+    batches = in_batches(args.per_class, model.args.batch_size)
     deque(islice(model.states(args.domain, *batches[0], model.args.guidance), 2), maxlen=0)  # the noise and one step
     start = time.perf_counter()
     parts = [deque(model.states(args.domain, *batch, model.args.guidance), maxlen=1)[0][1] for batch in batches]
     seconds = time.perf_counter() - start
-    return torch.cat(parts), torch.tensor([digit for digit, _ in wanted]), seconds
+    return torch.cat(parts), torch.tensor([digit for digits, _ in batches for digit in digits]), seconds
 
 
 @torch.inference_mode()

@@ -36,7 +36,7 @@ from common.data import Images, load_digits
 from common.diffusion import Sampler
 from common.figures import save_table
 from common.run import UserError
-from p2_ddpm_infer import Generate, Model
+from p2_ddpm_infer import Generate, Model, file_name, in_batches
 from scoring import digits as judging
 
 SAMPLERS = ("ddpm", "ddim-50", "ddim-25", "ddim-10", "dpm-solver++-20", "dpm-solver++-10")
@@ -90,9 +90,7 @@ def open_model(args: Table, row: Row) -> Model:
 
 def generate(model: Model, domain: str, per_class: int) -> tuple[Images, float, float]:
     """The images that p2_ddpm_infer.py writes, the net's passes an image, as counted, and seconds an image."""
-    wanted = [(digit, number) for digit in range(10) for number in range(1, per_class + 1)]
-    batches = [wanted[k : k + model.args.batch_size] for k in range(0, len(wanted), model.args.batch_size)]
-    batches = [tuple(map(list, zip(*batch, strict=True))) for batch in batches]
+    batches = in_batches(per_class, model.args.batch_size)
     deque(islice(model.states(domain, *batches[0], model.args.guidance), 2), maxlen=0)  # the noise and a step: warm
     passes = 0
 
@@ -105,9 +103,9 @@ def generate(model: Model, domain: str, per_class: int) -> tuple[Images, float, 
     parts = [deque(model.states(domain, *batch, model.args.guidance), maxlen=1)[0][1] for batch in batches]
     seconds = time.perf_counter() - start
     hook.remove()
-    labels = torch.tensor([digit for digit, _ in wanted])
-    names = [f"{digit}_{number:03d}.png" for digit, number in wanted]
-    return Images(torch.cat(parts), labels, names), passes / len(wanted), seconds / len(wanted)
+    labels = torch.tensor([digit for digits, _ in batches for digit in digits])
+    names = [file_name(digit, number) for batch in batches for digit, number in zip(*batch, strict=True)]
+    return Images(torch.cat(parts), labels, names), passes / len(labels), seconds / len(labels)
 
 
 def measure(args: Table, row: Row, real: dict[str, Images]) -> dict[str, Any]:
