@@ -37,7 +37,7 @@ class Generate:
     output_dir: Path  # Receives the images and nothing else; with several domains, a folder for each.
     domains: tuple[str, ...] = ()  # Of those the model knows; all of them if none is named.
     per_class: int | None = None  # Images of each digit; None is 100 for one domain, 50 for several.
-    sampler: Sampler = "dpm-solver++"  # ddpm takes all steps well, the others few.
+    sampler: Sampler = "dpm-solver++"  # ddpm takes all steps if --steps does not say, the others few.
     steps: int | None = None  # Of the sampler; None is all for ddpm, 50 for ddim, 12 for dpm-solver++.
     spacing: Spacing = "trailing"  # Which steps: ending at T, or beginning at 1.
     eta: float = 0.0  # Noise of ddim: 0 none, 1 that of ddpm.

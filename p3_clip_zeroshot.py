@@ -14,6 +14,7 @@ https://arxiv.org/abs/2103.00020
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -139,7 +140,8 @@ def encode_texts(clip: Clip, texts: list[str], accelerator: Accelerator, args: Z
             with accelerator.autocast():
                 parts.append(clip.net.encode_text(tokens).float().cpu())
         features = F.normalize(torch.cat(parts), dim=-1)
-        runs.atomic_write(cache, lambda path: safetensors.torch.save_file({"features": features}, path))
+        with contextlib.suppress(UserError):  # no right to write there: the next start encodes again
+            runs.atomic_write(cache, lambda path: safetensors.torch.save_file({"features": features}, path))
     return dict(zip(texts, features, strict=True))
 
 
@@ -153,8 +155,8 @@ def zeroshot(args: Zeroshot) -> dict[str, Any]:
     """Classify, write tables, predictions and figures; returns the content of result.json."""
     if args.prompt is not None and prompts_of("x", [args.prompt], "spaces") == [args.prompt]:
         raise UserError(f"--prompt {args.prompt!r}: has no {{}} where the name goes")
-    if args.batch_size < 1 or args.num_workers < 1:
-        raise UserError("--batch-size and --num-workers: at least 1")
+    if args.batch_size < 1 or args.num_workers < 1 or args.seed < 0:
+        raise UserError("--batch-size and --num-workers: at least 1; --seed: at least 0")
     found = find_labelled(args.data_dir, args.split)
     accelerator, start = runs.make_accelerator(args.device, args.precision), time.monotonic()
     if accelerator.num_processes > 1:
@@ -240,18 +242,16 @@ def pretrain(args: Pretrain) -> dict[str, Any]:
     prompts = [prompt for name in found.names for prompt in prompts_of(name, templates, "spaces")]
     tokens = open_clip.SimpleTokenizer(context_length=bare_net.context_length)(prompts).to(device)
     tokens = tokens.unflatten(0, (-1, len(templates)))  # (classes * templates, 24) → (classes, templates, 24)
-    visual = list(bare_net.visual.parameters())
     others = [p for name, p in bare_net.named_parameters() if not name.startswith("visual.")]
-    groups = [{"params": visual, "peak": args.lr}, {"params": others, "peak": args.text_lr}]
+    groups = [{"params": [*bare_net.visual.parameters()], "peak": args.lr}, {"params": others, "peak": args.text_lr}]
     net, optimizer = accelerator.prepare(
         bare_net, torch.optim.AdamW(groups, args.lr, (0.9, 0.98), weight_decay=0.05, fused=True)
     )
     parts = {"net": bare_net, "optimizer": optimizer}
-    done = run.load_state(parts)
 
     steps_per_epoch = max(1, len(pixels) // args.batch_size)
     last = args.epochs * steps_per_epoch
-    for step in run.steps(done, last, args.batch_size):
+    for step in run.steps(run.load_state(parts), last, args.batch_size):
         net.train()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * runs.warmup_cosine((step + 1) / last, 0.1)

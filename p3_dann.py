@@ -59,7 +59,7 @@ class Recipe:
     batch_size: int = 64  # Images of each domain in a step, over all processes.
     lr: float | None = None  # Peak learning rate of AdamW.
     lambda_max: float | None = None  # Weight of the reversed gradient at the end of its ramp.
-    prior: float | None = None  # Trust in the predicted class frequencies of the target, 0 (plain DANN) to 1.
+    prior: float | None = None  # Trust in predicted class frequencies of the target, 0 to 1; even ones in the source.
     augmentation: float | None = None  # Strength, the same for both domains; 0 is none.
     forward: Literal["joint", "separate"] | None = None  # Batch statistics over both domains together, or of each.
     label_smoothing: float = 0.05  # Of the class loss.
@@ -103,6 +103,7 @@ class Embed:
     output_dir: Path  # Where the figures are written.
     data_dir: Path = Path("hw2_data")  # Folder with digits/DOMAIN/{data,val.csv}.
     per_domain: int = 1_000  # Validation images of each domain.
+    target: str | None = None  # The other domain; None is the one that was adapted to.
     seed: int = 0  # Seed of the choice of images and of t-SNE.
     device: runs.Device = "auto"  # Where to compute.
 
@@ -121,13 +122,14 @@ def losses_of(net: nn.Module, images: Tensor, labels: Tensor, lambd: float, args
     else:  # each domain is normalised by its own batch; the running statistics are of both
         (class_log_p, source), (target_log_p, target) = net(images[:labelled], lambd), net(images[labelled:], lambd)
         domain_log_p = torch.cat([source, target])
-    losses = {"class_loss": F.cross_entropy(class_log_p, labels, label_smoothing=args.label_smoothing)}  # equation 1
+    losses = {"class_loss": F.cross_entropy(class_log_p, labels, label_smoothing=args.label_smoothing)}
     losses["class_accuracy"] = (class_log_p.argmax(1) == labels).float().mean()
     if len(images) > labelled:
         domain = (torch.arange(len(images), device=images.device) >= labelled).long()  # 0 source, 1 target
+        # One mean over both domains, half of equation 9's sum of two: lambda = 1 is the paper's 0.5.
         weights = torch.cat([prior.weights(labels), torch.ones_like(target_log_p[:, 0])])
         prior.update(target_log_p)
-        losses["domain_loss"] = (weights * F.nll_loss(domain_log_p, domain, reduction="none")).mean()  # equation 2
+        losses["domain_loss"] = (weights * F.nll_loss(domain_log_p, domain, reduction="none")).mean()
         losses["domain_accuracy"] = (domain_log_p.argmax(1) == domain).float().mean()
     return losses
 
@@ -165,8 +167,7 @@ def train(args: Train) -> dict[str, Any]:
         if args.method == "dann":
             target_rows = draw_batch(len(target_pixels), step, args.batch_size, accelerator, args.seed, "unlabelled")
             images = torch.cat([images, target_pixels[target_rows]])
-        images = augment_digits(normalise(images), rng, args.augmentation)
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = augment_digits(normalise(images), rng, args.augmentation).contiguous(memory_format=torch.channels_last)
         losses = losses_of(net, images, labels[rows], lambd, args, prior)
         optimizer.zero_grad()
         prior.frequencies.copy_(accelerator.reduce(prior.frequencies, "mean"))  # the same for all processes
@@ -247,10 +248,10 @@ def embed(args: Embed) -> None:
     """Draw t-SNE of the features of both domains' validation images, by class and by domain."""
     device = runs.make_accelerator(args.device, "fp32").device
     net, config = runs.load_net(args.checkpoint, NETS)
-    if "target" not in config:
-        raise UserError(f"--checkpoint {args.checkpoint}: does not say its domains (a model.safetensors of train does)")
+    domains, parts = [config.get("source"), args.target or config.get("target")], []
+    if None in domains or domains[0] == domains[1]:
+        raise UserError(f"--checkpoint {args.checkpoint}: does not say its domains; --target names the other one")
     runs.make_output_dir(args.output_dir)
-    domains, parts = [config["source"], config["target"]], []
     for number, name in enumerate(domains):
         images = load_digits(args.data_dir, name, "val")
         rows = torch.randperm(len(images.names), generator=generator(args.seed, "embed", name))[: args.per_domain]

@@ -213,7 +213,10 @@ def fill_public(folder: Path, part: Part, args: Download) -> None:
     splits = []
     for rows in public.split_rows(len(labels), args.seed):
         if domain == "mnistm":
-            photos = [np.asarray(Image.open(path).convert("RGB")) for path in list_images(args.textures)]
+            paths = list_images(args.textures)
+            photos = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+            if small := [path for path, photo in zip(paths, photos, strict=True) if min(photo.shape[:2]) < digits.SIZE]:
+                raise UserError(f"{small[0]}: a texture has at least {digits.SIZE}x{digits.SIZE} pixels")
             made = public.make_mnistm(images, rows, photos, args.seed)
         else:
             made = public.resize_digits(images[rows])
@@ -250,8 +253,9 @@ def download(args: Download) -> None:
         fetched = archive.fetch(args.year, args.data_dir)
         try:
             archive.unpack(fetched, args.data_dir)
-        finally:
-            fetched.unlink(missing_ok=True)
+        except UserError as error:
+            raise UserError(f"{error}; what was fetched is kept: --archive {fetched}") from None
+        fetched.unlink()
     print(f"{args.data_dir}: finished; python prepare_data.py check {args.data_dir} tells what is there")
 
 

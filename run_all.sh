@@ -6,9 +6,10 @@
 # PROFILE=smoke: every step once, as short as can be. ONLY="p1 p3" picks problems.
 set -euo pipefail
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
-data_dir=$(absolute "${1:-hw2_data}")
+profile=${PROFILE:-quick} default=hw2_data
+if [ "$profile" = smoke ]; then default=hw2_data/smoke; fi # too little data for the other profiles
+data_dir=$(absolute "${1:-$default}")
 output_dir=$(absolute "${2:-output}")
-profile=${PROFILE:-quick}
 only=" ${ONLY:-p1 p2 p3} "
 cd "$(dirname "$0")"
 

@@ -34,7 +34,8 @@ def sample(args: Sample) -> None:
     """Generate in float64: sums in another order, as other batch sizes have, then never change a rounded pixel."""
     if args.num_images < 1 or args.batch_size < 1:
         raise UserError("--num-images and --batch-size: at least 1")
-    if args.grid is not None and (args.grid.suffix != ".png" or args.grid.parent == args.output_dir):
+    inside = args.grid is not None and args.output_dir.resolve() in args.grid.resolve().parents
+    if args.grid is not None and (args.grid.suffix != ".png" or inside):
         raise UserError(f"--grid {args.grid}: must end in .png, and not lie in --output-dir")
     device = runs.make_accelerator(args.device, "fp32").device
     device = torch.device("cpu") if device.type == "mps" else device  # which has no float64

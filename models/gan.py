@@ -18,7 +18,7 @@ Norm = Literal["instance", "layer", "none"]
 
 
 def initialise(net: nn.Module) -> None:
-    """DCGAN's initialisation: weights normal(0, 0.02); BatchNorm scales normal(1, 0.02), shifts 0 (section 3)."""
+    """DCGAN's initialisation: weights normal(0, 0.02) (section 4); BatchNorm scales normal(1, 0.02), shifts 0."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.normal_(module.weight, 0.0, 0.02)
@@ -98,7 +98,6 @@ class Discriminator(nn.Module):
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.config = {"net": "discriminator", "arguments": {"width": width}}
         self.main = _downwards(width, lambda channels, size: nn.BatchNorm2d(channels))
         initialise(self)
 
@@ -112,7 +111,6 @@ class Critic(nn.Module):
 
     def __init__(self, width: int = 64, norm: Norm = "layer", spectral: bool = False) -> None:
         super().__init__()
-        self.config = {"net": "critic", "arguments": {"width": width, "norm": norm, "spectral": spectral}}
         norms = {
             "instance": lambda channels, size: InstanceNorm(),
             "layer": lambda channels, size: nn.LayerNorm((channels, size, size)),

@@ -87,8 +87,8 @@ def inspect_digits(folder: Path, report: Report) -> None:
             continue
         try:
             paths, labels = read_labels(folder / csv_name, folder / "data")
-        except UserError as error:
-            report.problems.append(str(error))
+        except UserError as error:  # 2022's test.csv is a sample of the output format, which nothing reads
+            (report.notes if csv_name == "test.csv" else report.problems).append(str(error))
             continue
         counts = torch.bincount(labels, minlength=10).tolist()
         spread = f"{labels.min()}-{labels.max()}, {min(counts):,}-{max(counts):,} each"
@@ -96,7 +96,7 @@ def inspect_digits(folder: Path, report: Report) -> None:
         here = [path.name for path in paths]
         counted = Counter(here)
         twice = [name for name in counted if name in listed or counted[name] > 1]
-        if twice and csv_name != "test.csv":  # 2022's test.csv is a sample of the output format
+        if twice and csv_name != "test.csv":
             report.problems.append(f"{folder / csv_name}: {len(twice):,} images stand in a csv twice: {some(twice)}")
         listed.update(here)
     left = [name for name in names if name not in listed]

@@ -1,6 +1,7 @@
 """common/data.py: the layouts of the course, the cache, and one clear line for each kind of bad data."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from common import data
-from common.data import load_digits, load_folder, normalise, shuffled, split_80_20, to_uint8
+from common.data import draw_batch, load_digits, load_folder, normalise, shuffled, split_80_20, to_uint8
 from common.run import UserError
 from tests.conftest import write_domain
 
@@ -64,6 +65,16 @@ def test_normalise_and_back():
     every = torch.arange(256, dtype=torch.uint8)
     assert normalise(every)[[0, 255]].tolist() == [-1.0, 1.0]
     assert torch.equal(to_uint8(normalise(every)), every)
+
+
+def test_processes_share_a_batch():
+    """Of two processes each takes every other row of the batch that one alone would take."""
+    alone, *shares = (
+        draw_batch(20, 3, 6, SimpleNamespace(process_index=rank, num_processes=count, device="cpu"), 0, "x")
+        for rank, count in ((0, 1), (0, 2), (1, 2))
+    )
+    assert torch.equal(torch.stack(shares, 1).flatten(), alone)
+    assert torch.equal(alone, shuffled(20, 18, 6, 0, "x"))
 
 
 def test_shuffled_passes_see_each_image_once_wherever_one_starts():

@@ -15,8 +15,9 @@ from torch import nn
 import p1_dcgan
 import p1_wgangp
 from common.augment import augment_faces, diff_augment
+from common.data import load_folder, normalise, shuffled
 from common.gan import Sample, end_epoch, sample, spread
-from common.run import Run, UserError, command_line, generator, load_net, load_weights, make_accelerator
+from common.run import Run, UserError, command_line, derive_seed, generator, load_net, load_weights, make_accelerator
 from models.gan import GENERATORS, Critic, Discriminator, Generator, InstanceNorm, ProjectionGenerator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,6 +171,15 @@ def test_diff_augment_by_policy():
     hidden = (diff_augment(images, generator(0), ("cutout",)) == 0).float().mean((1, 2, 3))
     assert hidden.max() == 0.25
     assert hidden.min() > 0.02
+    coloured = diff_augment(images, generator(0), ("color",)).flatten(1)
+    for before, after in zip(images, coloured, strict=True):  # linear in the image, its channels' mean and a constant
+        grey = before.mean(0, keepdim=True).expand(3, -1, -1)
+        terms = torch.stack([before.flatten(), grey.flatten(), torch.ones(3 * 16 * 16)], 1)
+        by = torch.linalg.lstsq(terms, after[:, None])
+        assert (terms @ by.solution - after[:, None]).abs().max() < 1e-4
+        contrast = (by.solution[0] + by.solution[1]).item()
+        assert 0.5 <= contrast <= 1.5
+        assert -1e-4 <= by.solution[0].item() / contrast <= 2  # saturation
     leaf = images.clone().requires_grad_(True)
     diff_augment(leaf, generator(0), ("color", "translation", "cutout")).sum().backward()
     assert leaf.grad.abs().flatten(1).sum(1).min() > 0
@@ -195,6 +205,66 @@ def test_real_and_generated_images_share_a_batch_or_have_one_each():
         assert logits.shape == (2, 8)
         ratio = (logits[0] / logits[1]).mean().item()
         assert ratio == pytest.approx(1 if batches == "separate" else 4, rel=0.1)  # the means are nearly 0
+
+
+def first_step(script, faces: Path, **others):
+    """The first step, with Adams that keep the gradient itself: last.pt, the real images, the step's draws.
+
+    Nothing is augmented, so that the latents are the first draw of the step.
+    """
+    plain = {"epochs": 1, "batch_size": 12, "augment": (), "flip": False, "beta1": 0.0}
+    args = options(script, faces, "step", **plain | others)
+    script.train(args)
+    state = torch.load(args.output_dir / "last.pt", weights_only=True)
+    assert state["step"] == 1
+    pixels = load_folder(faces / "face" / "train", None).pixels
+    return state, normalise(pixels[shuffled(12, 0, 12, 0, "order")]), generator(0, "step", 0, 0)
+
+
+def begun(*kinds) -> list[nn.Module]:
+    """The nets as the scripts make them for seed 0."""
+    torch.manual_seed(derive_seed(0, "init"))
+    return [kind(width=8).train() for kind in kinds]
+
+
+def assert_gradient(adam: dict, loss: torch.Tensor, net: nn.Module) -> None:
+    """Adam's first moment, with no memory, is the gradient of `loss`.
+
+    Sums of float32 in another order differ by 0.1 %, since BatchNorm enlarges what differs among a new net's fakes.
+    """
+    expected = torch.autograd.grad(loss, list(net.parameters()))
+    for number, gradient in enumerate(expected):
+        error = (adam["state"][number]["exp_avg"] - gradient).norm()
+        assert error <= 1e-2 * gradient.norm()
+
+
+def test_dcgan_descends_its_two_losses(faces):
+    """-0.9 log D(x) - 0.1 log(1 - D(x)) - 0.2 log D(G(z)) - 0.8 log(1 - D(G(z))), then -log D(G(z)) by the new D."""
+    labels = {"real_label": 0.9, "fake_label": 0.2, "instance_noise": 0.0}
+    state, real, rng = first_step(p1_dcgan, faces, **labels)
+    g, d = begun(Generator, Discriminator)
+    fake = g(torch.randn((12, 100), generator=rng))
+    p = d(torch.cat([real, fake.detach()])).sigmoid()
+    x, z = p[:12], p[12:]
+    loss = -(0.9 * x.log() + 0.1 * (1 - x).log()).mean() - (0.2 * z.log() + 0.8 * (1 - z).log()).mean()
+    assert_gradient(state["d_adam"], loss, d)
+    d.load_state_dict(state["discriminator"])
+    assert_gradient(state["g_adam"], -d(torch.cat([real, fake])).sigmoid()[12:].log().mean(), g)
+
+
+def test_wgan_gp_descends_its_two_losses(faces):
+    """D(G(z)) - D(x) + 10 (|∇D| - 1)² + 0.01 D(x)², then -D(G(z)) by the new D."""
+    state, real, rng = first_step(p1_wgangp, faces, n_critic=1, penalty=10.0, drift=0.01)
+    g, critic = begun(Generator, Critic)
+    latents = torch.randn((2, 12, 100), generator=rng)
+    fake = g(latents[0]).detach()
+    epsilon = torch.rand((12, 1, 1, 1), generator=rng)
+    between = (epsilon * real + (1 - epsilon) * fake).requires_grad_(True)
+    slopes = torch.autograd.grad(critic(between).sum(), between, create_graph=True)[0].flatten(1).norm(dim=1)
+    loss = critic(fake).mean() - critic(real).mean() + 10 * (slopes - 1).square().mean()
+    assert_gradient(state["c_adam"], loss + 0.01 * critic(real).square().mean(), critic)
+    critic.load_state_dict(state["critic"])
+    assert_gradient(state["g_adam"], -critic(g(latents[1])).mean(), g)
 
 
 @pytest.mark.parametrize("script", [p1_dcgan, p1_wgangp])

@@ -52,7 +52,7 @@ def find_labelled(data_dir: Path, split: str) -> Labelled:
         label_of = json.loads(id_file.read_text())
         ids = sorted(label_of, key=int)
         names = [str(label_of[i]) for i in ids]
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, LookupError):
         raise UserError(f'{id_file}: not of the form {{"0": "apple", …}}') from None
     paths, labels = list_images(folder), []
     for path in paths:
