@@ -389,6 +389,8 @@ def test_bad_input_is_one_line_and_status_2(data_dir, tmp_path, monkeypatch, cap
             "--output-csv",
         ),
         ([*to_train, data_dir, "--epochs", 0], "--epochs 0"),
+        ([*to_train, data_dir, "--lr", -1], "--lr -1.0: must be above 0"),
+        ([*to_train, data_dir, "--ema-decay", 1], "--ema-decay 1.0: must be in [0, 1)"),
         (["table", "--output-dir", "run", "--data-dir", data_dir, "--seeds"], "--seeds"),
         ([*to_predict, "nowhere", "--checkpoint", "good.pth"], "nowhere: no such folder"),
         (["embed", "--checkpoint", "good.pth", "--output-dir", "run"], "does not say its domains"),
