@@ -226,11 +226,12 @@ class Run:
             raise UserError(f"--batch-size {batch}: must be a multiple of the {processes} processes, at least twice it")
         if args.epochs < 1:
             raise UserError(f"--epochs {args.epochs}: at least one is needed")
-        for name, given in vars(args).items():
-            if (name == "lr" and given <= 0) or (name in ("ema_decay", "beta1", "beta2") and not 0 <= given < 1):
-                raise UserError(
-                    f"--{name.replace('_', '-')} {given}: must be {'above 0' if name == 'lr' else 'in [0, 1)'}"
-                )
+        rate = getattr(args, "lr", None)  # None stands for a recipe's
+        if rate is not None and rate <= 0:
+            raise UserError(f"--lr {rate}: must be above 0")
+        for name in ("ema_decay", "beta1", "beta2"):
+            if not 0 <= getattr(args, name, 0.0) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be in [0, 1)")
         self.dir: Path = make_output_dir(args.output_dir)
         self.accelerator, self.save_minutes = accelerator, save_minutes
         self.is_main = accelerator.is_main_process
