@@ -21,7 +21,7 @@ from torch import Tensor
 from common import run as runs
 from common.data import to_uint8
 from common.diffusion import Schedule, Spacing, predictor, sample
-from common.figures import save_grid, save_labelled
+from common.figures import save_image, save_labelled
 from common.metrics import peak_memory
 from common.run import UserError
 from models.ddim_unet import DdimUnet
@@ -168,7 +168,7 @@ def generate(args: Generate) -> None:
     runs.make_output_dir(args.output_dir)
     pixels = model.to_pixels(model.generate(noises, args.eta))
     for name, image in zip(names, pixels, strict=True):
-        save_grid(image[None], args.output_dir / f"{name}.png", columns=1, padding=0)
+        save_image(image, args.output_dir / f"{name}.png")
     seconds = (time.monotonic() - started) / len(names)
     peak = peak_memory(model.accelerator.device) / 2**10
     print(f"{len(names)} images: {args.output_dir} ({seconds:.1f} s an image, peak memory {peak:.1f} GiB)")

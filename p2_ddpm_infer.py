@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from common import run as runs
 from common.data import to_uint8
 from common.diffusion import Clamp, Sampler, Schedule, Spacing, predictor, sample
-from common.figures import grid_of, save_gif, save_grid, save_labelled
+from common.figures import grid_of, save_gif, save_grid, save_image, save_labelled
 from common.run import UserError
 from models.attention_unet import AttentionUnet
 from models.context_unet import ContextUnet
@@ -99,7 +99,7 @@ def write_digits(model: Model, domain: str, per_class: int, folder: Path, args: 
     for digits, numbers in in_batches(per_class, args.batch_size):
         _, pixels = deque(model.states(domain, digits, numbers, args.guidance), maxlen=1)[0]
         for digit, number, image in zip(digits, numbers, pixels, strict=True):
-            save_grid(image[None], folder / file_name(digit, number), columns=1, padding=0)
+            save_image(image, folder / file_name(digit, number))
         done += len(digits)
         print(f"{domain}: {done:,}/{10 * per_class:,} digits: {folder}")
 

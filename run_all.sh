@@ -17,16 +17,16 @@ case "$profile" in
 quick) # few steps: small nets and batches; batch statistics of each domain adapt sooner than the mixture's; the
     # diffusion models, which take hours, begin with the released weights
     faces=(--width 32 --batch-size 32 --lr 5e-4 --ema-decay 0.99 --augment translation)
-    dcgan=("${faces[@]}" --epochs 8)
-    wgangp=("${faces[@]}" --epochs 5 --n-critic 1 --drift 0.001)
-    judge=(--epochs 3)
+    dcgan=("${faces[@]}" --epochs 3)
+    wgangp=("${faces[@]}" --epochs 2 --n-critic 1 --drift 0.001)
+    judge=(--epochs 1 --images-per-epoch 6400)
     released=(--blocks 1 --patch 2 --prediction v --schedule cosine --batch-size 16 --lr 4e-4 --ema-decay 0.998)
     ddpm=(--net ddim --width 64 "${released[@]}" --init checkpoints/ddpm_digits.safetensors
-        --images-per-epoch 4000 --epochs 4)
-    digits=(--sampler ddpm --steps 12 --guidance 5)
-    face_ddpm=(--width 32 "${released[@]}" --init checkpoints/ddim_faces.safetensors --images-per-epoch 2400 --epochs 2)
-    table=(--nets deep --seeds 0 --epochs 6 --images-per-epoch 6400 --forward separate --lambda-max 0.5)
-    clip=() ;;
+        --shares 2 3 --images-per-epoch 4000 --epochs 2)
+    digits=(--sampler ddpm --steps 12 --guidance 5 --per-class 20)
+    face_ddpm=(--width 32 "${released[@]}" --init checkpoints/ddim_faces.safetensors --images-per-epoch 1200 --epochs 1)
+    table=(--nets deep --seeds 0 --epochs 4 --images-per-epoch 3200 --forward separate --lambda-max 0.5)
+    clip=(--epochs 15) ;;
 full)
     dcgan=(--augment translation)
     wgangp=(--augment translation --n-critic 1 --lr 2e-4 --drift 0.001)

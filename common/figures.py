@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from sklearn.manifold import TSNE
-from torchvision.utils import make_grid
 
 from common.run import UserError, atomic_write
 
@@ -29,15 +27,26 @@ def save_figure(figure: Figure, path: Path, formats: Sequence[str] = ("png",)) -
     plt.close(figure)
 
 
-def grid_of(pixels: torch.Tensor, columns: int, padding: int = 2) -> Image.Image:
+def grid_of(pixels: torch.Tensor, columns: int) -> Image.Image:
     """uint8 images (n, 3, height, width), row by row, as one picture of their true pixels."""
-    grid = make_grid(pixels, nrow=columns, padding=padding, pad_value=255)
-    return Image.fromarray(grid.permute(1, 2, 0).cpu().numpy())  # (channels, height, width) → (height, width, channels)
+    from torchvision.utils import make_grid  # two seconds to import: only where a grid is drawn
+
+    return image_of(make_grid(pixels, nrow=columns, pad_value=255))
 
 
-def save_grid(pixels: torch.Tensor, path: Path, columns: int, padding: int = 2) -> None:
+def image_of(pixels: torch.Tensor) -> Image.Image:
+    """A uint8 image (3, height, width) as a picture of its true pixels."""
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())  # (height, width, channels)
+
+
+def save_image(pixels: torch.Tensor, path: Path) -> None:
+    """Write `image_of` as PNG."""
+    atomic_write(path, image_of(pixels).save)
+
+
+def save_grid(pixels: torch.Tensor, path: Path, columns: int) -> None:
     """Write `grid_of` as PNG."""
-    atomic_write(path, grid_of(pixels, columns, padding).save)
+    atomic_write(path, grid_of(pixels, columns).save)
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 200) -> None:
@@ -115,6 +124,8 @@ def save_tsne(
 
     `kinds` maps a name to values (n,) and what each value is called. Writes tsne_NAME.png and .pdf, and features.npz.
     """
+    from sklearn.manifold import TSNE  # a second or two to import
+
     if len(features) < 4:
         raise UserError(f"t-SNE of {len(features)} images: at least 4 are needed")
     points = TSNE(init="pca", perplexity=min(30, (len(features) - 1) / 3), random_state=seed).fit_transform(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from common import run as runs
 from common.data import to_uint8
-from common.figures import read_grids, save_curves, save_gif, save_grid
+from common.figures import read_grids, save_curves, save_gif, save_grid, save_image
 from common.run import Run, UserError
 from models.gan import GENERATORS
 
@@ -49,7 +49,7 @@ def sample(args: Sample) -> None:
         numbers = range(start, min(start + args.batch_size, args.num_images))
         pixels = to_uint8(net(runs.ImageNoise(args.seed, numbers, (net.latent,))().to(device, torch.float64))).cpu()
         for number, image in zip(numbers, pixels, strict=True):
-            save_grid(image[None], args.output_dir / names[number], columns=1, padding=0)
+            save_image(image, args.output_dir / names[number])
         first += [image for number, image in zip(numbers, pixels, strict=True) if number < 32]
     if args.grid is not None:
         save_grid(torch.stack(first), args.grid, columns=8)
