@@ -23,6 +23,7 @@ from common.data import to_uint8
 from common.diffusion import Schedule, Spacing, predictor, sample
 from common.figures import save_image, save_labelled
 from common.metrics import peak_memory
+from common.progress import watch
 from common.run import UserError
 from models.ddim_unet import DdimUnet
 
@@ -121,7 +122,8 @@ class Model:
                 with self.accelerator.autocast():
                     predict = predictor(self.net, self.schedule)
                     states = sample(self.schedule, predict, x, self.steps, "ddim", draw=draw, **options)
-                    parts.append(deque(states, maxlen=1)[0].x.cpu())
+                    told = f"noises {start + 1} to {start + len(some)} of {len(noises)}, steps"
+                    parts.append(deque(watch(states, len(self.steps), told), maxlen=1)[0].x.cpu())
             except torch.OutOfMemoryError:
                 if args.batch_size == 1:
                     raise UserError(f"--device {args.device}: too little memory for one image") from None

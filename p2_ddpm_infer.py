@@ -21,6 +21,7 @@ from common import run as runs
 from common.data import to_uint8
 from common.diffusion import Clamp, Sampler, Schedule, Spacing, predictor, sample
 from common.figures import grid_of, save_gif, save_grid, save_image, save_labelled
+from common.progress import watch
 from common.run import UserError
 from models.attention_unet import AttentionUnet
 from models.context_unet import ContextUnet
@@ -45,6 +46,7 @@ class Generate:
     guidance: float = 1.0  # w of classifier-free guidance; 0 is the conditional net alone, one pass a step.
     interval: tuple[float, float] = (0.0, 1.0)  # The t / T between which guidance is on.
     clamp: Clamp = "static"  # What keeps the predicted images in [-1, 1].
+    plain_one_hot: bool = False  # Of a published checkpoint that was trained with 1 for its class, not -1.
     noise_steps: int = 400  # T of a published checkpoint, which does not say it; its β are 1e-4 to 0.02.
     figures_dir: Path | None = None  # Also draw the grid, the reverse process and its film here.
     guidance_sweep: tuple[float, ...] = ()  # Also draw a strip of these strengths into --figures-dir.
@@ -61,9 +63,15 @@ class Model:
         self.args, self.accelerator = args, runs.make_accelerator(args.device, args.precision)
         net, config = runs.load_net(args.checkpoint, NETS)
         self.net: nn.Module = net.to(self.accelerator.device, memory_format=torch.channels_last)
-        classes = net.config["arguments"]["n_classes"]
-        if not classes:
-            raise UserError(f"--checkpoint {args.checkpoint}: knows no classes")
+        arguments = net.config["arguments"]
+        classes, channels, size = (arguments.get(name) for name in ("n_classes", "in_channels", "size"))
+        if not classes or classes % 10:
+            raise UserError(f"--checkpoint {args.checkpoint}: knows {classes or 'no'} classes, digits take 10 a domain")
+        if channels != 3 or size not in (None, 28):  # ContextUnet and AttentionUnet know no other size
+            told = f"{channels} channels{f' of {size}x{size}' if size else ''}"
+            raise UserError(f"--checkpoint {args.checkpoint}: makes images of {told}, digits have 3 of 28x28")
+        if args.plain_one_hot:
+            net.flipped_one_hot = False
         self.domains = config.get("domains", [f"domain{number}" for number in range(classes // 10)])
         self.schedule = Schedule(**config.get("schedule", {"steps": args.noise_steps, "as_given": True}))
         steps = {"ddpm": self.schedule.T, "ddim": min(50, self.schedule.T), "dpm-solver++": min(12, self.schedule.T)}
@@ -95,13 +103,12 @@ def in_batches(per_class: int, batch_size: int) -> list[tuple[list[int], list[in
 
 def write_digits(model: Model, domain: str, per_class: int, folder: Path, args: Generate) -> None:
     """Write the images of one domain under the graders' names."""
-    done = 0
-    for digits, numbers in in_batches(per_class, args.batch_size):
+    batches = in_batches(per_class, args.batch_size)
+    for digits, numbers in watch(batches, len(batches), f"{domain}, batches"):
         _, pixels = deque(model.states(domain, digits, numbers, args.guidance), maxlen=1)[0]
         for digit, number, image in zip(digits, numbers, pixels, strict=True):
             save_image(image, folder / file_name(digit, number))
-        done += len(digits)
-        print(f"{domain}: {done:,}/{10 * per_class:,} digits: {folder}")
+    print(f"{domain}: {10 * per_class:,} digits: {folder}")
 
 
 def file_name(digit: int, number: int) -> str:

@@ -121,20 +121,27 @@ def loss_of(
     return losses
 
 
-def train(args: Train) -> dict[str, Any]:
-    """Train one run; returns the content of result.json (on the main process)."""
-    accelerator = runs.make_accelerator(args.device, args.precision)
-    device, rank = accelerator.device, accelerator.process_index
+def images_of_a_step(args: Train, processes: int) -> list[int]:
+    """How many images of each domain a batch holds, over all processes. UserError for settings that cannot be meant."""
     shares = args.shares or (1,) * len(args.domains)
     if not shares or len(shares) != len(args.domains) or min(shares) < 1:
         raise UserError(f"--shares {' '.join(map(str, shares))}: one for each of --domains, at least 1")
-    if args.batch_size % (sum(shares) * accelerator.num_processes):
-        told = f"{sum(shares)} shares and {accelerator.num_processes} processes"
-        raise UserError(f"--batch-size {args.batch_size}: is no multiple of {told}")
+    if args.batch_size % (sum(shares) * processes):
+        raise UserError(
+            f"--batch-size {args.batch_size}: is no multiple of {sum(shares)} shares and {processes} processes"
+        )
     if args.grid_every < 1 or args.width < 32 or args.width % 32:
         raise UserError("--grid-every: at least 1; --width: a multiple of 32")
     if not 0 <= args.drop <= 1 or (args.min_snr is not None and args.min_snr <= 0):
         raise UserError("--drop: a probability, 0 to 1; --min-snr: above 0")
+    return [args.batch_size * share // sum(shares) for share in shares]
+
+
+def train(args: Train) -> dict[str, Any]:
+    """Train one run; returns the content of result.json (on the main process)."""
+    accelerator = runs.make_accelerator(args.device, args.precision)
+    device, rank = accelerator.device, accelerator.process_index
+    counts = images_of_a_step(args, accelerator.num_processes)
     run = Run(args, accelerator)
     if run.result is not None:
         return run.result if run.is_main else {}
@@ -156,7 +163,6 @@ def train(args: Train) -> dict[str, Any]:
 
     steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
     last = args.epochs * steps_per_epoch
-    counts = [args.batch_size * share // sum(shares) for share in shares]
     for step in run.steps(run.load_state(parts), last, args.batch_size):
         net.train()
         learning_rate = adam.param_groups[0]["lr"] = args.lr * runs.warmup_cosine(step / last, warm_up=0.02)

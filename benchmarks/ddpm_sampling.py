@@ -1,10 +1,11 @@
 """Digits a second from a diffusion model: p2_ddpm_infer.py as it is released against the textbook sampler.
 
-Ours takes the defaults of p2_ddpm_infer.py: 12 steps of DPM-Solver++, channels-last, in the precision that --precision
-auto chooses. The textbook sampler is algorithm 2 of DDPM over all T steps with noise of variance β, as the public
-scripts have it, in fp32 with contiguous tensors. Both have the same weights and the same strength of guidance, by a
-batch of twice the size in which half of the rows have no class. Time is that from noise to uint8 pixels, with the net
-loaded and after one step to warm up; each sampler runs in a process of its own, so that its peak memory is its own.
+Ours is p2_ddpm_infer.py with --sampler and --steps, by default those of the graders' scripts (12 ancestral steps),
+channels-last, in the precision that --precision auto chooses. The textbook sampler is algorithm 2 of DDPM over all T
+steps with noise of variance β, as the public scripts have it, in fp32 with contiguous tensors. Both have the same
+weights and the same strength of guidance, by a batch of twice the size in which half of the rows have no class. Time is
+that from noise to uint8 pixels, with the net loaded and after one step to warm up; each sampler runs in a process of
+its own, so that its peak memory is its own.
 
 As T steps are slow, the textbook sampler makes fewer images, --textbook-images in one batch. On a CPU 20 (the net sees
 40) are as fast an image as more would be; a GPU needs large batches, so there it makes as many as ours, 250 at most.
@@ -30,6 +31,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.data import Images, to_uint8
+from common.diffusion import Sampler
 from common.metrics import accuracy, peak_memory
 from common.run import UserError, command_line, load_net, make_accelerator
 from p2_ddpm_infer import Generate, Model, in_batches
@@ -43,13 +45,15 @@ class Benchmark:
     checkpoint: Path  # model.safetensors of p2_ddpm_train.py, or a published ContextUnet .pth.
     classifier: Path  # The course's Classifier.pth, or model.safetensors of score.py train-classifier.
     domain: str = "mnistm"  # Whose digits.
-    guidance: float = Generate.guidance  # w, of both.
+    sampler: Sampler = "ddpm"  # Of ours.
+    steps: int = 12  # Of ours.
+    guidance: float = 5.0  # w, of both.
     per_class: int = 10  # Images of each digit by ours.
     textbook_images: int | None = None  # Images of the textbook sampler; None is 20 on a CPU, ours' (≤ 250) on a GPU.
 
 
 def ours(args: Benchmark, model: Model) -> tuple[Tensor, Tensor, float]:
-    """uint8 images (n, 3, 28, 28), their digits (n,) and the seconds they took, by p2_ddpm_infer.py's defaults."""
+    """uint8 images (n, 3, 28, 28), their digits (n,) and the seconds they took, by p2_ddpm_infer.py."""
     batches = in_batches(args.per_class, model.args.batch_size)
     deque(islice(model.states(args.domain, *batches[0], model.args.guidance), 2), maxlen=0)  # the noise and one step
     start = time.perf_counter()
@@ -91,8 +95,8 @@ def textbook(args: Benchmark, model: Model) -> tuple[Tensor, Tensor, float]:
 
 def timed(args: Benchmark, is_ours: bool) -> tuple[Tensor, Tensor, float, float, str]:
     """Images, digits, seconds, peak memory of this process (or of the GPU) in MiB, and what the sampler is."""
-    precision = {} if is_ours else {"precision": "fp32"}
-    model = Model(Generate(checkpoint=args.checkpoint, output_dir=Path(), guidance=args.guidance, **precision))
+    options = {"sampler": args.sampler, "steps": args.steps} if is_ours else {"precision": "fp32"}
+    model = Model(Generate(checkpoint=args.checkpoint, output_dir=Path(), guidance=args.guidance, **options))
     if args.domain not in model.domains:
         raise UserError(f"--domain {args.domain}: {args.checkpoint} knows {' '.join(model.domains)}")
     pixels, digits, seconds = (ours if is_ours else textbook)(args, model)

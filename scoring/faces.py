@@ -11,8 +11,8 @@ import dlib
 import numpy as np
 
 from common.data import decode_image, list_images
+from common.progress import watch
 from common.run import UserError
-from scoring.progress import watch
 
 LOCAL = threading.local()  # each thread's own face detector
 

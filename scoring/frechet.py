@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from common import run as runs
 from common.data import decode_images, list_images, normalise
+from common.progress import watch
 from common.run import UserError, generator
-from scoring.progress import watch
 
 PUBLISHED = "inception-6726825d"  # FID's features: the net, and the first digits of the SHA-256 of its weights
 RANDOM = "random-1"  # raise the number when the random net changes

@@ -106,7 +106,7 @@ def test_settings_that_cannot_be_meant(data_dir):
     assert not (data_dir.parent / "never").exists()
 
 
-@pytest.mark.parametrize("net", ["context", "attention"])
+@pytest.mark.parametrize("net", ["context", "attention", "ddim"])
 def test_training_resumes_bit_for_bit_within_an_epoch(net, data_dir, stop_in_step_1):
     options = {"net": net}
     whole, cut = small(data_dir, "whole", **options), small(data_dir, "cut", **options)
@@ -214,6 +214,12 @@ def test_published_weights_generate(tmp_path):
     model = p2_ddpm_infer.Model(options(tmp_path / "x.pth", tmp_path / "out", noise_steps=400))
     assert model.schedule.a[400] == pytest.approx(np.prod(1 - np.linspace(1e-4, 0.02, 400)))  # as it was trained
     assert model.net.flipped_one_hot
+    model = p2_ddpm_infer.Model(options(tmp_path / "x.pth", tmp_path / "out", noise_steps=400, plain_one_hot=True))
+    assert not model.net.flipped_one_hot
+    for wrong, told in ((ContextUnet(3, 8, 26), "knows 26 classes"), (ContextUnet(1, 8, 10), "images of 1 channels")):
+        torch.save(wrong.state_dict(), tmp_path / "y.pth")
+        with pytest.raises(UserError, match=rf"--checkpoint .*y\.pth: .*{told}"):
+            p2_ddpm_infer.Model(options(tmp_path / "y.pth", tmp_path / "out"))
 
 
 def test_bad_input_is_one_line_and_status_2(checkpoint, data_dir, tmp_path, monkeypatch, capsys):

@@ -50,7 +50,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     python.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" >{shlex.quote(str(folder / 'called'))}\n")
     python.chmod(0o755)
     monkeypatch.chdir(folder)
-    for name in ("CHECKPOINTS", "DOMAIN"):
+    for name in ("CHECKPOINTS", "DOMAIN", "FACES"):
         monkeypatch.delenv(name, raising=False)
     return folder
 
@@ -145,6 +145,9 @@ def test_a_thousand_faces(run, project):
     run("2022/hw2_1", "a b/faces")
     expected = {f"{number:04d}.png": ((64, 64), "RGB") for number in range(1000)}
     assert read_images(project / "a b" / "faces") == expected
+    run("2022/hw2_1", "again")
+    assert fingerprint(project / "again") == fingerprint(project / "a b" / "faces")
+    assert "wgangp_faces" in grade("2022/hw2_1", "other", FACES="wgangp").stderr
 
 
 def test_digits(run, project):
@@ -157,6 +160,8 @@ def test_digits(run, project):
     save_net(net, project / "elsewhere" / "ddpm_digits.safetensors", **domains)
     run("2022/hw2_2", "out", CHECKPOINTS="elsewhere")
     assert read_images(project / "out") == dict.fromkeys(digit_names(100), ((28, 28), "RGB"))
+    run("2022/hw2_2", "again", CHECKPOINTS="elsewhere")
+    assert fingerprint(project / "again") == fingerprint(project / "out")
     run("2024/hw2_1", "both/of them", CHECKPOINTS="elsewhere")
     assert sorted(path.name for path in (project / "both" / "of them").iterdir()) == ["mnistm", "svhn"]
     for domain in ("mnistm", "svhn"):
@@ -199,6 +204,8 @@ def test_labels_of_a_folder(run, project):
     run("2022/hw2_3", "USPS/my SVHN/data", "out of it/pred.csv", DOMAIN="usps")
     with (project / "out of it" / "pred.csv").open(newline="") as file:
         assert list(csv.reader(file)) == [["image_name", "label"], ["a10.png", "3"], ["a9.PNG", "3"], ["b.png", "3"]]
+    run("2022/hw2_3", "USPS/my SVHN/data", "again.csv", DOMAIN="usps")
+    assert (project / "again.csv").read_bytes() == (project / "out of it" / "pred.csv").read_bytes()
     (project / "USPS").rename(project / "images")
     (project / "images" / "my SVHN").rename(project / "images" / "unnamed")
     run("2022/hw2_3", "images/unnamed/data", "pred.csv", DOMAIN="USPS")

@@ -138,11 +138,14 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 write_run(folder / name, data, {"accuracy": {target: value}}, net="deep", method=method, target=target)
         for kind in ("class", "domain"):
             write_image(folder / f"p3/figures/{target}/tsne_{kind}.png")
+        write_image(folder / f"p3/{target}-deep-dann-seed0/figures/curves.png")
     (folder / "p3/table.csv").write_text('method,svhn\n"source, <b>only</b> & _more_",50.00 ± 1.00\n')
     clip = {"accuracy": 71.8, "interval": [68.1, 75.3], "chance": 10.0, "model": "ViT-B-32", "templates": "course"}
     write_json(folder / "p3/clip/result.json", clip)
     for name in ("cases", "confusion", "similarity"):
         write_image(folder / f"p3/clip/{name}.png")
+    write_run(folder / "p3/clip-small", data, {"seconds": 9.0})
+    write_image(folder / "p3/clip-small/figures/curves.png")
     (folder / "steps").mkdir()
     (folder / "steps/dcgan.txt").write_text("python p1_dcgan.py train --lr 1e-3\n60\n")
     return folder
@@ -155,7 +158,7 @@ def test_every_image_and_link_resolves(output):
     assert not page.sources
     for link in page.links:
         assert link[1:] in page.ids if link.startswith("#") else link.startswith("https://"), link
-    assert len(page.images) == 39  # 6 of GANs, 12 of DDPM, 14 of DDIM, 4 of DANN, 3 of CLIP
+    assert len(page.images) == 42  # 6 of GANs, 12 of DDPM, 14 of DDIM, 6 of DANN, 4 of CLIP
     for source in page.images.values():
         kind, content = source.removeprefix("data:").split(";base64,")
         with Image.open(io.BytesIO(base64.b64decode(content, validate=True))) as image:
@@ -194,6 +197,24 @@ def test_figures_stand_beside_bars_with_a_verdict(output):
     widths = [100, 64, 32, 16, 8, 3]
     count = sum(16 * a * b for a, b in itertools.pairwise(widths)) + 2 * sum(widths[1:-1])
     assert f"Generator of DCGAN: {count:,} parameters" in page.text
+
+
+def test_the_courses_classifier_goes_before_one_of_our_own(output):
+    file = output / "p2/score/mnistm/result.json"
+    score = json.loads(file.read_text())
+    write_json(file, score | {"net": "DigitResNet"})
+    assert Page(report.main(Report(output))).row("accuracy, MNIST-M")[-1] == "none; independent judge"
+    write_json(output / "p2/score/course/result.json", score | {"accuracy": 91.0})
+    assert Page(report.main(Report(output))).row("accuracy, MNIST-M")[1::4] == ["91.00", "pass 1 of 2"]
+
+
+def test_a_training_that_went_on_from_other_weights_is_told(output):
+    told = "Not from scratch. This training began with the weights of checkpoints/x.safetensors"
+    assert told not in Page(report.main(Report(output))).text
+    data = output.parent / "data"
+    init = "checkpoints/x.safetensors"
+    write_run(output / "p2/digits", data, {"seconds": 1.0}, domains=["mnistm", "svhn"], init=init)
+    assert Page(report.main(Report(output))).text.count(told) == 1
 
 
 @pytest.mark.parametrize(("mse", "verdict"), [(19.99, "pass"), (20.0, "fail")])

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import tyro
 
+import p2_ddpm_train
 from common.run import ROOT
 
 STAND_IN = r"""#!/usr/bin/env bash
 [ "$1" = -c ] && exit 0
 (IFS=$'\x1f'; printf '%s\n' "$*") >>calls
-[[ -n "$FAIL" && "$*" == *"$FAIL"* ]] && exit 3
+[[ -n "$FAIL" && "$*" == *"$FAIL"* ]] && exit "${STATUS:-3}"
 all=("$@")
 option() { # NAME: sets `value` to what follows it
     local k
@@ -56,7 +57,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     checksum = subprocess.run(["cksum"], stdin=requirements, capture_output=True, text=True, check=True).stdout
     (folder / ".venv" / "requirements.hash").write_text(checksum)
     monkeypatch.chdir(folder)
-    for name in ("PROFILE", "ONLY", "PYTHON"):
+    for name in ("PROFILE", "ONLY", "PYTHON", "CLASSIFIER"):
         monkeypatch.delenv(name, raising=False)
     return folder
 
@@ -187,6 +188,25 @@ def test_every_command_is_understood(project, monkeypatch, profile):
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert len(read) == len(calls) > 20
+    trainings = [args for args in read if hasattr(args, "shares")]
+    batches = [p2_ddpm_train.images_of_a_step(args, 1) for args in trainings]
+    assert [len(batch) for batch in batches] == [2, 1]
+    assert [sum(batch) for batch in batches] == [args.batch_size for args in trainings]
+
+
+def test_an_interrupted_step_ends_the_run_even_where_a_failed_one_is_left_out(project):
+    for status, ends in ((3, 0), (130, 130)):
+        ended, calls = run_all(PROFILE="full", FAIL="dcgan-fid", STATUS=str(status))
+        assert ended.returncode == ends
+        assert ("left out: FID of dcgan" in ended.stdout) == (status == 3)
+        assert ("report.py" in steps_of(calls)) == (status == 3)
+
+
+def test_the_courses_classifier_judges_too(project):
+    calls = run_all(ONLY="p2", CLASSIFIER="my/Classifier.pth")[1]
+    judged = [call for call in calls if call[:2] == ["score.py", "digits"]]
+    assert len(judged) == 3
+    assert f"{project}/my/Classifier.pth" in judged[2]
 
 
 def test_the_smoke_profile_makes_the_report(project, tmp_path, monkeypatch):
@@ -199,5 +219,5 @@ def test_the_smoke_profile_makes_the_report(project, tmp_path, monkeypatch):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     page = (project / "real/out/report.html").read_text()
     assert "Not run: " not in page
-    assert page.count('<img src="data:image/') == 39
+    assert page.count('<img src="data:image/') == 42
     assert "Synthetic data." in page

@@ -14,10 +14,10 @@ from PIL import Image
 from pytorch_fid import fid_score, inception
 from torchvision.transforms.functional import gaussian_blur
 
+from common import progress
 from common import run as runs
 from common.run import UserError
 from score import Faces, Fid, main
-from scoring import progress
 from scoring.frechet import frechet_distance, random_features
 from synthesis.faces import draw_face
 

@@ -1,4 +1,4 @@
-"""Progress of long scores."""
+"""Progress of work that is no training: that has its own, in run.py."""
 
 from __future__ import annotations
 
