@@ -18,17 +18,18 @@ cd "$(dirname "$0")"
 case "$profile" in
 quick) # few steps: small nets and batches; batch statistics of each domain adapt sooner than the mixture's; the
     # diffusion models, which take hours from scratch, begin with the released weights (of real images)
-    faces=(--width 32 --batch-size 32 --lr 5e-4 --ema-decay 0.99 --augment translation)
-    dcgan=("${faces[@]}" --epochs 3)
+    faces=(--width 32 --batch-size 16 --lr 5e-4 --ema-decay 0.99 --augment translation)
+    dcgan=("${faces[@]}" --epochs 2)
     wgangp=("${faces[@]}" --epochs 2 --n-critic 1 --drift 0.001)
-    judge=(--epochs 1 --images-per-epoch 6400)
+    judge=(--epochs 1 --images-per-epoch 6400 --batch-size 32)
     released=(--blocks 1 --patch 2 --prediction v --schedule cosine --lr 4e-4 --ema-decay 0.998)
     ddpm=(--net ddim --width 64 "${released[@]}" --init checkpoints/ddpm_digits.safetensors
         --shares 2 3 --batch-size 15 --images-per-epoch 3750 --epochs 2)
     digits=(--sampler ddpm --steps 12 --guidance 5 --per-class 20)
     face_ddpm=(--width 32 "${released[@]}" --init checkpoints/ddim_faces.safetensors
         --batch-size 16 --images-per-epoch 1200 --epochs 1)
-    table=(--nets deep --seeds 0 --epochs 4 --images-per-epoch 3200 --forward separate --lambda-max 0.5)
+    table=(--nets deep --seeds 0 --epochs 4 --images-per-epoch 3200 --batch-size 32
+        --forward separate --lambda-max 0.5)
     clip=(--epochs 15) ;;
 full)
     dcgan=(--augment translation)
