@@ -281,6 +281,7 @@ def test_what_was_not_run_is_told(tmp_path):
     assert missing["mean squared error to the given images, 0 to 255"].startswith("needs the course's UNet.pt")
     assert missing["figure: Film of the training of WGAN-GP"] == "not run (p1/wgangp/figures/training.gif is not there)"
     assert "Not run: the first 32 faces of DCGAN." in page.text
+    assert "Not run: MNIST-M digits, ten by ten." in page.text
 
 
 def test_a_large_film_is_shown_by_its_end(output, monkeypatch):
