@@ -4,4 +4,4 @@ source "$(dirname "$(readlink -f "$0")")/../common.sh"
 expect "OUT" "$@"
 weights ddpm_digits "p2_ddpm_train.py --domains mnistm svhn"
 "$python" "$root/p2_ddpm_infer.py" --checkpoint "$checkpoint" --output-dir "$1" --domains mnistm svhn --per-class 50 \
-    --sampler ddpm --steps 12 --guidance 5 --precision fp32
+    --sampler ddpm --steps 12 --guidance 4 --precision fp32
