@@ -48,6 +48,7 @@ class Train:
     patch: int = 1  # Side of the squares of pixels that the ddim net takes as one position: 2 costs a quarter.
     init: Path | None = None  # Begin with the weights of this model.safetensors of such a net, not at random.
     shares: tuple[int, ...] = ()  # Images of the domains in a batch, as ratios (1 3); as many of each if none.
+    balance_classes: bool = False  # Draw the rarer digits of a domain as often as its commonest.
     epochs: int = 100  # Epochs of --images-per-epoch images.
     images_per_epoch: int = 56_000  # Whatever the size of the data.
     batch_size: int = 128  # Images of a step, over all processes.
@@ -145,7 +146,7 @@ def train(args: Train) -> dict[str, Any]:
     run = Run(args, accelerator)
     if run.result is not None:
         return run.result if run.is_main else {}
-    data = load_data(args)
+    data = [balance(images) if args.balance_classes else images for images in load_data(args)]
     classes = 0 if data[0].labels is None else 10 * len(data)
     pixels = [images.pixels.to(device) for images in data]
     labels = [(images.labels + 10 * n).to(device) for n, images in enumerate(data)] if classes else None
@@ -202,6 +203,16 @@ def load_data(args: Train) -> list[Images]:
     if FACES in args.domains:
         raise UserError(f"--domains {' '.join(args.domains)}: faces have no digits; train a model of their own")
     return [load_digits(args.data_dir, domain, "train", cache) for domain in args.domains]
+
+
+def balance(images: Images) -> Images:
+    """Repeat the images of the rarer classes in turn until every class has as many. UserError without classes."""
+    if images.labels is None:
+        raise UserError("--balance-classes: faces have no classes")
+    rows = [torch.where(images.labels == label)[0] for label in images.labels.unique()]
+    most = max(map(len, rows))
+    chosen = torch.cat([r.repeat(-(-most // len(r)))[:most] for r in rows])
+    return Images(images.pixels[chosen], images.labels[chosen], [images.names[row] for row in chosen])
 
 
 @torch.inference_mode()

@@ -14,11 +14,12 @@ from torch import nn
 
 import p2_ddpm_infer
 import p2_ddpm_train
+from common.data import Images
 from common.diffusion import Schedule
 from common.run import UserError, command_line, generator, load_weights
 from models.context_unet import ContextUnet
 from p2_ddpm_infer import Generate
-from p2_ddpm_train import Train, loss_of, train
+from p2_ddpm_train import Train, balance, loss_of, train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,6 +73,16 @@ def test_domains_are_balanced_and_labelled_apart(data_dir, monkeypatch):
         assert (labels < 10).tolist() == [True] * 4 + [False] * 4
         assert labels.max() < 20
     assert len(torch.cat(seen).unique()) == 20
+
+
+def test_balanced_classes_are_drawn_as_often_as_the_commonest():
+    labels = torch.tensor([0, 1, 1, 1, 1, 1, 2, 2])
+    pixels = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1)
+    images = balance(Images(pixels, labels, [str(row) for row in range(8)]))
+    assert images.labels.bincount().tolist() == [5, 5, 5]
+    assert images.pixels.flatten().bincount().tolist() == [5, 1, 1, 1, 1, 1, 3, 2]
+    assert torch.equal(images.labels, labels[images.pixels.flatten().long()])
+    assert images.names == [str(int(value)) for value in images.pixels.flatten()]
 
 
 def test_a_run_begins_with_the_weights_of_another_and_takes_the_shares_asked_for(data_dir, monkeypatch):
@@ -233,6 +244,7 @@ def test_bad_input_is_one_line_and_status_2(checkpoint, data_dir, tmp_path, monk
         (p2_ddpm_train, [*begin, "--domains", "faces"], "face/train: no such folder"),
         (p2_ddpm_train, [*begin, "--domains", "mnistm", "svhn", "--batch-size", 9], "--batch-size 9"),
         (p2_ddpm_train, [*begin, "--shares", 1, 2], "--shares 1 2: one for each of --domains"),
+        (p2_ddpm_train, [*begin, "--balance-classes"], "--balance-classes: faces have no classes"),
         (p2_ddpm_train, [*begin, "--patch", 2], "--net context: has no --patch"),
         (p2_ddpm_train, [*begin, "--net", "ddim", "--patch", 3], "--patch 3: must divide 28"),
         (p2_ddpm_infer, [*generate, "other.pth"], "other.pth: is not this ContextUnet"),
