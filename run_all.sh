@@ -3,8 +3,8 @@
 # Sets up, makes the data if there is none, then trains, samples, scores and reports. Run again to continue where it
 # stopped: steps already done are skipped. New data need a new OUTPUT_DIR.
 # PROFILE=quick (default): small nets, few steps, one seed; diffusion goes on from the released weights. PROFILE=full: nets of full size, for a GPU.
-# PROFILE=smoke: every step once, as short as can be. ONLY="p1 p3" picks problems. CLASSIFIER=FILE: the course's
-# Classifier.pth judges the MNIST-M digits too.
+# PROFILE=smoke: every step once, as short as can be. ONLY="p1 p3" picks problems. JOBS=2: problems done at a time, each
+# on its share of the cores (1 in full, else 2). CLASSIFIER=FILE: the course's Classifier.pth judges the MNIST-M digits too.
 set -euo pipefail
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 profile=${PROFILE:-quick} default=hw2_data
@@ -13,6 +13,8 @@ data_dir=$(absolute "${1:-$default}")
 output_dir=$(absolute "${2:-output}")
 if [ -n "${CLASSIFIER:-}" ]; then CLASSIFIER=$(absolute "$CLASSIFIER"); fi
 only=" ${ONLY:-p1 p2 p3} "
+part=${RUN_ALL_PART:-} # set by this script where it calls itself for one problem: yes if the data are new, else no
+jobs=2
 cd "$(dirname "$0")"
 
 case "$profile" in
@@ -21,7 +23,7 @@ quick) # few steps: small nets and batches; batch statistics of each domain adap
     faces=(--width 32 --batch-size 16 --lr 5e-4 --ema-decay 0.99 --augment translation)
     dcgan=("${faces[@]}" --epochs 2)
     wgangp=("${faces[@]}" --epochs 2 --n-critic 1 --drift 0.001)
-    judge=(--epochs 1 --images-per-epoch 6400 --batch-size 32)
+    judge=(--width 16 --epochs 1 --images-per-epoch 16000 --batch-size 32 --augmentation 0)
     released=(--blocks 1 --patch 2 --prediction v --schedule cosine --lr 4e-4 --ema-decay 0.998)
     ddpm=(--net ddim --width 64 "${released[@]}" --init checkpoints/ddpm_digits.safetensors
         --shares 2 3 --batch-size 15 --images-per-epoch 3750 --epochs 2)
@@ -32,6 +34,7 @@ quick) # few steps: small nets and batches; batch statistics of each domain adap
         --forward separate --lambda-max 0.5)
     clip=(--epochs 15) ;;
 full)
+    jobs=1 # of one GPU
     dcgan=(--augment translation)
     wgangp=(--augment translation --n-critic 1 --lr 2e-4 --drift 0.001)
     judge=()
@@ -54,6 +57,8 @@ smoke)
     small=(--mnistm 200 60 --svhn 200 60 --usps 200 60 --face 64 40 --clip-zeroshot 48 24) ;;
 *) echo "error: PROFILE=$profile: quick, full or smoke" >&2 && exit 2 ;;
 esac
+jobs=${JOBS:-$jobs}
+case "$jobs" in *[!0-9]* | 0*) echo "error: JOBS=$jobs: how many problems at a time, at least 1" >&2 && exit 2 ;; esac
 for problem in $only; do
     case "$problem" in p1 | p2 | p3) ;; *) echo "error: ONLY=$ONLY: p1, p2 or p3" >&2 && exit 2 ;; esac
 done
@@ -93,12 +98,23 @@ left_out() {
 
 wanted() { [[ "$only" == *" $1 "* ]]; }
 
-if [ ! -d "$data_dir/clip_zeroshot" ] && { { [ ! -d "$data_dir/digits" ] && [ ! -d "$data_dir/face" ]; } ||
+if [ -z "$part" ] && [ ! -d "$data_dir/clip_zeroshot" ] && { { [ ! -d "$data_dir/digits" ] && [ ! -d "$data_dir/face" ]; } ||
     grep -qs '"synthetic"' "$data_dir"/digits/*/made.json; }; then # none, or half made
     step data "$data_dir" prepare_data.py synthetic --data-dir "$data_dir" ${small[@]+"${small[@]}"}
 fi
-step check "$data_dir" prepare_data.py check "$data_dir"
+if [ -z "$part" ]; then step check "$data_dir" prepare_data.py check "$data_dir"; fi
+if [ "$part" = yes ]; then changed=yes; fi
 data_changed=$changed
+
+if [ "$jobs" -gt 1 ] && [[ $only == *p*p* ]]; then # each problem by this script; the longest first
+    cores=$(getconf _NPROCESSORS_ONLN)
+    export RUN_ALL_PART=${changed:-no} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
+    for problem in p2 p1 p3; do if wanted "$problem"; then echo "$problem"; fi; done |
+        xargs -I{} -P "$jobs" bash -c 'set -o pipefail; ONLY=$0 bash run_all.sh "$@" 2>&1 |
+            (trap "" INT; exec awk -v name="$0" "{ print name \" | \" \$0; fflush() }")' {} "$data_dir" "$output_dir" ||
+        { echo "error: a problem was not finished (above); run again to continue" >&2 && exit 1; }
+    exec python report.py "$output_dir"
+fi
 
 p1=$output_dir/p1
 if wanted p1 && [ -d "$data_dir/face/train" ]; then
@@ -186,4 +202,4 @@ if wanted p3; then
     fi
 fi
 
-python report.py "$output_dir"
+if [ -z "$part" ]; then python report.py "$output_dir"; fi

@@ -90,6 +90,7 @@ class TrainClassifier:
     output_dir: Path  # Where everything is written; the same command again continues an interrupted run.
     data_dir: Path = Path("hw2_data")  # Folder with digits/DOMAIN/{data,train.csv,val.csv}.
     domain: str = "mnistm"  # Whose digits.
+    width: int = 32  # Channels of the net's first stage; half of them cost a quarter.
     epochs: int = 20  # Epochs of --images-per-epoch images.
     images_per_epoch: int = 16_000  # Whatever the size of the data.
     batch_size: int = 128  # Images of a step, over all processes.
@@ -193,7 +194,7 @@ def train_classifier(args: TrainClassifier) -> dict[str, Any]:
     pixels, labels = images.pixels.to(accelerator.device), images.labels.to(accelerator.device)
 
     torch.manual_seed(runs.derive_seed(args.seed, "init"))
-    bare_net = DigitResNet().to(accelerator.device, memory_format=torch.channels_last)
+    bare_net = DigitResNet(width=args.width).to(accelerator.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(bare_net)
     net, optimizer = accelerator.prepare(
         bare_net, torch.optim.AdamW(bare_net.parameters(), weight_decay=0.05, fused=True)

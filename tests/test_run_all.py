@@ -57,7 +57,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     checksum = subprocess.run(["cksum"], stdin=requirements, capture_output=True, text=True, check=True).stdout
     (folder / ".venv" / "requirements.hash").write_text(checksum)
     monkeypatch.chdir(folder)
-    for name in ("PROFILE", "ONLY", "PYTHON", "CLASSIFIER"):
+    for name in ("PROFILE", "ONLY", "PYTHON", "CLASSIFIER", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     return folder
 
@@ -68,7 +68,7 @@ def run_all(*arguments: str, **environment: str) -> tuple[subprocess.CompletedPr
     calls.unlink(missing_ok=True)
     ended = subprocess.run(
         ["bash", "run_all.sh", *arguments],
-        env=os.environ | {"FAIL": ""} | environment,
+        env=os.environ | {"FAIL": "", "JOBS": "1"} | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -172,10 +172,11 @@ def test_only_some_problems(project, only, scripts):
 
 
 def test_mistakes_are_one_line_before_any_work(project):
-    for environment, told in (({"PROFILE": "slow"}, "PROFILE=slow"), ({"ONLY": "p1 p4"}, "ONLY=p1 p4")):
+    for environment in ({"PROFILE": "slow"}, {"ONLY": "p1 p4"}, {"JOBS": "0"}, {"JOBS": "two"}):
+        ((name, value),) = environment.items()
         ended, calls = run_all(**environment)
         assert (ended.returncode, ended.stderr.count("\n"), calls) == (2, 1, [])
-        assert ended.stderr.startswith(f"error: {told}: ")
+        assert ended.stderr.startswith(f"error: {name}={value}: ")
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -192,6 +193,32 @@ def test_every_command_is_understood(project, monkeypatch, profile):
     batches = [p2_ddpm_train.images_of_a_step(args, 1) for args in trainings]
     assert [len(batch) for batch in batches] == [2, 1]
     assert [sum(batch) for batch in batches] == [args.batch_size for args in trainings]
+
+
+def test_problems_at_a_time_make_what_one_after_the_other_makes(project):
+    one_by_one = run_all("data", "out")[1]
+    shutil.rmtree(project / "data")
+    shutil.rmtree(project / "out")
+    failed, _ = run_all("data", "out", JOBS="2", FAIL="p2_ddpm_infer.py")
+    assert (failed.returncode, failed.stderr) == (
+        1,
+        "error: a problem was not finished (above); run again to continue\n",
+    )
+    assert "p2 | error: the step digits-sample failed; run again to continue: python p2_ddpm_infer" in failed.stdout
+    assert "p3 | = clip: " in failed.stdout  # the others go on
+    ended, calls = run_all("data", "out", JOBS="2")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert steps_of(calls)[0] == "p2_ddpm_infer.py"
+    assert not any(call[0].startswith(("p1_", "p3_", "prepare_data.py")) for call in calls[:-1])
+    shutil.rmtree(project / "data")
+    shutil.rmtree(project / "out")
+    ended, calls = run_all("data", "out", JOBS="2")
+    assert sorted(calls) == sorted(one_by_one)
+    assert calls[0][:2] == ["prepare_data.py", "synthetic"]
+    assert calls[-1][0] == "report.py"
+    run_all("data", "out", JOBS="2")
+    shutil.rmtree(project / "data")  # made again: everything follows it
+    assert sorted(run_all("data", "out", JOBS="2")[1]) == sorted(one_by_one)
 
 
 def test_an_interrupted_step_ends_the_run_even_where_a_failed_one_is_left_out(project):
