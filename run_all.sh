@@ -3,8 +3,9 @@
 # Sets up, makes the data if there is none, then trains, samples, scores and reports. Run again to continue where it
 # stopped: steps already done are skipped. New data need a new OUTPUT_DIR.
 # PROFILE=quick (default): small nets, few steps, one seed; diffusion goes on from the released weights. PROFILE=full: nets of full size, for a GPU.
-# PROFILE=smoke: every step once, as short as can be. ONLY="p1 p3" picks problems. JOBS=2: problems done at a time, each
-# on its share of the cores (1 in full, else 2). CLASSIFIER=FILE: the course's Classifier.pth judges the MNIST-M digits too.
+# PROFILE=smoke: every step once, as short as can be. ONLY="p1 clip" picks problems, or parts of them: faces (p1), digits
+# and ddim (p2), dann and clip (p3). JOBS=2: parts done at a time, each on its share of the cores (1 in full, else 2).
+# CLASSIFIER=FILE: the course's Classifier.pth judges the MNIST-M digits too.
 set -euo pipefail
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 profile=${PROFILE:-quick} default=hw2_data
@@ -12,8 +13,8 @@ if [ "$profile" = smoke ]; then default=hw2_data/smoke; fi # too little data for
 data_dir=$(absolute "${1:-$default}")
 output_dir=$(absolute "${2:-output}")
 if [ -n "${CLASSIFIER:-}" ]; then CLASSIFIER=$(absolute "$CLASSIFIER"); fi
-only=" ${ONLY:-p1 p2 p3} "
-part=${RUN_ALL_PART:-} # set by this script where it calls itself for one problem: yes if the data are new, else no
+only=${ONLY:-p1 p2 p3}
+part=${RUN_ALL_PART:-} # set by this script where it calls itself for one part: yes if the data are new, else no
 jobs=2
 cd "$(dirname "$0")"
 
@@ -58,9 +59,16 @@ smoke)
 *) echo "error: PROFILE=$profile: quick, full or smoke" >&2 && exit 2 ;;
 esac
 jobs=${JOBS:-$jobs}
-case "$jobs" in *[!0-9]* | 0*) echo "error: JOBS=$jobs: how many problems at a time, at least 1" >&2 && exit 2 ;; esac
-for problem in $only; do
-    case "$problem" in p1 | p2 | p3) ;; *) echo "error: ONLY=$ONLY: p1, p2 or p3" >&2 && exit 2 ;; esac
+case "$jobs" in *[!0-9]* | 0*) echo "error: JOBS=$jobs: how many parts at a time, at least 1" >&2 && exit 2 ;; esac
+parts=()
+for name in $only; do
+    case "$name" in
+    p1) parts+=(faces) ;;
+    p2) parts+=(digits ddim) ;;
+    p3) parts+=(dann clip) ;;
+    faces | digits | ddim | dann | clip) parts+=("$name") ;;
+    *) echo "error: ONLY=$ONLY: p1 (faces), p2 (digits, ddim), p3 (dann, clip)" >&2 && exit 2 ;;
+    esac
 done
 source ./setup.sh
 
@@ -96,7 +104,7 @@ left_out() {
     echo "left out: $1"
 }
 
-wanted() { [[ "$only" == *" $1 "* ]]; }
+wanted() { [[ " ${parts[*]} " == *" $1 "* ]]; }
 
 if [ -z "$part" ] && [ ! -d "$data_dir/clip_zeroshot" ] && { { [ ! -d "$data_dir/digits" ] && [ ! -d "$data_dir/face" ]; } ||
     grep -qs '"synthetic"' "$data_dir"/digits/*/made.json; }; then # none, or half made
@@ -106,18 +114,18 @@ if [ -z "$part" ]; then step check "$data_dir" prepare_data.py check "$data_dir"
 if [ "$part" = yes ]; then changed=yes; fi
 data_changed=$changed
 
-if [ "$jobs" -gt 1 ] && [[ $only == *p*p* ]]; then # each problem by this script; the longest first
+if [ "$jobs" -gt 1 ] && [ ${#parts[@]} -gt 1 ]; then # each part by this script; the longest first
     cores=$(getconf _NPROCESSORS_ONLN)
-    export RUN_ALL_PART=${changed:-no} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
-    for problem in p2 p1 p3; do if wanted "$problem"; then echo "$problem"; fi; done |
+    export PYTHONUNBUFFERED=1 RUN_ALL_PART=${changed:-no} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
+    for name in digits faces dann clip ddim; do if wanted "$name"; then echo "$name"; fi; done |
         xargs -I{} -P "$jobs" bash -c 'set -o pipefail; ONLY=$0 bash run_all.sh "$@" 2>&1 |
-            (trap "" INT; exec awk -v name="$0" "{ print name \" | \" \$0; fflush() }")' {} "$data_dir" "$output_dir" ||
-        { echo "error: a problem was not finished (above); run again to continue" >&2 && exit 1; }
+            (trap "" INT; while IFS= read -r line; do echo "$0 | $line"; done)' {} "$data_dir" "$output_dir" ||
+        { echo "error: a part was not finished (above); run again to continue" >&2 && exit 1; }
     exec python report.py "$output_dir"
 fi
 
 p1=$output_dir/p1
-if wanted p1 && [ -d "$data_dir/face/train" ]; then
+if wanted faces && [ -d "$data_dir/face/train" ]; then
     step dcgan "$p1/dcgan" p1_dcgan.py train --data-dir "$data_dir" --output-dir "$p1/dcgan" "${dcgan[@]}"
     step wgangp "$p1/wgangp" p1_wgangp.py train --data-dir "$data_dir" --output-dir "$p1/wgangp" "${wgangp[@]}"
     for method in dcgan wgangp; do
@@ -135,7 +143,7 @@ if wanted p1 && [ -d "$data_dir/face/train" ]; then
 fi
 
 p2=$output_dir/p2 changed=$data_changed
-if wanted p2 && [ -d "$data_dir/digits/mnistm" ] && [ -d "$data_dir/digits/svhn" ]; then
+if wanted digits && [ -d "$data_dir/digits/mnistm" ] && [ -d "$data_dir/digits/svhn" ]; then
     step digits-ddpm "$p2/digits" p2_ddpm_train.py --data-dir "$data_dir" --output-dir "$p2/digits" \
         --domains mnistm svhn "${ddpm[@]}"
     step digits-sample "$p2/figures" p2_ddpm_infer.py --checkpoint "$p2/digits/model.safetensors" \
@@ -152,7 +160,7 @@ if wanted p2 && [ -d "$data_dir/digits/mnistm" ] && [ -d "$data_dir/digits/svhn"
             --classifier "$CLASSIFIER" --real "$data_dir" --output-dir "$p2/score/course"
     fi
 fi
-if wanted p2; then
+if wanted ddim; then
     changed=$data_changed noises=$data_dir/face/noise net=$data_dir/face/UNet.pt
     if [ ! -f "$net" ] && [ -d "$data_dir/face/train" ]; then # the course's net, or one of our own
         net=$p2/faces/model.safetensors
@@ -181,7 +189,7 @@ targets=()
 for target in svhn usps; do
     if [ -d "$data_dir/digits/$target" ]; then targets+=("$target"); fi
 done
-if wanted p3 && [ -d "$data_dir/digits/mnistm" ] && [ ${#targets[@]} -gt 0 ]; then
+if wanted dann && [ -d "$data_dir/digits/mnistm" ] && [ ${#targets[@]} -gt 0 ]; then
     step dann "$p3/table.png" p3_dann.py table --data-dir "$data_dir" --output-dir "$p3" \
         --targets "${targets[@]}" "${table[@]}"
     for target in "${targets[@]}"; do
@@ -189,7 +197,7 @@ if wanted p3 && [ -d "$data_dir/digits/mnistm" ] && [ ${#targets[@]} -gt 0 ]; th
             --checkpoint "$p3/$target-${table[1]}-dann-seed0/model.safetensors" --output-dir "$p3/figures/$target"
     done
 fi
-if wanted p3; then
+if wanted clip; then
     changed=$data_changed
     if [ -d "$data_dir/clip_zeroshot/train" ]; then
         step clip-pretrain "$p3/clip-small" p3_clip_zeroshot.py pretrain --data-dir "$data_dir" \

@@ -165,10 +165,19 @@ def test_other_arguments_are_another_step(project):
     assert {"p1_dcgan.py train", "p1_wgangp.py train"} <= set(steps)
 
 
-@pytest.mark.parametrize(("only", "scripts"), [("p1", {"p1_d", "p1_w"}), ("p3", {"p3_d", "p3_c"}), ("p2", {"p2_d"})])
-def test_only_some_problems(project, only, scripts):
-    calls = run_all(ONLY=only)[1]
-    assert {call[0][:4] for call in calls if call[0].startswith("p")} - {"prep"} == scripts
+@pytest.mark.parametrize(
+    ("only", "scripts"),
+    [
+        ("p1", {"p1_dcgan", "p1_wgangp"}),
+        ("p2", {"p2_ddpm_train", "p2_ddpm_infer", "p2_ddim"}),
+        ("p3", {"p3_dann", "p3_clip_zeroshot"}),
+        ("dann ddim", {"p3_dann", "p2_ddpm_train", "p2_ddim"}),
+    ],
+)
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_only_some_problems(project, only, scripts, jobs):
+    calls = run_all(ONLY=only, JOBS=jobs)[1]
+    assert {Path(call[0]).stem for call in calls if call[0][0] == "p"} - {"prepare_data"} == scripts
 
 
 def test_mistakes_are_one_line_before_any_work(project):
@@ -202,10 +211,10 @@ def test_problems_at_a_time_make_what_one_after_the_other_makes(project):
     failed, _ = run_all("data", "out", JOBS="2", FAIL="p2_ddpm_infer.py")
     assert (failed.returncode, failed.stderr) == (
         1,
-        "error: a problem was not finished (above); run again to continue\n",
+        "error: a part was not finished (above); run again to continue\n",
     )
-    assert "p2 | error: the step digits-sample failed; run again to continue: python p2_ddpm_infer" in failed.stdout
-    assert "p3 | = clip: " in failed.stdout  # the others go on
+    assert "digits | error: the step digits-sample failed; run again to continue: python p2_ddpm_infer" in failed.stdout
+    assert "clip | = clip: " in failed.stdout  # the others go on
     ended, calls = run_all("data", "out", JOBS="2")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert steps_of(calls)[0] == "p2_ddpm_infer.py"
