@@ -119,7 +119,8 @@ if [ "$jobs" -gt 1 ] && [ ${#parts[@]} -gt 1 ]; then # each part by this script;
     export PYTHONUNBUFFERED=1 RUN_ALL_PART=${changed:-no} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
     for name in digits faces dann clip ddim; do if wanted "$name"; then echo "$name"; fi; done |
         xargs -I{} -P "$jobs" bash -c 'set -o pipefail; ONLY=$0 bash run_all.sh "$@" 2>&1 |
-            (trap "" INT; while IFS= read -r line; do echo "$0 | $line"; done)' {} "$data_dir" "$output_dir" ||
+            (trap "" INT; while IFS= read -r line; do echo "$0 | $line"; done)' {} "$data_dir" "$output_dir" |
+        (trap "" INT; exec cat) || # which ends when all have, after Ctrl-C too
         { echo "error: a part was not finished (above); run again to continue" >&2 && exit 1; }
     exec python report.py "$output_dir"
 fi
