@@ -71,6 +71,8 @@ class Model:
             told = f"{channels} channels{f' of {size}x{size}' if size else ''}"
             raise UserError(f"--checkpoint {args.checkpoint}: makes images of {told}, digits have 3 of 28x28")
         if args.plain_one_hot:
+            if not getattr(net, "flipped_one_hot", False):
+                raise UserError(f"--plain-one-hot: {args.checkpoint} is no published ContextUnet")
             net.flipped_one_hot = False
         self.domains = config.get("domains", [f"domain{number}" for number in range(classes // 10)])
         self.schedule = Schedule(**config.get("schedule", {"steps": args.noise_steps, "as_given": True}))
@@ -103,12 +105,15 @@ def in_batches(per_class: int, batch_size: int) -> list[tuple[list[int], list[in
 
 def write_digits(model: Model, domain: str, per_class: int, folder: Path, args: Generate) -> None:
     """Write the images of one domain under the graders' names."""
-    batches = in_batches(per_class, args.batch_size)
-    for digits, numbers in watch(batches, len(batches), f"{domain}, batches"):
-        _, pixels = deque(model.states(domain, digits, numbers, args.guidance), maxlen=1)[0]
+    done, total = 0, 10 * per_class
+    for digits, numbers in in_batches(per_class, args.batch_size):
+        what = f"{domain}, digits {done + 1:,} to {done + len(digits):,} of {total:,}, steps"
+        states = model.states(domain, digits, numbers, args.guidance)
+        (_, pixels) = deque(watch(states, len(model.steps) + 1, what), maxlen=1)[0]
+        done += len(digits)
         for digit, number, image in zip(digits, numbers, pixels, strict=True):
             save_image(image, folder / file_name(digit, number))
-    print(f"{domain}: {10 * per_class:,} digits: {folder}")
+    print(f"{domain}: {total:,} digits: {folder}")
 
 
 def file_name(digit: int, number: int) -> str:

@@ -131,6 +131,8 @@ def images_of_a_step(args: Train, processes: int) -> list[int]:
         raise UserError(
             f"--batch-size {args.batch_size}: is no multiple of {sum(shares)} shares and {processes} processes"
         )
+    if args.balance_classes and FACES in args.domains:
+        raise UserError("--balance-classes: faces have no classes")
     if args.grid_every < 1 or args.width < 32 or args.width % 32:
         raise UserError("--grid-every: at least 1; --width: a multiple of 32")
     if not 0 <= args.drop <= 1 or (args.min_snr is not None and args.min_snr <= 0):
@@ -206,9 +208,7 @@ def load_data(args: Train) -> list[Images]:
 
 
 def balance(images: Images) -> Images:
-    """Repeat the images of the rarer classes in turn until every class has as many. UserError without classes."""
-    if images.labels is None:
-        raise UserError("--balance-classes: faces have no classes")
+    """Repeat the images of the rarer classes in turn until every class has as many."""
     rows = [torch.where(images.labels == label)[0] for label in images.labels.unique()]
     most = max(map(len, rows))
     chosen = torch.cat([r.repeat(-(-most // len(r)))[:most] for r in rows])

@@ -2,7 +2,8 @@
 # bash run_all.sh [DATA_DIR] [OUTPUT_DIR]
 # Sets up, makes the data if there is none, then trains, samples, scores and reports. Run again to continue where it
 # stopped: steps already done are skipped. New data need a new OUTPUT_DIR.
-# PROFILE=quick (default): small nets, few steps, one seed; diffusion goes on from the released weights. PROFILE=full: nets of full size, for a GPU.
+# PROFILE=quick (default): small nets, few steps, one seed; diffusion goes on from the released weights.
+# PROFILE=full: nets of full size, for a GPU.
 # PROFILE=smoke: every step once, as short as can be. ONLY="p1 clip" picks problems, or parts of them: faces (p1), digits
 # and ddim (p2), dann and clip (p3). JOBS=2: parts done at a time, each on its share of the cores (1 in full, else 2).
 # CLASSIFIER=FILE: the course's Classifier.pth judges the MNIST-M digits too.
@@ -12,9 +13,13 @@ profile=${PROFILE:-quick} default=hw2_data
 if [ "$profile" = smoke ]; then default=hw2_data/smoke; fi # too little data for the other profiles
 data_dir=$(absolute "${1:-$default}")
 output_dir=$(absolute "${2:-output}")
-if [ -n "${CLASSIFIER:-}" ]; then CLASSIFIER=$(absolute "$CLASSIFIER"); fi
+if [ -n "${CLASSIFIER:-}" ]; then
+    [ -f "$CLASSIFIER" ] || { echo "error: CLASSIFIER=$CLASSIFIER: no such file" >&2 && exit 2; }
+    CLASSIFIER=$(absolute "$CLASSIFIER")
+fi
 only=${ONLY:-p1 p2 p3}
-part=${RUN_ALL_PART:-} # set by this script where it calls itself for one part: yes if the data are new, else no
+all_parts="digits faces dann clip ddim" # the longest first
+part=${RUN_ALL_PART:-}                   # set by this script where it calls itself for one part
 jobs=2
 cd "$(dirname "$0")"
 
@@ -66,8 +71,11 @@ for name in $only; do
     p1) parts+=(faces) ;;
     p2) parts+=(digits ddim) ;;
     p3) parts+=(dann clip) ;;
-    faces | digits | ddim | dann | clip) parts+=("$name") ;;
-    *) echo "error: ONLY=$ONLY: p1 (faces), p2 (digits, ddim), p3 (dann, clip)" >&2 && exit 2 ;;
+    *) if [[ " $all_parts " == *" $name "* ]]; then
+        parts+=("$name")
+    else
+        echo "error: ONLY=$ONLY: p1 (faces), p2 (digits, ddim), p3 (dann, clip)" >&2 && exit 2
+    fi ;;
     esac
 done
 source ./setup.sh
@@ -97,10 +105,10 @@ step() {
     echo "= $name: $((SECONDS - start)) s: $file"
 }
 
-# left_out WHAT: after a step that may fail; one that was interrupted ends the run all the same.
+# left_out WHAT: after a step that may fail; one that a signal ended ends the run all the same.
 left_out() {
     local status=$?
-    if [ "$status" = 130 ]; then exit 130; fi
+    if [ "$status" -gt 128 ]; then exit "$status"; fi
     echo "left out: $1"
 }
 
@@ -108,16 +116,15 @@ wanted() { [[ " ${parts[*]} " == *" $1 "* ]]; }
 
 if [ -z "$part" ] && [ ! -d "$data_dir/clip_zeroshot" ] && { { [ ! -d "$data_dir/digits" ] && [ ! -d "$data_dir/face" ]; } ||
     grep -qs '"synthetic"' "$data_dir"/digits/*/made.json; }; then # none, or half made
+    rm -rf "$output_dir/steps" # all follows the data
     step data "$data_dir" prepare_data.py synthetic --data-dir "$data_dir" ${small[@]+"${small[@]}"}
 fi
 if [ -z "$part" ]; then step check "$data_dir" prepare_data.py check "$data_dir"; fi
-if [ "$part" = yes ]; then changed=yes; fi
-data_changed=$changed
 
 if [ "$jobs" -gt 1 ] && [ ${#parts[@]} -gt 1 ]; then # each part by this script; the longest first
-    cores=$(getconf _NPROCESSORS_ONLN)
-    export PYTHONUNBUFFERED=1 RUN_ALL_PART=${changed:-no} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
-    for name in digits faces dann clip ddim; do if wanted "$name"; then echo "$name"; fi; done |
+    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))} PYTHONUNBUFFERED=1 RUN_ALL_PART=yes
+    for name in $all_parts; do if wanted "$name"; then echo "$name"; fi; done |
         xargs -I{} -P "$jobs" bash -c 'set -o pipefail; ONLY=$0 bash run_all.sh "$@" 2>&1 |
             (trap "" INT; while IFS= read -r line; do echo "$0 | $line"; done)' {} "$data_dir" "$output_dir" |
         (trap "" INT; exec cat) || # which ends when all have, after Ctrl-C too
@@ -125,7 +132,7 @@ if [ "$jobs" -gt 1 ] && [ ${#parts[@]} -gt 1 ]; then # each part by this script;
     exec python report.py "$output_dir"
 fi
 
-p1=$output_dir/p1
+p1=$output_dir/p1 changed=
 if wanted faces && [ -d "$data_dir/face/train" ]; then
     step dcgan "$p1/dcgan" p1_dcgan.py train --data-dir "$data_dir" --output-dir "$p1/dcgan" "${dcgan[@]}"
     step wgangp "$p1/wgangp" p1_wgangp.py train --data-dir "$data_dir" --output-dir "$p1/wgangp" "${wgangp[@]}"
@@ -143,7 +150,7 @@ if wanted faces && [ -d "$data_dir/face/train" ]; then
     done
 fi
 
-p2=$output_dir/p2 changed=$data_changed
+p2=$output_dir/p2 changed=
 if wanted digits && [ -d "$data_dir/digits/mnistm" ] && [ -d "$data_dir/digits/svhn" ]; then
     step digits-ddpm "$p2/digits" p2_ddpm_train.py --data-dir "$data_dir" --output-dir "$p2/digits" \
         --domains mnistm svhn "${ddpm[@]}"
@@ -159,10 +166,12 @@ if wanted digits && [ -d "$data_dir/digits/mnistm" ] && [ -d "$data_dir/digits/s
     if [ -n "${CLASSIFIER:-}" ]; then # the course's, whose verdict is the graders'
         step digits-course "$p2/score/course" score.py digits "$p2/generated/mnistm" --domain mnistm \
             --classifier "$CLASSIFIER" --real "$data_dir" --output-dir "$p2/score/course"
+    elif [ -n "$changed" ]; then
+        rm -rf "$p2/score/course" "$output_dir/steps/digits-course.txt" # of digits that are no more
     fi
 fi
 if wanted ddim; then
-    changed=$data_changed noises=$data_dir/face/noise net=$data_dir/face/UNet.pt
+    changed= noises=$data_dir/face/noise net=$data_dir/face/UNet.pt
     if [ ! -f "$net" ] && [ -d "$data_dir/face/train" ]; then # the course's net, or one of our own
         net=$p2/faces/model.safetensors
         ddim_options+=(--spacing trailing --save-range fixed) # the defaults are for the course's net
@@ -185,7 +194,7 @@ if wanted ddim; then
     fi
 fi
 
-p3=$output_dir/p3 changed=$data_changed
+p3=$output_dir/p3 changed=
 targets=()
 for target in svhn usps; do
     if [ -d "$data_dir/digits/$target" ]; then targets+=("$target"); fi
@@ -199,7 +208,7 @@ if wanted dann && [ -d "$data_dir/digits/mnistm" ] && [ ${#targets[@]} -gt 0 ]; 
     done
 fi
 if wanted clip; then
-    changed=$data_changed
+    changed=
     if [ -d "$data_dir/clip_zeroshot/train" ]; then
         step clip-pretrain "$p3/clip-small" p3_clip_zeroshot.py pretrain --data-dir "$data_dir" \
             --output-dir "$p3/clip-small" ${clip[@]+"${clip[@]}"}

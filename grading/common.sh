@@ -25,6 +25,15 @@ weights() {
     [ -f "$checkpoint" ] || fail 2 "error: $checkpoint: no such file; put model.safetensors of '$2' there"
 }
 
+# digits OUT PER_CLASS DOMAIN …: the digits by the released model.
+digits() {
+    local out=$1 per_class=$2
+    shift 2
+    weights ddpm_digits "p2_ddpm_train.py --domains mnistm svhn"
+    "$python" "$root/p2_ddpm_infer.py" --checkpoint "$checkpoint" --output-dir "$out" --per-class "$per_class" \
+        --domains "$@" --sampler ddpm --steps 12 --guidance 4 --precision fp32
+}
+
 # domain_of PATH: sets `domain` to svhn or usps, whichever PATH names last (any case); else DOMAIN tells.
 domain_of() {
     local path svhn usps

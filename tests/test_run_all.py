@@ -7,8 +7,10 @@ takes a second. The smoke profile's calls are then done in this process, where n
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,7 +59,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     checksum = subprocess.run(["cksum"], stdin=requirements, capture_output=True, text=True, check=True).stdout
     (folder / ".venv" / "requirements.hash").write_text(checksum)
     monkeypatch.chdir(folder)
-    for name in ("PROFILE", "ONLY", "PYTHON", "CLASSIFIER", "OMP_NUM_THREADS"):
+    for name in ("PROFILE", "ONLY", "PYTHON", "CLASSIFIER", "OMP_NUM_THREADS", "RUN_ALL_PART"):
         monkeypatch.delenv(name, raising=False)
     return folder
 
@@ -181,7 +183,7 @@ def test_only_some_problems(project, only, scripts, jobs):
 
 
 def test_mistakes_are_one_line_before_any_work(project):
-    for environment in ({"PROFILE": "slow"}, {"ONLY": "p1 p4"}, {"JOBS": "0"}, {"JOBS": "two"}):
+    for environment in ({"PROFILE": "slow"}, {"ONLY": "p1 p4"}, {"JOBS": "0"}, {"JOBS": "two"}, {"CLASSIFIER": "x"}):
         ((name, value),) = environment.items()
         ended, calls = run_all(**environment)
         assert (ended.returncode, ended.stderr.count("\n"), calls) == (2, 1, [])
@@ -225,9 +227,34 @@ def test_problems_at_a_time_make_what_one_after_the_other_makes(project):
     assert sorted(calls) == sorted(one_by_one)
     assert calls[0][:2] == ["prepare_data.py", "synthetic"]
     assert calls[-1][0] == "report.py"
-    run_all("data", "out", JOBS="2")
-    shutil.rmtree(project / "data")  # made again: everything follows it
-    assert sorted(run_all("data", "out", JOBS="2")[1]) == sorted(one_by_one)
+    for jobs in ("1", "2"):
+        shutil.rmtree(project / "data")  # made again: everything follows it, after a failure too
+        first = run_all("data", "out", JOBS=jobs, FAIL="train")[1]
+        both = first + run_all("data", "out", JOBS=jobs)[1]
+        assert {tuple(call) for call in both} == {tuple(call) for call in one_by_one}
+
+
+def test_after_ctrl_c_all_parts_are_waited_for(project):
+    """Ctrl-C goes to every process of the terminal; what the parts then say and save is not cut off."""
+    (project / ".venv/bin/python").write_text(
+        '#!/usr/bin/env bash\n[ "$1" = -c ] && exit 0\ncase $1 in prepare_data.py) exit 0 ;; esac\n'
+        'trap "sleep 1; echo stopped; exit 130" INT\necho "$1" >>begun\nwhile :; do sleep 0.05; done\n'
+    )
+    for part in ("digits/mnistm", "digits/svhn", "face/train", "clip_zeroshot"):
+        (project / "hw2_data" / part).mkdir(parents=True)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    running = subprocess.Popen(
+        ["bash", "run_all.sh"], env=os.environ | {"JOBS": "2"}, start_new_session=True, **streams
+    )
+    begun = project / "begun"
+    while not (begun.exists() and len(begun.read_text().splitlines()) == 2):
+        assert running.poll() is None
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGINT)
+    told = running.communicate(timeout=60)[0]
+    assert running.returncode != 0
+    assert {"digits | stopped", "faces | stopped"} <= set(told.splitlines())
+    assert sorted(begun.read_text().splitlines()) == ["p1_dcgan.py", "p2_ddpm_train.py"]
 
 
 def test_an_interrupted_step_ends_the_run_even_where_a_failed_one_is_left_out(project):
@@ -239,10 +266,18 @@ def test_an_interrupted_step_ends_the_run_even_where_a_failed_one_is_left_out(pr
 
 
 def test_the_courses_classifier_judges_too(project):
+    (project / "my").mkdir()
+    (project / "my/Classifier.pth").touch()
     calls = run_all(ONLY="p2", CLASSIFIER="my/Classifier.pth")[1]
     judged = [call for call in calls if call[:2] == ["score.py", "digits"]]
     assert len(judged) == 3
     assert f"{project}/my/Classifier.pth" in judged[2]
+    course = project / "output/p2/score/course"
+    run_all(ONLY="p2")
+    assert course.exists()
+    shutil.rmtree(project / "output/p2/digits")  # its verdict is not one of other digits
+    run_all(ONLY="p2")
+    assert not course.exists()
 
 
 def test_the_smoke_profile_makes_the_report(project, tmp_path, monkeypatch):
