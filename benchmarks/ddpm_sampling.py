@@ -47,7 +47,7 @@ class Benchmark:
     domain: str = "mnistm"  # Whose digits.
     sampler: Sampler = "ddpm"  # Of ours.
     steps: int = 12  # Of ours.
-    guidance: float = 4.0  # w, of both.
+    guidance: float = 3.0  # w, of both.
     per_class: int = 10  # Images of each digit by ours.
     textbook_images: int | None = None  # Images of the textbook sampler; None is 20 on a CPU, ours' (≤ 250) on a GPU.
 
