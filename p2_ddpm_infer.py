@@ -109,7 +109,7 @@ def write_digits(model: Model, domain: str, per_class: int, folder: Path, args: 
     for digits, numbers in in_batches(per_class, args.batch_size):
         what = f"{domain}, digits {done + 1:,} to {done + len(digits):,} of {total:,}, steps"
         states = model.states(domain, digits, numbers, args.guidance)
-        (_, pixels) = deque(watch(states, len(model.steps) + 1, what), maxlen=1)[0]
+        _, pixels = deque(watch(states, len(model.steps) + 1, what), maxlen=1)[0]
         done += len(digits)
         for digit, number, image in zip(digits, numbers, pixels, strict=True):
             save_image(image, folder / file_name(digit, number))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.data import Images, normalise
 
 
-def in_batches(pixels: Tensor, device: torch.device) -> Iterator[Tensor]:
+def normalised_batches(pixels: Tensor, device: torch.device) -> Iterator[Tensor]:
     """Images for `device`, normalised: 500 at a time for a GPU, else 50, whose features stay in the CPU's cache."""
     for some in pixels.split(500 if device.type == "cuda" else 50):
         yield normalise(some.to(device))
@@ -28,7 +28,7 @@ def classify(net: nn.Module, pixels: Tensor, accelerator: Accelerator) -> Tensor
     net.eval()
     parts = []
     with accelerator.autocast():
-        for some in in_batches(pixels, accelerator.device):
+        for some in normalised_batches(pixels, accelerator.device):
             output = net(some)
             scores = output[0] if isinstance(output, tuple) else output
             parts.append(scores.argmax(1).cpu())

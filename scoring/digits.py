@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from common.data import DIGIT_SIZE, Images, decode_image, decode_images
 from common.figures import save_figure
-from common.metrics import accuracy, classify, in_batches
+from common.metrics import accuracy, classify, normalised_batches
 from common.run import UserError, generator
 from models.digit_classifier import DigitClassifier, DigitResNet
 
@@ -51,7 +51,7 @@ def read_digits(folder: Path) -> Images:
 @torch.inference_mode()
 def features_of(net: nn.Module, pixels: Tensor, accelerator: Accelerator) -> np.ndarray:
     """What the last layer of `net` reads of uint8 images (n, 3, 28, 28), as float64 (n, features)."""
-    parts = [net.features(some).cpu().double() for some in in_batches(pixels, accelerator.device)]
+    parts = [net.features(some).cpu().double() for some in normalised_batches(pixels, accelerator.device)]
     return torch.cat(parts).numpy()
 
 
