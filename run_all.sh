@@ -31,9 +31,9 @@ quick) # few steps: small nets and batches; batch statistics of each domain adap
     wgangp=("${faces[@]}" --epochs 2 --n-critic 1 --drift 0.001)
     judge=(--width 16 --epochs 1 --images-per-epoch 16000 --batch-size 32 --augmentation 0)
     released=(--blocks 1 --patch 2 --prediction v --schedule cosine --lr 5e-4 --ema-decay 0.998)
-    ddpm=(--net ddim --width 64 "${released[@]}" --init checkpoints/ddpm_digits.safetensors
-        --shares 1 2 --batch-size 15 --images-per-epoch 4500 --epochs 2)
-    digits=(--sampler ddpm --steps 12 --guidance 5 --per-class 20)
+    ddpm=(--net ddim --width 96 "${released[@]}" --init checkpoints/ddpm_digits.safetensors
+        --shares 1 2 --batch-size 15 --images-per-epoch 3750 --epochs 2)
+    digits=(--guidance 5 --per-class 20)
     face_ddpm=(--width 32 "${released[@]}" --init checkpoints/ddim_faces.safetensors
         --batch-size 16 --images-per-epoch 1200 --epochs 1)
     table=(--nets deep --seeds 0 --epochs 4 --images-per-epoch 3200 --batch-size 32

@@ -31,7 +31,7 @@ digits() {
     shift 2
     weights ddpm_digits "p2_ddpm_train.py --domains mnistm svhn"
     "$python" "$root/p2_ddpm_infer.py" --checkpoint "$checkpoint" --output-dir "$out" --per-class "$per_class" \
-        --domains "$@" --sampler ddpm --steps 12 --guidance 3 --precision fp32
+        --domains "$@" --guidance 2 --precision fp32
 }
 
 # domain_of PATH: sets `domain` to svhn or usps, whichever PATH names last (any case); else DOMAIN tells.

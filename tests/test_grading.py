@@ -119,7 +119,7 @@ def test_wrong_numbers_of_arguments_give_the_usage(project):
 
 def test_a_missing_checkpoint_is_one_line_that_says_what_to_put_where(project):
     for script, name, arguments in (
-        ("2022/hw2_1", "dcgan_faces", ["out"]),
+        ("2022/hw2_1", "wgangp_faces", ["out"]),
         ("2022/hw2_2", "ddpm_digits", ["out"]),
         ("2024/hw2_1", "ddpm_digits", ["out"]),
         ("2023/hw2_3", "dann_usps", ["usps", "out.csv"]),
@@ -141,13 +141,13 @@ def test_textual_inversion_says_that_it_is_not_there(project):
 
 
 def test_a_thousand_faces(run, project):
-    save_net(Generator(4, 2), project / "checkpoints" / "dcgan_faces.safetensors")
+    save_net(Generator(4, 2), project / "checkpoints" / "wgangp_faces.safetensors")
     run("2022/hw2_1", "a b/faces")
     expected = {f"{number:04d}.png": ((64, 64), "RGB") for number in range(1000)}
     assert read_images(project / "a b" / "faces") == expected
     run("2022/hw2_1", "again")
     assert fingerprint(project / "again") == fingerprint(project / "a b" / "faces")
-    assert "wgangp_faces" in grade("2022/hw2_1", "other", FACES="wgangp").stderr
+    assert "dcgan_faces" in grade("2022/hw2_1", "other", FACES="dcgan").stderr
 
 
 def test_digits(run, project):
