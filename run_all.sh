@@ -25,7 +25,7 @@ cd "$(dirname "$0")"
 
 case "$profile" in
 quick) # few steps: small nets and batches; batch statistics of each domain adapt sooner than the mixture's; the
-    # diffusion models, which take hours from scratch, begin with the released weights (of real images)
+    # diffusion models, hours from scratch on a CPU, begin with the released weights (of real images)
     faces=(--width 32 --batch-size 16 --lr 5e-4 --ema-decay 0.99 --augment translation)
     dcgan=("${faces[@]}" --epochs 2)
     wgangp=("${faces[@]}" --epochs 2 --n-critic 1 --drift 0.001)

@@ -1,10 +1,10 @@
 """Accuracy and diversity of generated digits beside their cost, over samplers, numbers of steps and guidance: a table.
 
-Rows: each of --samplers at --guidance, each of --guidances at its default sampler and
-steps, and last the real validation images. Columns: passes of the net an image (a guided step counts 2), accuracy
-before the judge of each domain, diversity in % of the real images' (score.py digits), and seconds an image: from noise
-to pixels in batches of --batch-size, the net loaded and warm. The rest is as p2_ddpm_infer.py has it: trailing steps,
-clamped x0. Image k comes from noise k in every row.
+Rows: each of --samplers at --guidance, each of --guidances at p2_ddpm_infer.py's default sampler and steps, and last the
+real validation images. Columns: passes of the net an image (a guided step counts 2), accuracy before the judge of each
+domain, diversity in % of the real images' (score.py digits), and seconds an image: from noise to pixels in batches of
+--batch-size, the net loaded and warm. The rest is as p2_ddpm_infer.py has it: trailing steps, clamped x0. Image k comes
+from noise k in every row.
 
 Rows of few images are less certain: of 100, one is 1 %; diversity compares as many generated as real images, and its
 share of theirs depends a little on how many. The same command again does what is missing; further --samplers and
@@ -164,7 +164,8 @@ def write(file: Path, arguments: dict[str, Any], rows: list[dict[str, Any]]) -> 
     content = {"arguments": arguments, **environment, "rows": rows}
     runs.atomic_write(file, json.dumps(content, indent=1) + "\n")
     domains = arguments["domains"]
-    table = [["sampler", "steps", "guidance w", "images a digit", "passes an image"]]
+    within = "" if arguments["interval"] == [0.0, 1.0] else " where t / T is in {}-{}".format(*arguments["interval"])
+    table = [["sampler", "steps", f"guidance w{within}", "images a digit", "passes an image"]]
     table[0] += [f"{domain} {what}, %" for domain in domains for what in ("accuracy", "diversity")]
     table[0].append("seconds an image")
     order = list(get_args(Sampler))
