@@ -1,6 +1,6 @@
 """Accuracy and diversity of generated digits beside their cost, over samplers, numbers of steps and guidance: a table.
 
-Rows: each of --samplers at --guidance, each of --guidances at p2_ddpm_infer.py's default sampler and steps, and last the
+Rows: each of --samplers at --guidance, each of --guidances at p2_ddpm_infer.py's default sampler and steps, last the
 real validation images. Columns: passes of the net an image (a guided step counts 2), accuracy before the judge of each
 domain, diversity in % of the real images' (score.py digits), and seconds an image: from noise to pixels in batches of
 --batch-size, the net loaded and warm. The rest is as p2_ddpm_infer.py has it: trailing steps, clamped x0. Image k comes
