@@ -135,7 +135,7 @@ def measure(args: Table, row: Row, real: dict[str, Images]) -> dict[str, Any]:
 def identity(args: Table) -> dict[str, Any]:
     """What all rows of a table must share, in json's types: the arguments, and what the files hold."""
     digests = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in (args.checkpoint, *args.classifiers)]
-    names = ("domains", "per_class", "ddpm_per_class", "seed", "batch_size", "device", "precision")
+    names = ("per_class", "ddpm_per_class", "seed", "batch_size", "device", "precision")
     shared = {name: getattr(args, name) for name in names}
     shared |= {"domains": list(args.domains), "interval": list(args.interval)}
     return shared | {"data_dir": str(args.data_dir.resolve()), "checkpoint": digests[0], "classifiers": digests[1:]}
