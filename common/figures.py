@@ -86,7 +86,8 @@ def save_curves(rows: list[dict[str, Any]], panels: dict[str, Sequence[str]], pa
         for column in columns:
             points = [(row[x], row[column]) for row in rows if row.get(column) is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), label=column.replace("_", " "))
+                marker = "o" if len(points) == 1 else None  # a line through one point is nothing to see
+                axis.plot(*zip(*points, strict=True), marker=marker, label=column.replace("_", " "))
         axis.set(title=title, xlabel=x)
         axis.grid(alpha=0.3)
         if axis.lines:

@@ -9,10 +9,12 @@ import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from torch import nn
 
+from common import figures
 from common.run import (
     Run,
     UserError,
@@ -237,3 +239,14 @@ def test_a_missing_device_is_named():
     missing = "mps" if not torch.backends.mps.is_available() else "cuda"
     with pytest.raises(UserError, match=rf"--device {missing}: not available here"):
         make_accelerator(missing)
+
+
+def test_curves_of_one_epoch_are_seen(tmp_path, monkeypatch):
+    """A line through one point is invisible: it gets a marker; two points get none."""
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure.axes[0].lines[0]))
+    for epochs in (1, 2):
+        rows = [{"epoch": epoch, "loss": 0.5} for epoch in range(epochs)]
+        figures.save_curves(rows, {"loss": ["loss"]}, tmp_path / "curves.png")
+    assert [line.get_marker() for line in drawn] == ["o", "None"]
+    plt.close("all")
