@@ -3,8 +3,7 @@
 Rows: each of --samplers at --guidance, each of --guidances at p2_ddpm_infer.py's default sampler and steps, last the
 real validation images. Columns: passes of the net an image (a guided step counts 2), accuracy before the judge of each
 domain, diversity in % of the real images' (score.py digits), and seconds an image: from noise to pixels in batches of
---batch-size, the net loaded and warm. The rest is as p2_ddpm_infer.py has it: trailing steps, clamped x0. Image k comes
-from noise k in every row.
+--batch-size, the net loaded and warm. The rest is as p2_ddpm_infer.py has it. Image k comes from noise k in every row.
 
 Rows of few images are less certain: of 100, one is 1 %; diversity compares as many generated as real images, and its
 share of theirs depends a little on how many. The same command again does what is missing; further --samplers and
@@ -33,7 +32,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import run as runs
 from common.data import Images, load_digits
-from common.diffusion import Sampler
+from common.diffusion import Sampler, Spacing
 from common.figures import save_table
 from common.run import UserError
 from p2_ddpm_infer import Generate, Model, file_name, in_batches
@@ -55,6 +54,7 @@ class Table:
     guidance: float = Generate.guidance  # w of these.
     guidances: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 5.0)  # w, at the default sampler and steps.
     interval: tuple[float, float] = Generate.interval  # The t / T between which guidance is on, in every row.
+    spacing: Spacing = Generate.spacing  # Which steps, in every row.
     per_class: int = 50  # Images of each digit and domain.
     ddpm_per_class: int = 10  # The same for ddpm, which is slow.
     seed: int = 0  # Of the noise.
@@ -84,7 +84,7 @@ def wanted_rows(args: Table) -> list[Row]:
 
 def open_model(args: Table, row: Row) -> Model:
     """The model with the sampler of a row; everything else as p2_ddpm_infer.py has it."""
-    names = ("checkpoint", "output_dir", "interval", "seed", "batch_size", "device")
+    names = ("checkpoint", "output_dir", "interval", "spacing", "seed", "batch_size", "device")
     same = {name: getattr(args, name) for name in names}
     options = {"sampler": row.sampler, "steps": row.steps, "guidance": row.guidance, "precision": args.precision}
     return Model(Generate(**same, **options))
@@ -135,7 +135,7 @@ def measure(args: Table, row: Row, real: dict[str, Images]) -> dict[str, Any]:
 def identity(args: Table) -> dict[str, Any]:
     """What all rows of a table must share, in json's types: the arguments, and what the files hold."""
     digests = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in (args.checkpoint, *args.classifiers)]
-    names = ("per_class", "ddpm_per_class", "seed", "batch_size", "device", "precision")
+    names = ("per_class", "ddpm_per_class", "spacing", "seed", "batch_size", "device", "precision")
     shared = {name: getattr(args, name) for name in names}
     shared |= {"domains": list(args.domains), "interval": list(args.interval)}
     return shared | {"data_dir": str(args.data_dir.resolve()), "checkpoint": digests[0], "classifiers": digests[1:]}

@@ -21,7 +21,7 @@ Kind = Literal["linear", "cosine"]
 Prediction = Literal["eps", "v"]
 Sampler = Literal["ddpm", "ddim", "dpm-solver++"]
 Clamp = Literal["static", "dynamic", "none"]
-Spacing = Literal["leading", "trailing"]
+Spacing = Literal["leading", "trailing", "beta"]
 
 
 class Schedule:
@@ -111,14 +111,23 @@ class Schedule:
         return weight if self.prediction == "eps" else weight * alpha_bar  # SNR / (SNR + 1) = ᾱ
 
     def subset(self, count: int, spacing: Spacing = "trailing", offset: int = 0) -> list[int]:
-        """Exactly `count` of the steps 1 … T, falling, evenly spread; a sampler goes from each to the next, then to 0.
+        """Exactly `count` of the steps 1 … T, falling; a sampler goes from each to the next, then to 0.
 
-        "trailing" begins at T; "leading" ends at 1 + offset, as DDIM's code (offset 0) and the course's (1) do.
+        "trailing" is evenly spread and begins at T; "leading" ends at 1 + offset, as DDIM's code (offset 0) and the
+        course's (1) do. "beta" begins at T and is dense at both ends, where an image's brightness and its details are
+        settled: the quantiles of Beta(½, ½), which are T sin²(πi / 2 count) (Lee et al., 2024,
+        https://arxiv.org/abs/2407.12173, who took 0.6 for ½).
         """
         if not 1 <= count <= self.T:
             raise UserError(f"--steps {count}: the noise schedule has 1 to {self.T:,}")
         if spacing == "trailing":
             steps = [round(self.T * number / count) for number in range(count, 0, -1)]
+        elif spacing == "beta":
+            quantiles = [
+                round(self.T * math.sin(math.pi * number / (2 * count)) ** 2) for number in range(1, count + 1)
+            ]
+            # Many steps lie so densely at the ends that they would coincide: there they follow one on the other.
+            steps = [min(max(q, n), self.T - count + n) for n, q in enumerate(quantiles, 1)][::-1]
         else:
             steps = [1 + offset + self.T * number // count for number in range(count - 1, -1, -1)]
         if steps[0] > self.T:

@@ -25,13 +25,13 @@ weights() {
     [ -f "$checkpoint" ] || fail 2 "error: $checkpoint: no such file; put model.safetensors of '$2' there"
 }
 
-# digits OUT PER_CLASS DOMAIN …: the digits by the released model.
+# digits OUT PER_CLASS DOMAIN: the digits by the released model, 24 passes of it an image.
 digits() {
-    local out=$1 per_class=$2
-    shift 2
+    local how=(--guidance 1) # 12 steps
+    if [ "$3" = svhn ]; then how=(--steps 18 --guidance 11 --interval 0 0.3); fi
     weights ddpm_digits "p2_ddpm_train.py --domains mnistm svhn"
-    "$python" "$root/p2_ddpm_infer.py" --checkpoint "$checkpoint" --output-dir "$out" --per-class "$per_class" \
-        --domains "$@" --guidance 2 --precision fp32
+    "$python" "$root/p2_ddpm_infer.py" --checkpoint "$checkpoint" --output-dir "$1" --per-class "$2" --domains "$3" \
+        --spacing beta "${how[@]}" --precision fp32
 }
 
 # domain_of PATH: sets `domain` to svhn or usps, whichever PATH names last (any case); else DOMAIN tells.

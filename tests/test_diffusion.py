@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
@@ -103,12 +104,14 @@ def test_v_tells_the_noise_and_is_weighted_as_the_image_s_error():
 @pytest.mark.parametrize("count", [1, 2, 13, 50, 300, 999, 1000])
 def test_subsets_have_exactly_their_number_of_steps(count):
     schedule = Schedule()
-    for spacing in ("leading", "trailing"):
+    for spacing in ("leading", "trailing", "beta"):
         steps = schedule.subset(count, spacing)
         assert len(steps) == len(set(steps)) == count
         assert steps == sorted(steps, reverse=True)
         assert 1 <= steps[-1] <= steps[0] <= 1000
-        assert (steps[0] == 1000) if spacing == "trailing" else (steps[-1] == 1)
+        assert (steps[-1] == 1) if spacing == "leading" else (steps[0] == 1000)
+    quantiles = scipy.stats.beta(0.5, 0.5).ppf(np.arange(1, 19) / 18)
+    assert schedule.subset(18, "beta")[::-1] == [round(1000 * q) for q in quantiles]
     assert schedule.subset(50, "leading", 1) == [2 + 20 * number for number in range(49, -1, -1)]  # t = 1 … 981 from 0
     for wrong in (0, 1001):
         with pytest.raises(UserError, match=f"--steps {wrong}"):
