@@ -40,7 +40,7 @@ class Options:
     noise_steps: int = 1_000  # T of a published checkpoint, which does not say it ...
     betas: tuple[float, float] = (1e-4, 2e-2)  # ... and its first and last β, of a linear schedule.
     steps: int = 50  # Of DDIM.
-    spacing: Spacing = "leading"  # Which steps: as the course's, beginning below T; or at T, where noise is whole.
+    spacing: Spacing = "leading"  # Even, as the course's; even from T, where noise is whole; dense at both ends.
     offset: int = 1  # Of leading, the lowest step is 1 + offset (the course counts from 0: t = 1, 21, …, 981).
     clamp: bool = True  # Keep predicted images in [-1, 1].
     final_alpha: Literal["one", "first"] = "one"  # ᾱ of the clean image: 1, or that of the first step.

@@ -40,7 +40,7 @@ class Generate:
     per_class: int | None = None  # Images of each digit; None is 100 for one domain, 50 for several.
     sampler: Sampler = "dpm-solver++"  # ddpm takes all steps if --steps does not say, the others few.
     steps: int | None = None  # Of the sampler; None is all for ddpm, 50 for ddim, 12 for dpm-solver++.
-    spacing: Spacing = "trailing"  # Which steps: from T evenly, or dense at both ends (beta); or evenly down to 1.
+    spacing: Spacing = "trailing"  # Even down to 1; even from T; from T, dense at both ends.
     eta: float = 0.0  # Noise of ddim: 0 none, 1 that of ddpm.
     large_sigma: bool = False  # ddpm adds variance β instead of the posterior's.
     guidance: float = 1.0  # w of classifier-free guidance; 0 is the conditional net alone, one pass a step.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+from scipy.special import betaincinv
 from torch import Tensor, nn
 
 from common.run import UserError
@@ -115,17 +116,14 @@ class Schedule:
 
         "trailing" is evenly spread and begins at T; "leading" ends at 1 + offset, as DDIM's code (offset 0) and the
         course's (1) do. "beta" begins at T and is dense at both ends, where an image's brightness and its details are
-        settled: the quantiles of Beta(½, ½), which are T sin²(πi / 2 count) (Lee et al., 2024,
-        https://arxiv.org/abs/2407.12173, who took 0.6 for ½).
+        settled: quantiles of Beta(0.6, 0.6) (Lee et al., 2024, https://arxiv.org/abs/2407.12173).
         """
         if not 1 <= count <= self.T:
             raise UserError(f"--steps {count}: the noise schedule has 1 to {self.T:,}")
         if spacing == "trailing":
             steps = [round(self.T * number / count) for number in range(count, 0, -1)]
         elif spacing == "beta":
-            quantiles = [
-                round(self.T * math.sin(math.pi * number / (2 * count)) ** 2) for number in range(1, count + 1)
-            ]
+            quantiles = [round(self.T * betaincinv(0.6, 0.6, number / count)) for number in range(1, count + 1)]
             # Many steps lie so densely at the ends that they would coincide: there they follow one on the other.
             steps = [min(max(q, n), self.T - count + n) for n, q in enumerate(quantiles, 1)][::-1]
         else:

@@ -19,15 +19,18 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import tyro
 from PIL import Image
 
 from checkpoints import release
 from checkpoints.release import Release
+from common.diffusion import Schedule
 from common.run import ROOT, UserError, load_net
 from models.context_unet import ContextUnet
 from models.dann import DannCNN
 from models.ddim_unet import DdimUnet
 from models.gan import GENERATORS, Generator
+from p2_ddpm_infer import Generate
 
 SCHEDULE = {"steps": 18, "as_given": True}  # as many as the scripts take at most
 SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "grading").glob("*/*.sh"))
@@ -64,19 +67,19 @@ def grade(script: str, *arguments: str, **environment: str) -> subprocess.Comple
 
 @pytest.fixture
 def run(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """`run(script, *arguments, **environment)`: what the script calls, done in this process; returns the last's."""
+    """`run(script, *arguments, **environment)`: what the script calls, done in this process; returns its arguments."""
 
-    def run(script: str, *arguments: str, **environment: str) -> list[str]:
+    def run(script: str, *arguments: str, **environment: str) -> list[list[str]]:
         (project / "called").unlink(missing_ok=True)
         ended = grade(script, *arguments, **environment)
         assert (ended.returncode, ended.stderr) == (0, "")
         monkeypatch.setattr(os, "fsync", lambda file: None)  # of a thousand files: most of the time
-        for call in (project / "called").read_text().splitlines():
-            called, *rest = call.split("\0")[:-1]
+        calls = [call.split("\0")[:-1] for call in (project / "called").read_text().splitlines()]
+        for called, *rest in calls:
             assert Path(called).parent == project
             monkeypatch.setattr(sys, "argv", [called, *rest])
             runpy.run_path(str(ROOT / Path(called).name), run_name="__main__")
-        return rest
+        return calls
 
     return run
 
@@ -165,7 +168,11 @@ def test_digits(run, project):
     assert read_images(project / "out") == dict.fromkeys(digit_names(100), ((28, 28), "RGB"))
     run("2022/hw2_2", "again", CHECKPOINTS="elsewhere")
     assert fingerprint(project / "again") == fingerprint(project / "out")
-    run("2024/hw2_1", "both/of them", CHECKPOINTS="elsewhere")
+    for call in run("2024/hw2_1", "both/of them", CHECKPOINTS="elsewhere"):
+        args = tyro.cli(Generate, args=call[1:])
+        steps = Schedule().subset(args.steps, args.spacing)
+        guided = [t for t in steps if args.interval[0] <= t / 1_000 <= args.interval[1]]
+        assert (args.spacing, len(steps) + len(guided)) == ("beta", 24)  # passes of the net an image
     assert sorted(path.name for path in (project / "both" / "of them").iterdir()) == ["mnistm", "svhn"]
     for domain in ("mnistm", "svhn"):
         assert read_images(project / "both" / "of them" / domain) == dict.fromkeys(digit_names(50), ((28, 28), "RGB"))
