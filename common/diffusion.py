@@ -114,9 +114,9 @@ class Schedule:
     def subset(self, count: int, spacing: Spacing = "trailing", offset: int = 0) -> list[int]:
         """Exactly `count` of the steps 1 … T, falling; a sampler goes from each to the next, then to 0.
 
-        "trailing" is evenly spread and begins at T; "leading" ends at 1 + offset, as DDIM's code (offset 0) and the
-        course's (1) do. "beta" begins at T and is dense at both ends, where an image's brightness and its details are
-        settled: quantiles of Beta(0.6, 0.6) (Lee et al., 2024, https://arxiv.org/abs/2407.12173).
+        "trailing" and "leading" are evenly spread; the first begins at T, the second ends at 1 + offset, as DDIM's code
+        (offset 0) and the course's (1) do. "beta" begins at T and is dense at both ends, where the brightness and the
+        details of an image are settled: quantiles of Beta(0.6, 0.6) (Lee et al., 2024, arxiv.org/abs/2407.12173).
         """
         if not 1 <= count <= self.T:
             raise UserError(f"--steps {count}: the noise schedule has 1 to {self.T:,}")

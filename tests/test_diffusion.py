@@ -112,6 +112,7 @@ def test_subsets_have_exactly_their_number_of_steps(count):
         assert (steps[-1] == 1) if spacing == "leading" else (steps[0] == 1000)
     quantiles = scipy.stats.beta(0.6, 0.6).ppf(np.arange(1, 19) / 18)
     assert schedule.subset(18, "beta")[::-1] == [round(1000 * q) for q in quantiles]
+    assert schedule.subset(5, "beta") == [1000, 877, 637, 363, 123]  # by the trapezoidal rule
     assert schedule.subset(50, "leading", 1) == [2 + 20 * number for number in range(49, -1, -1)]  # t = 1 … 981 from 0
     for wrong in (0, 1001):
         with pytest.raises(UserError, match=f"--steps {wrong}"):

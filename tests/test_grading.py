@@ -168,8 +168,9 @@ def test_digits(run, project):
     assert read_images(project / "out") == dict.fromkeys(digit_names(100), ((28, 28), "RGB"))
     run("2022/hw2_2", "again", CHECKPOINTS="elsewhere")
     assert fingerprint(project / "again") == fingerprint(project / "out")
-    for call in run("2024/hw2_1", "both/of them", CHECKPOINTS="elsewhere"):
-        args = tyro.cli(Generate, args=call[1:])
+    calls = [tyro.cli(Generate, args=call[1:]) for call in run("2024/hw2_1", "both/of them", CHECKPOINTS="elsewhere")]
+    assert [(args.domains, args.interval) for args in calls] == [(("mnistm",), (0, 1)), (("svhn",), (0, 0.3))]
+    for args in calls:
         steps = Schedule().subset(args.steps, args.spacing)
         guided = [t for t in steps if args.interval[0] <= t / 1_000 <= args.interval[1]]
         assert (args.spacing, len(steps) + len(guided)) == ("beta", 24)  # passes of the net an image
