@@ -53,6 +53,12 @@ def command_line(commands: Any, main: Callable[[Any], Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    if torch.distributed.is_initialized():
+        # DistributedDataParallel keeps Gloo's threads alive; one of them may still be busy while the interpreter is
+        # taken down, and its call into Python then aborts a process that has done all of its work.
+        torch.distributed.destroy_process_group()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(0)
 
 
 def make_accelerator(device: Device = "auto", precision: Precision = "auto") -> Accelerator:
