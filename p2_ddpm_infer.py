@@ -9,6 +9,7 @@ https://arxiv.org/abs/2010.02502) or DPM-Solver++ (Lu et al., 2022, https://arxi
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,13 +41,14 @@ class Generate:
     per_class: int | None = None  # Images of each digit; None is 100 for one domain, 50 for several.
     sampler: Sampler = "dpm-solver++"  # ddpm takes all steps if --steps does not say, the others few.
     steps: int | None = None  # Of the sampler; None is all for ddpm, 50 for ddim, 12 for dpm-solver++.
-    spacing: Spacing = "trailing"  # Even down to 1; even from T; from T, dense at both ends.
+    spacing: Spacing = "beta"  # Of few steps: leading, even down to 1; trailing, even from T; beta, dense at both ends.
     eta: float = 0.0  # Noise of ddim: 0 none, 1 that of ddpm.
     large_sigma: bool = False  # ddpm adds variance β instead of the posterior's.
     guidance: float = 1.0  # w of classifier-free guidance; 0 is the conditional net alone, one pass a step.
     interval: tuple[float, float] = (0.0, 1.0)  # The t / T between which guidance is on.
     clamp: Clamp = "static"  # What keeps the predicted images in [-1, 1].
     plain_one_hot: bool = False  # Of a published checkpoint that was trained with 1 for its class, not -1.
+    unit_range: bool = False  # Of a published checkpoint whose images were in [0, 1], not [-1, 1].
     noise_steps: int = 400  # T of a published checkpoint, which does not say it; its β are 1e-4 to 0.02.
     figures_dir: Path | None = None  # Also draw the grid, the reverse process and its film here.
     guidance_sweep: tuple[float, ...] = ()  # Also draw a strip of these strengths into --figures-dir.
@@ -74,6 +76,8 @@ class Model:
             if not getattr(net, "flipped_one_hot", False):
                 raise UserError(f"--plain-one-hot: {args.checkpoint} is no published ContextUnet")
             net.flipped_one_hot = False
+        if config and args.unit_range:
+            raise UserError(f"--unit-range: {args.checkpoint} is of p2_ddpm_train.py, whose images are in [-1, 1]")
         self.domains = config.get("domains", [f"domain{number}" for number in range(classes // 10)])
         self.schedule = Schedule(**config.get("schedule", {"steps": args.noise_steps, "as_given": True}))
         steps = {"ddpm": self.schedule.T, "ddim": min(50, self.schedule.T), "dpm-solver++": min(12, self.schedule.T)}
@@ -88,12 +92,16 @@ class Model:
         labels = torch.tensor(digits, device=device) + 10 * self.domains.index(domain)
         draw = runs.ImageNoise(args.seed, numbers, (3, 28, 28), device)
         x = draw().contiguous(memory_format=torch.channels_last)
-        yield self.schedule.T, to_uint8(x).cpu()
+        yield self.schedule.T, self.pixels(x)
         predict = predictor(self.net, self.schedule, labels, guidance, args.interval)
         options = {"eta": args.eta, "large_sigma": args.large_sigma, "clamp": args.clamp, "draw": draw}
         with self.accelerator.autocast():
             for step in sample(self.schedule, predict, x, self.steps, args.sampler, **options):
-                yield step.t, to_uint8(step.x).cpu()
+                yield step.t, self.pixels(step.x)
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """Images as the net knows them → uint8."""
+        return to_uint8(2 * x - 1 if self.args.unit_range else x).cpu()
 
 
 def in_batches(per_class: int, batch_size: int) -> list[tuple[list[int], list[int]]]:
@@ -123,17 +131,22 @@ def file_name(digit: int, number: int) -> str:
 
 def draw_figures(model: Model, domain: str, folder: Path, args: Generate) -> None:
     """The 10x10 grid (rows digits, columns noises), its film, six states of the first 0, and the guidance strip."""
-    states = list(model.states(domain, *in_batches(10, 100)[0], args.guidance))
+    states = model.states(domain, *in_batches(10, 100)[0], args.guidance)
+    states = list(watch(states, len(model.steps) + 1, f"{domain}, grid, steps"))
     save_grid(states[-1][1], folder / f"{domain}_grid.png", columns=10)
     frames = [*states[: -1 : -(-len(states) // 50)], states[-1]]
     save_gif([grid_of(pixels, 10) for _, pixels in frames], folder / f"{domain}_reverse.gif", 150)
-    six = [states[round(number * (len(states) - 1) / 5)] for number in range(6)]
+    evenly = (model.schedule.T * number / 5 for number in range(5, -1, -1))
+    nearest = (min(range(len(states)), key=lambda number: abs(states[number][0] - t)) for t in evenly)
+    six = [states[number] for number in dict.fromkeys(nearest)]  # fewer if there are fewer steps
     first = torch.stack([pixels[0] for _, pixels in six])
     save_labelled(first, folder / f"{domain}_reverse.png", [domain], [f"t = {t}" for t, _ in six])
     if args.guidance_sweep:
         rows = []
         for guidance in args.guidance_sweep:
-            rows.append(deque(model.states(domain, list(range(10)), [1] * 10, guidance), maxlen=1)[0][1])
+            states = model.states(domain, list(range(10)), [1] * 10, guidance)
+            states = watch(states, len(model.steps) + 1, f"{domain}, guidance {guidance:g}, steps")
+            rows.append(deque(states, maxlen=1)[0][1])
         names = [f"w = {guidance:g}" for guidance in args.guidance_sweep]
         save_labelled(torch.cat(rows), folder / f"{domain}_guidance.png", names, [str(d) for d in range(10)])
 
@@ -144,6 +157,18 @@ def main(args: Generate) -> None:
         raise UserError("--batch-size and --per-class: at least 1")
     if args.guidance_sweep and args.figures_dir is None:
         raise UserError("--guidance-sweep: needs --figures-dir, where its strip is drawn")
+    if not all(map(math.isfinite, (args.guidance, *args.guidance_sweep))):
+        raise UserError("--guidance and --guidance-sweep: must be numbers")
+    if not 0 <= args.interval[0] <= args.interval[1] <= 1:
+        raise UserError(f"--interval {args.interval[0]:g} {args.interval[1]:g}: must rise, within 0 and 1")
+    if not 0 <= args.eta <= 1 or (args.eta and args.sampler != "ddim"):
+        raise UserError(f"--eta {args.eta:g}: must be 0 to 1, and 0 but for --sampler ddim")
+    if args.large_sigma and args.sampler != "ddpm":
+        raise UserError(f"--large-sigma: is for --sampler ddpm, not {args.sampler}")
+    if args.noise_steps < 2:
+        raise UserError(f"--noise-steps {args.noise_steps}: must be at least 2")
+    if len(set(args.domains)) < len(args.domains):
+        raise UserError(f"--domains {' '.join(args.domains)}: each once")
     model = Model(args)
     unknown = [domain for domain in args.domains if domain not in model.domains]
     if unknown:

@@ -103,8 +103,9 @@ def load_init(args: Train, net: nn.Module, schedule: Schedule) -> dict[str, str]
 def loss_of(
     net: nn.Module, schedule: Schedule, x0: Tensor, labels: Tensor | None, args: Train, rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """Mean squared error of the predicted noise (equation 14), or v, at random t, and its means by quarter of t.
+    """Mean squared error of the predicted noise (equation 14), or v, at random t, with --min-snr weighted by t.
 
+    Beside it the sums and counts of the unweighted errors by quarter of t; their ratio is logged.
     `x0` is (batch, channels, height, width) in [-1, 1], `labels` int64 (batch,) or None.
     """
     t = torch.randint(1, schedule.T + 1, (len(x0),), generator=rng, device=x0.device)
@@ -117,15 +118,17 @@ def loss_of(
     bucket = (t - 1) * BUCKETS // schedule.T
     for number in range(BUCKETS):
         inside = bucket == number
-        losses[f"loss_t{number}"] = errors.where(inside, 0).sum()  # the sum and the count; their ratio is logged
+        losses[f"loss_t{number}"] = errors.where(inside, 0).sum()
         losses[f"count_t{number}"] = inside.float().sum()
     return losses
 
 
 def images_of_a_step(args: Train, processes: int) -> list[int]:
     """How many images of each domain a batch holds, over all processes. UserError for settings that cannot be meant."""
+    if not args.domains or len(set(args.domains)) < len(args.domains):
+        raise UserError(f"--domains {' '.join(args.domains)}: at least one, and each once")
     shares = args.shares or (1,) * len(args.domains)
-    if not shares or len(shares) != len(args.domains) or min(shares) < 1:
+    if len(shares) != len(args.domains) or min(shares) < 1:
         raise UserError(f"--shares {' '.join(map(str, shares))}: one for each of --domains, at least 1")
     if args.batch_size % (sum(shares) * processes):
         raise UserError(
@@ -133,10 +136,12 @@ def images_of_a_step(args: Train, processes: int) -> list[int]:
         )
     if args.balance_classes and FACES in args.domains:
         raise UserError("--balance-classes: faces have no classes")
-    if args.grid_every < 1 or args.width < 32 or args.width % 32:
-        raise UserError("--grid-every: at least 1; --width: a multiple of 32")
-    if not 0 <= args.drop <= 1 or (args.min_snr is not None and args.min_snr <= 0):
-        raise UserError("--drop: a probability, 0 to 1; --min-snr: above 0")
+    if args.width < 32 or args.width % 32:
+        raise UserError(f"--width {args.width}: must be a multiple of 32")
+    if not 0 <= args.drop <= 1:
+        raise UserError(f"--drop {args.drop}: must be a probability, 0 to 1")
+    if args.min_snr is not None and not args.min_snr > 0:
+        raise UserError(f"--min-snr {args.min_snr}: must be above 0")
     return [args.batch_size * share // sum(shares) for share in shares]
 
 
@@ -145,6 +150,7 @@ def train(args: Train) -> dict[str, Any]:
     accelerator = runs.make_accelerator(args.device, args.precision)
     device, rank = accelerator.device, accelerator.process_index
     counts = images_of_a_step(args, accelerator.num_processes)
+    schedule = Schedule(args.steps, args.schedule, prediction=args.prediction)
     run = Run(args, accelerator)
     if run.result is not None:
         return run.result if run.is_main else {}
@@ -153,7 +159,6 @@ def train(args: Train) -> dict[str, Any]:
     pixels = [images.pixels.to(device) for images in data]
     labels = [(images.labels + 10 * n).to(device) for n, images in enumerate(data)] if classes else None
 
-    schedule = Schedule(args.steps, args.schedule, prediction=args.prediction)
     torch.manual_seed(runs.derive_seed(args.seed, "init"))
     bare_net = make_net(args, *pixels[0].shape[1:3], classes)
     origin = load_init(args, bare_net, schedule) if args.init else {}

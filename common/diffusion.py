@@ -49,7 +49,7 @@ class Schedule:
         self.config = {"steps": steps, "kind": kind, "beta_start": beta_start, "beta_end": beta_end}
         self.config |= {"as_given": as_given, "prediction": prediction}
         if steps < 2:
-            raise UserError(f"noise schedule: {steps} steps, at least 2 are needed")
+            raise UserError(f"--steps {steps}: a noise schedule has at least 2")
         self.T, self.prediction = steps, prediction
         if kind == "linear":
             scale = 1.0 if as_given else 1_000 / steps
@@ -58,7 +58,8 @@ class Schedule:
             f = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
         if betas.min() <= 0 or betas.max() >= 1:
-            raise UserError(f"noise schedule: betas from {betas.min():.3g} to {betas.max():.3g} are not within 0 and 1")
+            told = f"β would go from {betas.min():.3g} to {betas.max():.3g}, and must lie between 0 and 1"
+            raise UserError(f"--steps {steps}: {told}")
         exact = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
         self.a = exact.tolist()  # ᾱ_t as Python floats, for the samplers
         self.betas = torch.cat([torch.zeros(1), betas.float()])
@@ -119,7 +120,7 @@ class Schedule:
         details of an image are settled: quantiles of Beta(0.6, 0.6) (Lee et al., 2024, arxiv.org/abs/2407.12173).
         """
         if not 1 <= count <= self.T:
-            raise UserError(f"--steps {count}: the noise schedule has 1 to {self.T:,}")
+            raise UserError(f"--steps {count}: must be 1 to {self.T:,}, those of the noise schedule")
         if spacing == "trailing":
             steps = [round(self.T * number / count) for number in range(count, 0, -1)]
         elif spacing == "beta":
@@ -196,7 +197,7 @@ def sample(
     ddpm: ancestral sampling, the posterior between any two steps, with the variance β̃ or, for `large_sigma`, β
     (section 3.2). ddim: equation 12 with σ by equation 16, eta = 1 being DDPM's. dpm-solver++: second order, two steps
     of memory, the last step of first order. `draw()` gives the noise of one step; no noise is added at the last.
-    `final_alpha` is the ᾱ of the clean image: 1, or ᾱ_1 as some published samplers have it.
+    `final_alpha` is the ᾱ of the clean image, of ddpm and ddim: 1, or ᾱ_1 as some published samplers have it.
     """
     x0_before, log_snr_before = None, math.nan
     for t, s in zip(steps, [*steps[1:], 0], strict=True):

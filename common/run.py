@@ -35,6 +35,12 @@ Precision = Literal["auto", "fp32", "bf16"]
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "accelerate", "numpy", "pillow", "scikit-learn")
 FREE_ARGUMENTS = {"output_dir", "num_workers"}  # may differ when a run is continued: they change no figure
+RANGES = (  # of options that several training scripts have
+    (("epochs", "images_per_epoch", "width", "grid_every"), lambda value: value >= 1, "at least 1"),
+    (("weight_decay", "augmentation"), lambda value: 0 <= value < math.inf, "0 or above"),
+    (("lr", "clip"), lambda value: 0 < value < math.inf, "above 0"),
+    (("ema_decay", "beta1", "beta2", "label_smoothing"), lambda value: 0 <= value < 1, "in [0, 1)"),
+)
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which published checkpoints keep their weights
 PREFIXES = ("module.", "_orig_mod.", "nn_model.")  # DataParallel and DDP, torch.compile, the public DDPM script
 
@@ -150,14 +156,15 @@ def atomic_write(path: Path, write: bytes | str | Callable[[Path], Any]) -> None
 def make_output_dir(folder: Path, flag: str = "--output-dir", only: Collection[str] | None = None) -> Path:
     """Create `folder` and make sure that files can be written in it, before any work is done.
 
-    Graders read everything in a folder of images: what is not among the names `only` is a UserError.
+    Graders read everything in a folder of images: what is not among the names `only` is a UserError, unless hidden.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
-    if only is not None and (strays := sorted(path.name for path in folder.iterdir() if path.name not in only)):
+    found = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    if only is not None and (strays := sorted(set(found) - set(only))):
         raise UserError(f"{flag} {folder}: holds {strays[0]}, which graders would read too; remove it first")
     return folder
 
@@ -230,14 +237,11 @@ class Run:
         batch, processes = args.batch_size, accelerator.num_processes
         if batch % processes or batch < 2 * processes:
             raise UserError(f"--batch-size {batch}: must be a multiple of the {processes} processes, at least twice it")
-        if args.epochs < 1:
-            raise UserError(f"--epochs {args.epochs}: at least one is needed")
-        rate = getattr(args, "lr", None)  # None stands for a recipe's
-        if rate is not None and rate <= 0:
-            raise UserError(f"--lr {rate}: must be above 0")
-        for name in ("ema_decay", "beta1", "beta2"):
-            if not 0 <= getattr(args, name, 0.0) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be in [0, 1)")
+        for names, fits, what in RANGES:
+            for name in names:
+                value = getattr(args, name, None)  # None stands for a recipe's
+                if value is not None and not fits(value):
+                    raise UserError(f"--{name.replace('_', '-')} {value}: must be {what}")
         self.dir: Path = make_output_dir(args.output_dir)
         self.accelerator, self.save_minutes = accelerator, save_minutes
         self.is_main = accelerator.is_main_process

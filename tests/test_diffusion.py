@@ -55,7 +55,7 @@ def test_a_short_schedule_reaches_noise_unless_the_betas_are_as_given():
     assert Schedule(400).a[400] < 1e-4
     assert Schedule(400, as_given=True).a[400] == pytest.approx(np.prod(1 - np.linspace(1e-4, 0.02, 400)))
     assert Schedule(400, as_given=True).a[400] > 0.017  # a signal of 13 % (its root) is left
-    with pytest.raises(UserError, match="betas"):
+    with pytest.raises(UserError, match="--steps 10: β would go"):
         Schedule(10, beta_end=0.5)
 
 
@@ -213,6 +213,41 @@ def test_ddim_with_eta_1_over_all_steps_is_ddpm():
     one = run(schedule, steps, "ddim", eta=1.0, clamp="none", draw=drawer())
     other = run(schedule, steps, "ddpm", clamp="none", draw=drawer())
     torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", [{"sampler": "ddpm"}, {"sampler": "ddim", "eta": 1.0}])
+def test_steps_far_apart_follow_the_posterior_by_bayes_rule(options):
+    """The product of the Gaussians q(x_s | x_0) and q(x_t | x_s), divided by its weight, with x_0 as predicted."""
+    schedule = Schedule(1000, "cosine")
+    steps, x, draw = schedule.subset(20, "beta"), start(), drawer()
+    ours = run(schedule, steps, clamp="none", draw=drawer(), **options)
+    for number, (t, s) in enumerate(itertools.pairwise(steps)):
+        a_t, a_s = schedule.a[t], schedule.a[s]
+        x0 = (x - (1 - a_t) ** 0.5 * predict(x, t / 1000)) / a_t**0.5
+        between = a_t / a_s
+        precision = 1 / (1 - a_s) + between / (1 - between)
+        mean = (a_s**0.5 * x0 / (1 - a_s) + between**0.5 * x / (1 - between)) / precision
+        x = mean + precision**-0.5 * draw()
+        torch.testing.assert_close(ours[number], x, rtol=1e-5, atol=1e-5)
+
+
+def test_deterministic_samplers_are_solvers_of_the_ode_of_scaled_images():
+    """x / √ᾱ moves by dσ ε (Song et al., DDIM, equation 14): Euler's steps, and in log σ those of 2M."""
+    schedule = Schedule(1000, "cosine")
+    steps = schedule.subset(15, "beta")
+    sigmas = [math.sqrt(1 / schedule.a[t] - 1) for t in steps]
+    ours = {name: run(schedule, steps, name, clamp="none") for name in ("ddim", "dpm-solver++")}
+    euler = solver = start() / schedule.a[steps[0]] ** 0.5
+    h_before, x0_before = math.inf, solver
+    for number, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
+        t, scale, end = steps[number], schedule.a[steps[number]] ** 0.5, schedule.a[steps[number + 1]] ** 0.5
+        euler = euler + (following - sigma) * predict(euler * scale, t / 1000)
+        torch.testing.assert_close(ours["ddim"][number], euler * end, rtol=1e-5, atol=1e-5)
+        h, x0 = math.log(sigma / following), solver - sigma * predict(solver * scale, t / 1000)
+        data = x0 + h / (2 * h_before) * (x0 - x0_before)  # the first step has no memory
+        solver = following / sigma * solver + (1 - following / sigma) * data
+        torch.testing.assert_close(ours["dpm-solver++"][number], solver * end, rtol=1e-5, atol=1e-5)
+        h_before, x0_before = h, x0
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver++"])

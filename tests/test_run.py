@@ -229,7 +229,10 @@ def test_model_file_carries_its_configuration(tmp_path):
 
 def test_batches_and_epochs_that_cannot_be_are_named(tmp_path):
     accelerator = make_accelerator("cpu", "fp32")
-    for options, told in (({"batch_size": 0}, "--batch-size 0: must be"), ({"epochs": 0}, "--epochs 0: at least one")):
+    for options, told in (
+        ({"batch_size": 0}, "--batch-size 0: must be"),
+        ({"epochs": 0}, "--epochs 0: must be at least 1"),
+    ):
         with pytest.raises(UserError, match=told):
             Run(Args(tmp_path / "run", **options), accelerator)
     assert not (tmp_path / "run").exists()
