@@ -1,11 +1,11 @@
 """Digits a second from a diffusion model: p2_ddpm_infer.py as it is released against the textbook sampler.
 
-Ours is p2_ddpm_infer.py with --sampler and --steps, by default as the graders' scripts have it (12 of DPM-Solver++),
-channels-last, in the precision that --precision auto chooses. The textbook sampler is algorithm 2 of DDPM over all T
-steps with noise of variance β, as the public scripts have it, in fp32 with contiguous tensors. Both have the same
-weights and the same strength of guidance, by a batch of twice the size in which half of the rows have no class. Time is
-that from noise to uint8 pixels, with the net loaded and after one step to warm up; each sampler runs in a process of
-its own, so that its peak memory is its own.
+Ours is p2_ddpm_infer.py with --sampler and --steps, by default 12 of DPM-Solver++ as the graders' scripts have it for
+MNIST-M, channels-last, in the precision that --precision auto chooses (the graders' scripts take fp32). The textbook
+sampler is algorithm 2 of DDPM over all T steps with noise of variance β, as the public scripts have it, in fp32 with
+contiguous tensors. Both have the same weights and the same strength of guidance, by a batch of twice the size in which
+half of the rows have no class. Time is that from noise to uint8 pixels, with the net loaded and after one step to warm
+up; each sampler runs in a process of its own, so that its peak memory is its own.
 
 As T steps are slow, the textbook sampler makes fewer images, --textbook-images in one batch. On a CPU 20 (the net sees
 40) are as fast an image as more would be; a GPU needs large batches, so there it makes as many as ours, 250 at most.

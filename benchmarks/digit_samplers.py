@@ -165,8 +165,7 @@ def write(file: Path, arguments: dict[str, Any], rows: list[dict[str, Any]]) -> 
     runs.atomic_write(file, json.dumps(content, indent=1) + "\n")
     domains = arguments["domains"]
     within = "" if arguments["interval"] == [0.0, 1.0] else " where t / T is in {}-{}".format(*arguments["interval"])
-    spread = "" if arguments["spacing"] == "trailing" else f" ({arguments['spacing']})"
-    table = [["sampler", f"steps{spread}", f"guidance w{within}", "images a digit", "passes an image"]]
+    table = [["sampler", f"steps ({arguments['spacing']})", f"guidance w{within}", "images a digit", "passes an image"]]
     table[0] += [f"{domain} {what}, %" for domain in domains for what in ("accuracy", "diversity")]
     table[0].append("seconds an image")
     order = list(get_args(Sampler))
