@@ -44,7 +44,8 @@ full)
     dcgan=(--augment translation)
     wgangp=(--augment translation --n-critic 1 --lr 2e-4 --drift 0.001)
     judge=()
-    ddpm=(--min-snr 5)
+    ddpm=(--net ddim --width 96 --blocks 1 --patch 2 --prediction v --schedule cosine --shares 2 3 --balance-classes
+        --batch-size 720 --lr 1e-3 --images-per-epoch 500000 --epochs 38) # as the released weights were trained
     face_ddpm=(--width 64 --min-snr 5 --images-per-epoch 28000)
     table=(--nets deep cnn --seeds 0 1 2)
     clip=() ;;
