@@ -31,7 +31,7 @@ digits() {
     if [ "$3" = svhn ]; then how=(--steps 18 --guidance 8 --interval 0 0.3); fi
     weights ddpm_digits "p2_ddpm_train.py --domains mnistm svhn"
     "$python" "$root/p2_ddpm_infer.py" --checkpoint "$checkpoint" --output-dir "$1" --per-class "$2" --domains "$3" \
-        --sampler dpm-solver++ --spacing beta "${how[@]}" --precision fp32
+        --sampler dpm-solver++ "${how[@]}" --precision fp32
 }
 
 # domain_of PATH: sets `domain` to svhn or usps, whichever PATH names last (any case); else DOMAIN tells.
