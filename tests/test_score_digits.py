@@ -325,7 +325,9 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, data_dir, course, monkeypa
         (["mse", "cut", "good"], "cut/1_001.png: not a whole image"),
         (["mse", "good", "good", "--output-dir", "run"], "--output-dir run: holds a run or another score"),
         ([*to_train, "none"], "--data-dir none: has no digit domain 'mnistm'"),
-        ([*to_train, data_dir, "--epochs", 0], "--epochs 0: at least one"),
+        ([*to_train, data_dir, "--epochs", 0], "--epochs 0: must be at least 1"),
+        ([*to_train, data_dir, "--width", -1], "--width -1: must be at least 1"),
+        ([*to_train, data_dir, "--label-smoothing", 2], "--label-smoothing 2.0: must be in [0, 1)"),
         ([*to_train, data_dir, "--batch-size", 1], "--batch-size 1: must be a multiple"),
     ):
         monkeypatch.setattr(sys, "argv", ["score.py", *map(str, words)])
