@@ -1,5 +1,6 @@
 """Fixtures: a tiny course layout."""
 
+import json
 import os
 import signal
 import sys
@@ -11,12 +12,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the t
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
 from common.run import Run
 
 torch.set_num_threads(1)
+
+
+def save_net(net: torch.nn.Module, path: Path, **config: object) -> Path:
+    """A checkpoint as the scripts write them."""
+    path.parent.mkdir(exist_ok=True)
+    weights = {key: value.contiguous() for key, value in net.state_dict().items()}
+    safetensors.torch.save_file(weights, path, {"config": json.dumps(net.config | config)})
+    return path
 
 
 def write_domain(folder: Path, counts: dict[str, int], grey: bool = False, seed: int = 0) -> None:

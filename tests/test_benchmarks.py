@@ -2,26 +2,18 @@
 
 import csv
 import dataclasses
-import json
 import sys
-from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 
-from common.run import UserError
+from common.run import ROOT, UserError
 from models.context_unet import ContextUnet
 from models.digit_classifier import DigitResNet
+from tests.conftest import save_net
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import digit_samplers
-
-
-def save_net(net: torch.nn.Module, path: Path, **config: object) -> Path:
-    weights = {key: value.contiguous() for key, value in net.state_dict().items()}
-    safetensors.torch.save_file(weights, path, {"config": json.dumps(net.config | config)})
-    return path
 
 
 @pytest.fixture

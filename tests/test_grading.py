@@ -31,16 +31,10 @@ from models.dann import DannCNN
 from models.ddim_unet import DdimUnet
 from models.gan import GENERATORS, Generator
 from p2_ddpm_infer import Generate
+from tests.conftest import save_net
 
 SCHEDULE = {"steps": 18, "as_given": True}  # as many as the scripts take at most
 SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "grading").glob("*/*.sh"))
-
-
-def save_net(net: torch.nn.Module, path: Path, **config: object) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    weights = {key: value.contiguous() for key, value in net.state_dict().items()}
-    safetensors.torch.save_file(weights, path, {"config": json.dumps(net.config | config)})
-    return path
 
 
 @pytest.fixture
