@@ -1,162 +1,285 @@
-"""Faces from given noises by DDIM: the graders' images, a grid over eta, interpolation between two noises.
+r"""Faces from given noises with DDIM: the graders' images, a grid over η, and interpolation.
+
+DDIM goes from noise to an image in a few of the steps of a trained diffusion model, with as much
+new noise on the way as η says (none for η = 0, so that the same noise gives the same face).
 
 Paper: Song et al., Denoising Diffusion Implicit Models, 2020, https://arxiv.org/abs/2010.02502
 
-    python p2_ddim.py generate --noise-dir hw2_data/face/noise --checkpoint hw2_data/face/UNet.pt --output-dir ddim
-    python p2_ddim.py eta-grid --noise-dir hw2_data/face/noise --checkpoint hw2_data/face/UNet.pt --output-dir eta
-    python p2_ddim.py interpolate --noise-dir hw2_data/face/noise --checkpoint hw2_data/face/UNet.pt --output-dir paths
+    python p2_ddim.py generate --noise-dir hw2_data/face/noise --checkpoint hw2_data/face/UNet.pt \
+        --output-dir ddim
+    python p2_ddim.py eta-grid --noise-dir hw2_data/face/noise --checkpoint hw2_data/face/UNet.pt \
+        --output-dir eta
+    python p2_ddim.py interpolate --noise-dir hw2_data/face/noise \
+        --checkpoint hw2_data/face/UNet.pt --output-dir paths
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from common import run as runs
+from common.checkpoints import load_net
+from common.cli import UserError, above, at_least, in_range, is_seed, run_cli
 from common.data import to_uint8
-from common.diffusion import Schedule, Spacing, predictor, sample
+from common.device import Device, Precision, make_accelerator, peak_memory, place
 from common.figures import save_image, save_labelled
-from common.metrics import peak_memory
-from common.progress import watch
-from common.run import UserError
+from common.files import make_output_dir
+from common.progress import show_progress
+from common.rng import ImageNoise
+from diffusion.guidance import predict_eps
+from diffusion.samplers import Clamp, clamp_x0, ddim_step, step_pairs
+from diffusion.schedule import Schedule, Spacing, spaced_steps
 from models.ddim_unet import DdimUnet
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(kw_only=True)
 class Options:
-    """What all commands share. The defaults are what scores best with the course's UNet.pt."""
+    """Options of all commands. The defaults are what scores best with the course's UNet.pt."""
 
-    noise_dir: Path  # 00.pt, 01.pt, …: noise (1, 3, height, width) each.
-    output_dir: Path  # Where the images are written.
-    checkpoint: Path  # The course's UNet.pt, or model.safetensors of p2_ddpm_train.py --net ddim.
-    noise_steps: int = 1_000  # T of a published checkpoint, which does not say it ...
-    betas: tuple[float, float] = (1e-4, 2e-2)  # ... and its first and last β, of a linear schedule.
-    steps: int = 50  # Of DDIM.
-    spacing: Spacing = "leading"  # Even, as the course's; even from T, where noise is whole; dense at both ends.
-    offset: int = 1  # Of leading, the lowest step is 1 + offset (the course counts from 0: t = 1, 21, …, 981).
-    clamp: bool = True  # Keep predicted images in [-1, 1].
-    final_alpha: Literal["one", "first"] = "one"  # ᾱ of the clean image: 1, or that of the first step.
-    save_range: Literal["minmax", "fixed"] = "minmax"  # Each image's own range becomes 0 … 255, or [-1, 1] does.
-    seed: int = 0  # Of the noise that eta > 0 adds.
-    batch_size: int = 10  # Images at a time; halved where memory is short.
-    device: runs.Device = "auto"  # Where to compute.
-    precision: runs.Precision = "fp32"  # Graders compare pixels: fp32, without TF32.
+    noise_dir: Path
+    """Folder of noises 00.pt, 01.pt, …, each a tensor (1, 3, height, width)."""
+    output_dir: Path
+    """Folder for the images."""
+    checkpoint: Path
+    """The course's UNet.pt, or model.safetensors of p2_ddpm_train.py --net ddim."""
+    timesteps: int = 1_000
+    """T of a published checkpoint, which does not say it."""
+    betas: tuple[float, float] = (1e-4, 2e-2)
+    """First and last β of a published checkpoint, whose schedule is linear."""
+    steps: int = 50
+    """Steps of DDIM for each image, at most T."""
+    spacing: Spacing = "leading"
+    """Steps spread evenly as in the course (leading), evenly from T (trailing), or dense at both
+    ends (beta)."""
+    offset: int = 1
+    """With --spacing leading the lowest step is 1 + offset. The course counts 1, 21, …, 981 from 0,
+    which is an offset of 1."""
+    clamp: Clamp = "static"
+    """How predicted images are kept in [-1, 1]: cut off, rescaled (dynamic), or not at all."""
+    final_alpha: Literal["one", "first"] = "one"
+    """ᾱ of the clean image: 1, or that of the first step, as some published samplers have it."""
+    save_range: Literal["minmax", "fixed"] = "minmax"
+    """What becomes 0 … 255: each image's own range, or [-1, 1]."""
+    seed: int = 0
+    """Seed of the noise that is added on the way if η > 0."""
+    batch_size: int = 10
+    """Images computed at a time; halved where memory is short."""
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "fp32"
+    """Graders compare pixels, so the default is fp32 without TF32."""
+
+    def __post_init__(self) -> None:
+        at_least("--timesteps", self.timesteps, 2)
+        for beta in self.betas:
+            above("--betas", beta, 0, 0.999)
+        at_least("--steps", self.steps, 1)
+        at_least("--offset", self.offset, 0)
+        is_seed("--seed", self.seed)
+        at_least("--batch-size", self.batch_size, 1)
 
 
 @dataclass(kw_only=True)
 class Generate(Options):
-    """Write 00.png for 00.pt and so on."""
+    """Write one image for each noise: 00.png for 00.pt, and so on."""
 
-    eta: float = 0.0  # 0 is deterministic, 1 as random as DDPM.
+    eta: float = 0.0
+    """Randomness: 0 is deterministic DDIM, 1 has the variance of DDPM."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        in_range("--eta", self.eta, 0, 1)
 
 
 @dataclass(kw_only=True)
 class EtaGrid(Options):
-    """Draw the first four noises (rows) at eta 0, 0.25, 0.5, 0.75 and 1 (columns): eta_grid.png."""
+    """Draw the first four noises (rows) at η = 0, 0.25, 0.5, 0.75 and 1 (columns)."""
 
 
 @dataclass(kw_only=True)
 class Interpolate(Options):
-    """Draw 11 images between the first two noises: slerp.png, lerp.png."""
+    """Draw 11 images on the way from the first noise to the second."""
 
-    method: Literal["slerp", "lerp", "both"] = "both"  # On the sphere, along the straight line, or one after the other.
+    method: Literal["slerp", "lerp", "both"] = "both"
+    """The way: along the sphere (slerp.png), along the straight line (lerp.png), or both."""
+
+
+class Model(NamedTuple):
+    """A noise predictor with its schedule and the falling steps of DDIM."""
+
+    net: DdimUnet
+    schedule: Schedule
+    steps: list[int]
+    accelerator: Accelerator
+
+
+@torch.inference_mode()
+def ddim(
+    model: Model, noise: Tensor, draw: ImageNoise, eta: float, clamp: Clamp, what: str
+) -> Tensor:
+    """Sample with DDIM: noises (n, 3, height, width) → images of that shape.
+
+    `draw()` returns the noise of one step, if η > 0; `what` names the images in the progress bar.
+    """
+    net, schedule, steps, _ = model
+    x = noise
+    for t, previous in show_progress(step_pairs(steps), len(steps), f"{what}, steps"):
+        eps = predict_eps(net, schedule, x, t)  # the predicted noise
+        x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), clamp)  # the predicted image
+        adds_noise = eta > 0 and previous > 0
+        x = ddim_step(schedule, x0, eps, t, previous, eta, draw() if adds_noise else None)
+    return x
+
+
+def in_batches_that_fit(model: Model, noises: Tensor, eta: float, args: Options) -> Tensor:
+    """Sample all noises (n, 3, height, width), in batches that are halved where memory is short.
+
+    Raises UserError if not even one image fits.
+    """
+    images = []
+    start = 0
+    batch_size = args.batch_size
+    while start < len(noises):
+        batch = noises[start : start + batch_size].to(model.accelerator.device)
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        numbers = range(start, start + len(batch))
+        draw = ImageNoise(args.seed, numbers, batch.shape[1:], batch.device)
+        what = f"noises {start + 1} to {start + len(batch)} of {len(noises)}"
+        try:
+            with model.accelerator.autocast():
+                images.append(ddim(model, batch, draw, eta, args.clamp, what).cpu())
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise UserError(
+                    f"--device {args.device}: too little memory for one image"
+                ) from None
+            batch_size = batch_size // 2
+            torch.cuda.empty_cache()
+            continue
+        start += len(batch)
+    return torch.cat(images)
+
+
+def load_model(args: Options, size: tuple[int, ...]) -> Model:
+    """Load the checkpoint with its schedule, for noises of `size` (height, width).
+
+    Raises UserError if it makes images of another size, or has too few steps.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    accelerator = make_accelerator(args.device, args.precision)
+    net, config = load_net(args.checkpoint, {"ddim_unet": DdimUnet})
+    side = net.config["arguments"]["size"]
+    if size != (side, side):
+        raise UserError(
+            f"--noise-dir {args.noise_dir}: the noises are {size[1]}x{size[0]}, "
+            f"but the network in {args.checkpoint} makes {side}x{side} images"
+        )
+    schedule = read_schedule(config, args)
+    if args.steps > schedule.T:
+        raise UserError(f"--steps {args.steps}: the network was trained with {schedule.T:,} steps")
+    # All T steps leave no room for an offset.
+    offset = 0 if args.steps == schedule.T else args.offset
+    try:
+        steps = spaced_steps(schedule.T, args.steps, args.spacing, offset)
+    except ValueError as error:
+        raise UserError(f"--offset {args.offset}: {error}") from None
+    return Model(place(net, accelerator.device), schedule, steps, accelerator)
+
+
+def read_schedule(config: dict[str, Any], args: Options) -> Schedule:
+    """The schedule in a checkpoint's configuration, or that of the options."""
+    if "schedule" in config:
+        schedule = Schedule.from_config(config["schedule"])
+    else:
+        first, last = args.betas
+        schedule = Schedule(args.timesteps, "linear", first, last, as_given=True)
+    if args.final_alpha == "first":
+        schedule.alpha_bar[0] = schedule.alpha_bar[1]
+    return schedule
 
 
 def read_noises(folder: Path, at_least: int = 1) -> tuple[list[str], Tensor]:
-    """Names and noises (n, 3, height, width) of the *.pt files of a folder, sorted. UserError names a bad one."""
+    """Read the *.pt files of a folder, sorted by name.
+
+    Returns their names without suffix and the noises (n, 3, height, width), float32. Raises
+    UserError for fewer than `at_least` files, and names one that is broken or of another shape.
+    """
     if not folder.is_dir():
         raise UserError(f"--noise-dir {folder}: no such folder")
-    paths, noises = sorted(folder.glob("*.pt")), []
+    paths = sorted(folder.glob("*.pt"))
     if len(paths) < at_least:
-        raise UserError(f"--noise-dir {folder}: has {len(paths)} noises (*.pt), at least {at_least} needed")
-    for path in paths:
-        try:
-            noise = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # what a damaged or hostile pickle raises is anybody's guess
-            raise UserError(f"{path}: not a whole file of one tensor") from None
-        if not isinstance(noise, Tensor):
-            raise UserError(f"{path}: holds a {type(noise).__name__}, not a tensor")
-        noise = noise.float().squeeze(0) if noise.ndim == 4 else noise.float()
-        expected = noises[0].shape if noises else (3, *noise.shape[-2:])
-        if noise.ndim != 3 or tuple(noise.shape) != tuple(expected):
-            raise UserError(f"{path}: has shape {list(noise.shape)}, expected 1 x {' x '.join(map(str, expected))}")
-        noises.append(noise)
+        raise UserError(
+            f"--noise-dir {folder}: contains {len(paths)} noises (*.pt), at least {at_least} needed"
+        )
+    noises = [read_noise(path) for path in paths]
+    for path, noise in zip(paths, noises, strict=True):
+        expected = (3, *noises[0].shape[-2:])
+        if tuple(noise.shape) != expected:
+            sizes = " x ".join(map(str, expected))
+            raise UserError(f"{path}: has shape {list(noise.shape)}, expected 1 x {sizes}")
     return [path.stem for path in paths], torch.stack(noises)
 
 
-class Model:
-    """A noise predictor with its schedule, on its device."""
+def read_noise(path: Path) -> Tensor:
+    """One noise as float32 (3, height, width); a batch of one is unpacked."""
+    try:
+        noise = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged or hostile pickle can raise anything
+        raise UserError(f"{path}: not a whole file of one tensor") from None
+    if not isinstance(noise, Tensor):
+        raise UserError(f"{path}: contains a {type(noise).__name__}, not a tensor")
+    noise = noise.float()
+    if noise.ndim == 4:
+        noise = noise.squeeze(0)
+    if noise.ndim != 3:
+        raise UserError(f"{path}: has shape {list(noise.shape)}, expected 1 x 3 x height x width")
+    return noise
 
-    def __init__(self, args: Options, size: tuple[int, ...]) -> None:
-        torch.backends.cudnn.allow_tf32 = False
-        self.args, self.accelerator = args, runs.make_accelerator(args.device, args.precision)
-        net, config = runs.load_net(args.checkpoint, {"ddim_unet": DdimUnet})
-        side = net.config["arguments"]["size"]
-        if size != (side, side):
-            raise UserError(f"--noise-dir {args.noise_dir}: is {size[0]}x{size[1]}, {args.checkpoint} {side}x{side}")
-        self.net = net.to(self.accelerator.device, memory_format=torch.channels_last)
-        published = {"steps": args.noise_steps, "beta_start": args.betas[0], "beta_end": args.betas[1]}
-        self.schedule = Schedule(**config.get("schedule", published | {"as_given": True}))
-        offset = 0 if args.steps == self.schedule.T else args.offset  # all steps leave no room for one
-        self.steps = self.schedule.subset(args.steps, args.spacing, offset)
 
-    @torch.inference_mode()
-    def generate(self, noises: Tensor, eta: float) -> Tensor:
-        """Noises (n, 3, height, width) → images in [-1, 1], in as large batches as memory allows."""
-        args, parts, start = self.args, [], 0
-        options = {"eta": eta, "clamp": "static" if args.clamp else "none"}
-        options["final_alpha"] = 1.0 if args.final_alpha == "one" else self.schedule.a[1]
-        while start < len(noises):
-            some = noises[start : start + args.batch_size].to(self.accelerator.device)
-            draw = runs.ImageNoise(args.seed, range(start, start + len(some)), some.shape[1:], some.device)
-            x = some.contiguous(memory_format=torch.channels_last)
-            try:
-                with self.accelerator.autocast():
-                    predict = predictor(self.net, self.schedule)
-                    states = sample(self.schedule, predict, x, self.steps, "ddim", draw=draw, **options)
-                    told = f"noises {start + 1} to {start + len(some)} of {len(noises)}, steps"
-                    parts.append(deque(watch(states, len(self.steps), told), maxlen=1)[0].x.cpu())
-            except torch.OutOfMemoryError:
-                if args.batch_size == 1:
-                    raise UserError(f"--device {args.device}: too little memory for one image") from None
-                args.batch_size = max(1, args.batch_size // 2)
-                torch.cuda.empty_cache()
-                continue
-            start += len(some)
-        return torch.cat(parts)
+def to_pixels(images: Tensor, save_range: Literal["minmax", "fixed"]) -> Tensor:
+    """Images (n, 3, height, width) → uint8.
 
-    def to_pixels(self, images: Tensor) -> Tensor:
-        """Images (n, 3, height, width) → uint8, by --save-range."""
-        if self.args.save_range == "fixed":
-            return to_uint8(images)
-        low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
-        return (255 * (images - low) / (high - low).clamp(min=1e-5) + 0.5).clamp(0, 255).byte()  # torchvision's
+    "minmax" maps each image's own range to 0 … 255, as torchvision's save_image(normalize=True)
+    does; "fixed" maps [-1, 1].
+    """
+    if save_range == "fixed":
+        return to_uint8(images)
+    low = images.amin((1, 2, 3), keepdim=True)
+    high = images.amax((1, 2, 3), keepdim=True)
+    return (255 * (images - low) / (high - low).clamp(min=1e-5) + 0.5).clamp(0, 255).byte()
 
 
 def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """From a (alpha 0) to b (alpha 1) along the arc between their directions, in float64; lengths go evenly.
+    """Interpolate between tensors a (alpha = 0) and b (alpha = 1) along the sphere, in float64.
 
-    Parallel vectors leave no arc and are joined by the straight line; for opposite ones any arc would do, and one
-    through a fixed direction is taken.
+    The direction moves along the arc between those of a and b, the length changes evenly. Parallel
+    tensors leave no arc: the straight line joins them. For opposite ones any arc would do, and the
+    one through a fixed direction is taken.
     """
-    x, y = a.double().flatten(), b.double().flatten()
+    x = a.double().flatten()
+    y = b.double().flatten()
     length = (1 - alpha) * x.norm() + alpha * y.norm()
-    x, y = x / x.norm(), y / y.norm()
+    x = x / x.norm()
+    y = y / y.norm()
     cosine = (x @ y).clamp(-1, 1)
     if cosine > 1 - 1e-9:
         direction = (1 - alpha) * x + alpha * y
         direction = direction / direction.norm()
     else:
         if cosine < -1 + 1e-9:
-            y = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+            rng = torch.Generator().manual_seed(0)
+            y = torch.randn(x.shape, dtype=x.dtype, generator=rng)
         across = y - (x @ y) * x  # at a right angle to x
         angle = alpha * torch.acos(cosine)
         direction = angle.cos() * x + angle.sin() * across / across.norm()
@@ -164,49 +287,77 @@ def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
 
 
 def generate(args: Generate) -> None:
-    """Write the images; tell time and memory."""
+    """Write one image per noise; print the seconds an image took and the peak memory."""
     names, noises = read_noises(args.noise_dir)
-    model, started = Model(args, tuple(noises.shape[-2:])), time.monotonic()
-    runs.make_output_dir(args.output_dir)
-    pixels = model.to_pixels(model.generate(noises, args.eta))
+    model = load_model(args, tuple(noises.shape[-2:]))
+    make_output_dir(args.output_dir)
+    started = time.monotonic()
+    images = in_batches_that_fit(model, noises, args.eta, args)
+    pixels = to_pixels(images, args.save_range)
     for name, image in zip(names, pixels, strict=True):
         save_image(image, args.output_dir / f"{name}.png")
     seconds = (time.monotonic() - started) / len(names)
     peak = peak_memory(model.accelerator.device) / 2**10
-    print(f"{len(names)} images: {args.output_dir} ({seconds:.1f} s an image, peak memory {peak:.1f} GiB)")
+    print(
+        f"{len(names)} images: {args.output_dir} "
+        f"({seconds:.1f} s an image, peak memory {peak:.1f} GiB)"
+    )
 
 
 def eta_grid(args: EtaGrid) -> None:
-    """Draw eta_grid.png."""
+    """Draw eta_grid.png: rows are noises, columns are values of η."""
     names, noises = read_noises(args.noise_dir, at_least=4)
-    model = Model(args, tuple(noises.shape[-2:]))
-    runs.make_output_dir(args.output_dir)
-    pixels = torch.stack([model.to_pixels(model.generate(noises[:4], eta)) for eta in ETAS], dim=1).flatten(0, 1)
-    save_labelled(pixels, args.output_dir / "eta_grid.png", names[:4], [f"eta = {eta:g}" for eta in ETAS])
-    print(f"{args.output_dir / 'eta_grid.png'}")
+    model = load_model(args, tuple(noises.shape[-2:]))
+    make_output_dir(args.output_dir)
+    columns = []
+    for eta in ETAS:
+        images = in_batches_that_fit(model, noises[:4], eta, args)
+        columns.append(to_pixels(images, args.save_range))  # (4 noises, 3, height, width)
+    grid = torch.stack(columns, dim=1)  # (4 noises, 5 values of η, 3, height, width)
+    file = args.output_dir / "eta_grid.png"
+    column_names = [f"eta = {eta:g}" for eta in ETAS]
+    save_labelled(grid.flatten(0, 1), file, names[:4], column_names)
+    print(file)
 
 
 def interpolate(args: Interpolate) -> None:
-    """Draw the images along one path or both; tell the noises' norms along it, which explain what is seen."""
+    """Draw the images along one way or both; print the norms of the noises on it."""
     _, noises = read_noises(args.noise_dir, at_least=2)
-    model = Model(args, tuple(noises.shape[-2:]))
-    runs.make_output_dir(args.output_dir)
+    model = load_model(args, tuple(noises.shape[-2:]))
+    make_output_dir(args.output_dir)
     alphas = [number / 10 for number in range(11)]
-    for method in ("slerp", "lerp") if args.method == "both" else (args.method,):
-        join = slerp if method == "slerp" else torch.lerp
-        path = torch.stack([join(noises[0], noises[1], alpha) for alpha in alphas])
-        norms = ", ".join(f"{norm:.0f}" for norm in path.flatten(1).norm(dim=1).tolist())
-        print(f"{method}: |noise| = {norms}; of standard normal noise it is {path[0].numel() ** 0.5:.0f}")
-        pixels = model.to_pixels(model.generate(path, eta=0.0))
-        save_labelled(pixels, args.output_dir / f"{method}.png", [method], [f"{alpha:g}" for alpha in alphas])
+    if args.method in ("slerp", "both"):
+        way = [slerp(noises[0], noises[1], alpha) for alpha in alphas]
+        draw_way("slerp", way, alphas, model, args)
+    if args.method in ("lerp", "both"):
+        way = [torch.lerp(noises[0], noises[1], alpha) for alpha in alphas]
+        draw_way("lerp", way, alphas, model, args)
+
+
+def draw_way(
+    name: str, way: Sequence[Tensor], alphas: Sequence[float], model: Model, args: Interpolate
+) -> None:
+    """Draw NAME.png from noises (3, height, width); their norms explain what is seen in it."""
+    noises = torch.stack(list(way))
+    norms = noises.flatten(1).norm(dim=1).tolist()
+    usual = noises[0].numel() ** 0.5
+    listed = ", ".join(f"{norm:.0f}" for norm in norms)
+    print(f"{name}: |noise| = {listed}; standard normal noise has {usual:.0f}")
+    images = in_batches_that_fit(model, noises, 0.0, args)
+    pixels = to_pixels(images, args.save_range)
+    save_labelled(pixels, args.output_dir / f"{name}.png", [name], [f"{a:g}" for a in alphas])
 
 
 def main(args: Generate | EtaGrid | Interpolate) -> None:
-    """Run one sub-command."""
-    if args.batch_size < 1 or args.offset < 0:
-        raise UserError("--batch-size: at least 1; --offset: at least 0")
-    {Generate: generate, EtaGrid: eta_grid, Interpolate: interpolate}[type(args)](args)
+    """Run one command."""
+    match args:
+        case Generate():
+            generate(args)
+        case EtaGrid():
+            eta_grid(args)
+        case Interpolate():
+            interpolate(args)
 
 
 if __name__ == "__main__":
-    runs.command_line(Generate | EtaGrid | Interpolate, main)
+    run_cli(Generate | EtaGrid | Interpolate, main)

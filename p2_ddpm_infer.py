@@ -1,123 +1,296 @@
-"""Generate digits with a trained diffusion model: the graders' folders, and the figures of the report.
+r"""Generate digits with a trained diffusion model: the graders' folders and the report's plots.
 
-DDPM: Ho et al., 2020, https://arxiv.org/abs/2006.11239. Fewer steps by DDIM (Song et al., 2020,
-https://arxiv.org/abs/2010.02502) or DPM-Solver++ (Lu et al., 2022, https://arxiv.org/abs/2211.01095).
+DDPM: Ho et al., Denoising Diffusion Probabilistic Models, 2020, https://arxiv.org/abs/2006.11239.
+Fewer steps with DDIM (Song et al., 2020, https://arxiv.org/abs/2010.02502) or DPM-Solver++ (Lu et
+al., 2022, https://arxiv.org/abs/2211.01095). Guidance: Ho and Salimans, 2022,
+https://arxiv.org/abs/2207.12598.
 
-    python p2_ddpm_infer.py --checkpoint runs/p2/digits/model.safetensors --output-dir digits --per-class 100
-    python p2_ddpm_infer.py --checkpoint runs/p2/digits/model.safetensors --output-dir few --figures-dir figures
+    python p2_ddpm_infer.py --checkpoint runs/p2/digits/model.safetensors --output-dir digits \
+        --per-class 100
+    python p2_ddpm_infer.py --checkpoint runs/p2/digits/model.safetensors --output-dir few \
+        --plots-dir plots
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from common import run as runs
+from common.checkpoints import load_net
+from common.cli import UserError, at_least, each_once, in_range, is_seed, run_cli
 from common.data import to_uint8
-from common.diffusion import Clamp, Sampler, Schedule, Spacing, predictor, sample
+from common.device import Device, Precision, make_accelerator, place
 from common.figures import grid_of, save_gif, save_grid, save_image, save_labelled
-from common.progress import watch
-from common.run import UserError
+from common.files import make_output_dir
+from common.progress import show_progress
+from common.rng import ImageNoise
+from diffusion.guidance import guided_eps, predict_eps
+from diffusion.samplers import (
+    Clamp,
+    ancestral_step,
+    clamp_x0,
+    ddim_step,
+    dpm_solver_step,
+    step_pairs,
+)
+from diffusion.schedule import Schedule, Spacing, spaced_steps
 from models.attention_unet import AttentionUnet
 from models.context_unet import ContextUnet
 from models.ddim_unet import DdimUnet
+from models.network import Network
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Sampler = Literal["ddpm", "ddim", "dpm-solver++"]
 NETS = {"context_unet": ContextUnet, "attention_unet": AttentionUnet, "ddim_unet": DdimUnet}
+SHAPE = (3, 28, 28)  # of a digit
+LARGEST_GUIDANCE = 100.0
 
 
 @dataclass(kw_only=True)
 class Generate:
-    """Write DIGIT_NUMBER.png (0_001.png …) for every digit; image k of a domain depends on the seed and k alone."""
+    """Write DIGIT_NUMBER.png (0_001.png …) for every digit.
 
-    checkpoint: Path  # model.safetensors of p2_ddpm_train.py, or a published ContextUnet .pth.
-    output_dir: Path  # Receives the images and nothing else; with several domains, a folder for each.
-    domains: tuple[str, ...] = ()  # Of those the model knows; all of them if none is named.
-    per_class: int | None = None  # Images of each digit; None is 100 for one domain, 50 for several.
-    sampler: Sampler = "dpm-solver++"  # ddpm takes all steps if --steps does not say, the others few.
-    steps: int | None = None  # Of the sampler; None is all for ddpm, 50 for ddim, 12 for dpm-solver++.
-    spacing: Spacing = "beta"  # Of few steps: leading, even down to 1; trailing, even from T; beta, dense at both ends.
-    eta: float = 0.0  # Noise of ddim: 0 none, 1 that of ddpm.
-    large_sigma: bool = False  # ddpm adds variance β instead of the posterior's.
-    guidance: float = 1.0  # w of classifier-free guidance; 0 is the conditional net alone, one pass a step.
-    interval: tuple[float, float] = (0.0, 1.0)  # The t / T between which guidance is on.
-    clamp: Clamp = "static"  # What keeps the predicted images in [-1, 1].
-    plain_one_hot: bool = False  # Of a published checkpoint that was trained with 1 for its class, not -1.
-    unit_range: bool = False  # Of a published checkpoint whose images were in [0, 1], not [-1, 1].
-    noise_steps: int = 400  # T of a published checkpoint, which does not say it; its β are 1e-4 to 0.02.
-    figures_dir: Path | None = None  # Also draw the grid, the reverse process and its film here.
-    guidance_sweep: tuple[float, ...] = ()  # Also draw a strip of these strengths into --figures-dir.
-    seed: int = 0  # Of the noise.
-    batch_size: int = 250  # Images at a time.
-    device: runs.Device = "auto"  # Where to compute.
-    precision: runs.Precision = "auto"  # bf16 autocast where the hardware is fast at it, or fp32.
+    Image k of a domain depends on the seed and on k alone.
+    """
+
+    checkpoint: Path
+    """model.safetensors of p2_ddpm_train.py, or a published ContextUnet .pth."""
+    output_dir: Path
+    """Folder for the images and nothing else; with several domains, a sub-folder for each."""
+    domains: tuple[str, ...] = ()
+    """Domains to generate; all that the model knows if none is named."""
+    per_class: int | None = None
+    """Images of each digit; 100 for one domain and 50 each for several if not given."""
+    sampler: Sampler = "dpm-solver++"
+    """Sampler."""
+    steps: int | None = None
+    """Steps of the sampler; T for ddpm, 50 for ddim and 12 for dpm-solver++ if not given."""
+    spacing: Spacing = "beta"
+    """Steps spread evenly down to 1 (leading), evenly from T (trailing), or dense at both ends
+    (beta)."""
+    eta: float = 0.0
+    """Randomness of ddim: 0 adds no noise, 1 as much as ddpm."""
+    large_sigma: bool = False
+    """Let ddpm add noise of variance β, not of the posterior's variance."""
+    guidance: float = 1.0
+    """Strength w of classifier-free guidance; 0 uses the conditional network alone."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """The range of t / T in which guidance is on (Kynkäänniemi et al., 2024,
+    https://arxiv.org/abs/2404.07724)."""
+    clamp: Clamp = "static"
+    """How predicted images are kept in [-1, 1]: cut off, rescaled (dynamic), or not at all."""
+    plain_one_hot: bool = False
+    """For a published checkpoint that was trained with 1, not -1, at its class."""
+    unit_range: bool = False
+    """For a published checkpoint that was trained on images in [0, 1], not [-1, 1]."""
+    timesteps: int = 400
+    """T of a published checkpoint, which does not say it; its β go from 1e-4 to 0.02."""
+    plots_dir: Path | None = None
+    """Folder for plots: the grid, the reverse process and its film. None are drawn without it."""
+    guidance_sweep: tuple[float, ...] = ()
+    """Strengths of guidance to compare in a strip of ten digits each, drawn in --plots-dir."""
+    seed: int = 0
+    """Seed of the noise."""
+    batch_size: int = 250
+    """Images computed at a time."""
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "auto"
+    """bf16 autocast where the hardware is fast at it, or fp32."""
+
+    def __post_init__(self) -> None:
+        each_once("--domains", self.domains, at_least_one=False)
+        at_least("--per-class", self.per_class, 1)
+        at_least("--steps", self.steps, 1)
+        in_range("--eta", self.eta, 0, 1)
+        if self.eta > 0 and self.sampler != "ddim":
+            raise UserError(f"--eta {self.eta:g}: only --sampler ddim adds noise in this way")
+        if self.large_sigma and self.sampler != "ddpm":
+            raise UserError(f"--large-sigma: is for --sampler ddpm, not {self.sampler}")
+        in_range("--guidance", self.guidance, -LARGEST_GUIDANCE, LARGEST_GUIDANCE)
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise UserError(f"--interval {low:g} {high:g}: must rise and lie between 0 and 1")
+        at_least("--timesteps", self.timesteps, 2)
+        for guidance in self.guidance_sweep:
+            in_range("--guidance-sweep", guidance, -LARGEST_GUIDANCE, LARGEST_GUIDANCE)
+        if self.guidance_sweep and self.plots_dir is None:
+            raise UserError("--guidance-sweep: needs --plots-dir, where its strip is drawn")
+        is_seed("--seed", self.seed)
+        at_least("--batch-size", self.batch_size, 1)
 
 
-class Model:
-    """A noise predictor with its schedule and classes; generates image number i of a digit from noise number i."""
+class Model(NamedTuple):
+    """A noise predictor with its schedule, the falling steps of the sampler, and its domains."""
 
-    def __init__(self, args: Generate) -> None:
-        self.args, self.accelerator = args, runs.make_accelerator(args.device, args.precision)
-        net, config = runs.load_net(args.checkpoint, NETS)
-        self.net: nn.Module = net.to(self.accelerator.device, memory_format=torch.channels_last)
-        arguments = net.config["arguments"]
-        classes, channels, size = (arguments.get(name) for name in ("n_classes", "in_channels", "size"))
-        if not classes or classes % 10:
-            raise UserError(f"--checkpoint {args.checkpoint}: knows {classes or 'no'} classes, digits take 10 a domain")
-        if channels != 3 or size not in (None, 28):  # ContextUnet and AttentionUnet know no other size
-            told = f"{channels} channels{f' of {size}x{size}' if size else ''}"
-            raise UserError(f"--checkpoint {args.checkpoint}: makes images of {told}, digits have 3 of 28x28")
-        if args.plain_one_hot:
-            if not getattr(net, "flipped_one_hot", False):
-                raise UserError(f"--plain-one-hot: {args.checkpoint} is no published ContextUnet")
-            net.flipped_one_hot = False
-        if config and args.unit_range:
-            raise UserError(f"--unit-range: {args.checkpoint} is of p2_ddpm_train.py, whose images are in [-1, 1]")
-        self.domains = config.get("domains", [f"domain{number}" for number in range(classes // 10)])
-        self.schedule = Schedule(**config.get("schedule", {"steps": args.noise_steps, "as_given": True}))
-        steps = {"ddpm": self.schedule.T, "ddim": min(50, self.schedule.T), "dpm-solver++": min(12, self.schedule.T)}
-        self.steps = self.schedule.subset(steps[args.sampler] if args.steps is None else args.steps, args.spacing)
+    net: Network
+    schedule: Schedule
+    steps: list[int]
+    domains: list[str]
+    accelerator: Accelerator
 
-    @torch.inference_mode()
-    def states(
-        self, domain: str, digits: list[int], numbers: list[int], guidance: float
-    ) -> Iterator[tuple[int, Tensor]]:
-        """(t, uint8 images (n, 3, 28, 28)) from the noise at T down to t = 0."""
-        args, device = self.args, self.accelerator.device
-        labels = torch.tensor(digits, device=device) + 10 * self.domains.index(domain)
-        draw = runs.ImageNoise(args.seed, numbers, (3, 28, 28), device)
-        x = draw().contiguous(memory_format=torch.channels_last)
-        yield self.schedule.T, self.pixels(x)
-        predict = predictor(self.net, self.schedule, labels, guidance, args.interval)
-        options = {"eta": args.eta, "large_sigma": args.large_sigma, "clamp": args.clamp, "draw": draw}
-        with self.accelerator.autocast():
-            for step in sample(self.schedule, predict, x, self.steps, args.sampler, **options):
-                yield step.t, self.pixels(step.x)
 
-    def pixels(self, x: Tensor) -> Tensor:
-        """Images as the net knows them → uint8."""
-        return to_uint8(2 * x - 1 if self.args.unit_range else x).cpu()
+class State(NamedTuple):
+    """A state of the sampler: its step t and the images, uint8 (n, 3, 28, 28), on the CPU."""
+
+    t: int
+    pixels: Tensor
+
+
+@torch.inference_mode()
+def sample_digits(
+    model: Model,
+    domain: str,
+    digits: list[int],
+    numbers: list[int],
+    guidance: float,
+    args: Generate,
+) -> Iterator[State]:
+    """Sample digits of a domain; yields the noise (t = T) and the state after every step.
+
+    `digits` are the classes of the images and `numbers` their k: the noise of an image depends on
+    the seed and k alone, so that image k of every digit starts from the same noise.
+    """
+    net, schedule, steps, domains, accelerator = model
+    device = accelerator.device
+    labels = torch.tensor(digits, device=device) + 10 * domains.index(domain)
+    draw = ImageNoise(args.seed, numbers, SHAPE, device)
+    low, high = args.interval
+    x = draw().contiguous(memory_format=torch.channels_last)
+    yield State(schedule.T, to_pixels(x, args))
+
+    before = None  # t and x0 of the step before, which DPM-Solver++ extrapolates from
+    for t, previous in step_pairs(steps):
+        with accelerator.autocast():
+            if guidance != 0 and low <= t / schedule.T <= high:
+                eps = guided_eps(net, schedule, x, t, labels, guidance)
+            else:
+                eps = predict_eps(net, schedule, x, t, labels)
+        x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), args.clamp)
+        if args.sampler == "ddpm":
+            noise = draw() if previous > 0 else None
+            x = ancestral_step(schedule, x, x0, t, previous, noise, args.large_sigma)
+        elif args.sampler == "ddim":
+            noise = draw() if previous > 0 and args.eta > 0 else None
+            x = ddim_step(schedule, x0, eps, t, previous, args.eta, noise)
+        else:
+            x = dpm_solver_step(schedule, x, x0, t, previous, before)
+            before = (t, x0)
+        yield State(previous, to_pixels(x, args))
+
+
+def to_pixels(x: Tensor, args: Generate) -> Tensor:
+    """Images in the range that the network was trained on → uint8 on the CPU."""
+    if args.unit_range:
+        x = 2 * x - 1
+    return to_uint8(x).cpu()
+
+
+def final_state(states: Iterator[State], steps: list[int], what: str) -> Tensor:
+    """Run a sampler to its end beside a progress bar; returns the images, uint8 (n, 3, 28, 28)."""
+    state = None
+    for state in show_progress(states, len(steps) + 1, f"{what}, steps"):  # noqa: B007
+        pass
+    assert state is not None
+    return state.pixels
+
+
+def load_model(args: Generate) -> Model:
+    """Load a checkpoint with its schedule. Raises UserError if it does not make digits by class."""
+    accelerator = make_accelerator(args.device, args.precision)
+    net, config = load_net(args.checkpoint, NETS)
+    classes = check_makes_digits(net, args.checkpoint)
+    if args.plain_one_hot:
+        if not getattr(net, "flipped_one_hot", False):
+            raise UserError(f"--plain-one-hot: {args.checkpoint} is not a published ContextUnet")
+        net.flipped_one_hot = False
+    if config and args.unit_range:
+        raise UserError(
+            f"--unit-range: {args.checkpoint} is from p2_ddpm_train.py, whose images are in [-1, 1]"
+        )
+    numbered = [f"domain{number}" for number in range(classes // 10)]
+    domains = config.get("domains", numbered)
+    for domain in args.domains:
+        if domain not in domains:
+            known = " ".join(domains)
+            raise UserError(f"--domains {domain}: {args.checkpoint} only knows {known}")
+    schedule = read_schedule(config, args)
+    count = default_steps(args.sampler, schedule.T) if args.steps is None else args.steps
+    if count > schedule.T:
+        raise UserError(f"--steps {count}: the network was trained with {schedule.T:,} steps")
+    steps = spaced_steps(schedule.T, count, args.spacing)
+    return Model(place(net, accelerator.device), schedule, steps, domains, accelerator)
+
+
+def check_makes_digits(net: Network, checkpoint: Path) -> int:
+    """The number of classes of the network; UserError if it does not make 28x28 digits by class."""
+    arguments = net.config["arguments"]
+    classes = arguments.get("n_classes")
+    if not classes:
+        raise UserError(
+            f"--checkpoint {checkpoint}: this network has no class labels; p2_ddpm_infer.py needs "
+            "one trained on digits (p2_ddpm_train.py)"
+        )
+    if classes % 10:
+        raise UserError(
+            f"--checkpoint {checkpoint}: has {classes} classes, but digits have 10 in each domain"
+        )
+    channels = arguments["in_channels"]
+    size = arguments.get("size", 28)  # ContextUnet and AttentionUnet have no other size
+    if (channels, size) != (3, 28):
+        raise UserError(
+            f"--checkpoint {checkpoint}: makes {size}x{size} images with {channels} channels, "
+            "but digits are 28x28 with 3 channels"
+        )
+    return classes
+
+
+def read_schedule(config: dict[str, Any], args: Generate) -> Schedule:
+    """The schedule in a checkpoint's configuration, or that of a published checkpoint."""
+    if "schedule" in config:
+        return Schedule.from_config(config["schedule"])
+    return Schedule(args.timesteps, "linear", as_given=True)
+
+
+def default_steps(sampler: Sampler, timesteps: int) -> int:
+    """How many steps a sampler takes if --steps is not given."""
+    if sampler == "ddpm":
+        return timesteps
+    if sampler == "ddim":
+        return min(50, timesteps)
+    return min(12, timesteps)
 
 
 def in_batches(per_class: int, batch_size: int) -> list[tuple[list[int], list[int]]]:
-    """Digits and numbers of the images to make, `per_class` of each digit, batch by batch."""
-    digits, numbers = [d for d in range(10) for _ in range(per_class)], list(range(1, per_class + 1)) * 10
-    starts = range(0, len(digits), batch_size)
-    return [(digits[start : start + batch_size], numbers[start : start + batch_size]) for start in starts]
+    """The digits and numbers of all images to make, `per_class` of each digit, batch by batch."""
+    digits = []
+    numbers = []
+    for digit in range(10):
+        for number in range(1, per_class + 1):
+            digits.append(digit)
+            numbers.append(number)
+    batches = []
+    for start in range(0, len(digits), batch_size):
+        end = start + batch_size
+        batches.append((digits[start:end], numbers[start:end]))
+    return batches
 
 
 def write_digits(model: Model, domain: str, per_class: int, folder: Path, args: Generate) -> None:
     """Write the images of one domain under the graders' names."""
-    done, total = 0, 10 * per_class
+    total = 10 * per_class
+    done = 0
     for digits, numbers in in_batches(per_class, args.batch_size):
-        what = f"{domain}, digits {done + 1:,} to {done + len(digits):,} of {total:,}, steps"
-        states = model.states(domain, digits, numbers, args.guidance)
-        _, pixels = deque(watch(states, len(model.steps) + 1, what), maxlen=1)[0]
+        what = f"{domain}, digits {done + 1:,} to {done + len(digits):,} of {total:,}"
+        states = sample_digits(model, domain, digits, numbers, args.guidance, args)
+        pixels = final_state(states, model.steps, what)
         done += len(digits)
         for digit, number, image in zip(digits, numbers, pixels, strict=True):
             save_image(image, folder / file_name(digit, number))
@@ -125,70 +298,85 @@ def write_digits(model: Model, domain: str, per_class: int, folder: Path, args: 
 
 
 def file_name(digit: int, number: int) -> str:
-    """The graders' name of an image: its first sign is the label."""
+    """The graders' name of an image: its first character is the label."""
     return f"{digit}_{number:03d}.png"
 
 
-def draw_figures(model: Model, domain: str, folder: Path, args: Generate) -> None:
-    """The 10x10 grid (rows digits, columns noises), its film, six states of the first 0, and the guidance strip."""
-    states = model.states(domain, *in_batches(10, 100)[0], args.guidance)
-    states = list(watch(states, len(model.steps) + 1, f"{domain}, grid, steps"))
-    save_grid(states[-1][1], folder / f"{domain}_grid.png", columns=10)
-    frames = [*states[: -1 : -(-len(states) // 50)], states[-1]]
-    save_gif([grid_of(pixels, 10) for _, pixels in frames], folder / f"{domain}_reverse.gif", 150)
-    evenly = (model.schedule.T * number / 5 for number in range(5, -1, -1))
-    nearest = (min(range(len(states)), key=lambda number: abs(states[number][0] - t)) for t in evenly)
-    six = [states[number] for number in dict.fromkeys(nearest)]  # fewer if there are fewer steps
-    first = torch.stack([pixels[0] for _, pixels in six])
-    save_labelled(first, folder / f"{domain}_reverse.png", [domain], [f"t = {t}" for t, _ in six])
+def draw_plots(model: Model, domain: str, folder: Path, args: Generate) -> None:
+    """Draw the 10x10 grid (rows are digits, columns noises), the reverse process and its film."""
+    ((digits, numbers),) = in_batches(10, batch_size=100)
+    sampling = sample_digits(model, domain, digits, numbers, args.guidance, args)
+    total = len(model.steps) + 1
+    states = list(show_progress(sampling, total, f"{domain}, grid, steps"))
+    save_grid(states[-1].pixels, folder / f"{domain}_grid.png", columns=10)
+
+    stride = -(-len(states) // 50)  # rounded up: at most 50 frames, and the last state
+    shown = [*states[:-1:stride], states[-1]]
+    frames = [grid_of(state.pixels, 10) for state in shown]
+    save_gif(frames, folder / f"{domain}_reverse.gif", 150)
+
+    six = evenly_spread(states, model.schedule.T)
+    first_zero = torch.stack([state.pixels[0] for state in six])
+    names = [f"t = {state.t}" for state in six]
+    save_labelled(first_zero, folder / f"{domain}_reverse.png", [domain], names)
     if args.guidance_sweep:
-        rows = []
-        for guidance in args.guidance_sweep:
-            states = model.states(domain, list(range(10)), [1] * 10, guidance)
-            states = watch(states, len(model.steps) + 1, f"{domain}, guidance {guidance:g}, steps")
-            rows.append(deque(states, maxlen=1)[0][1])
-        names = [f"w = {guidance:g}" for guidance in args.guidance_sweep]
-        save_labelled(torch.cat(rows), folder / f"{domain}_guidance.png", names, [str(d) for d in range(10)])
+        draw_guidance_sweep(model, domain, folder, args)
+
+
+def evenly_spread(states: list[State], timesteps: int) -> list[State]:
+    """The states nearest to t = T, 4/5 T, …, 0; fewer than six if there are fewer steps."""
+    chosen = []
+    for number in range(5, -1, -1):
+        t = timesteps * number / 5
+        nearest = min(states, key=lambda state: abs(state.t - t))
+        if not any(nearest is state for state in chosen):
+            chosen.append(nearest)
+    return chosen
+
+
+def draw_guidance_sweep(model: Model, domain: str, folder: Path, args: Generate) -> None:
+    """Draw the first image of every digit (columns) with several strengths of guidance (rows)."""
+    rows = []
+    for guidance in args.guidance_sweep:
+        states = sample_digits(model, domain, list(range(10)), [1] * 10, guidance, args)
+        rows.append(final_state(states, model.steps, f"{domain}, guidance {guidance:g}"))
+    row_names = [f"w = {guidance:g}" for guidance in args.guidance_sweep]
+    column_names = [str(digit) for digit in range(10)]
+    save_labelled(torch.cat(rows), folder / f"{domain}_guidance.png", row_names, column_names)
 
 
 def main(args: Generate) -> None:
     """Check everything, then generate."""
-    if args.batch_size < 1 or (args.per_class is not None and args.per_class < 1):
-        raise UserError("--batch-size and --per-class: at least 1")
-    if args.guidance_sweep and args.figures_dir is None:
-        raise UserError("--guidance-sweep: needs --figures-dir, where its strip is drawn")
-    if not all(map(math.isfinite, (args.guidance, *args.guidance_sweep))):
-        raise UserError("--guidance and --guidance-sweep: must be numbers")
-    if not 0 <= args.interval[0] <= args.interval[1] <= 1:
-        raise UserError(f"--interval {args.interval[0]:g} {args.interval[1]:g}: must rise, within 0 and 1")
-    if not 0 <= args.eta <= 1 or (args.eta and args.sampler != "ddim"):
-        raise UserError(f"--eta {args.eta:g}: must be 0 to 1, and 0 but for --sampler ddim")
-    if args.large_sigma and args.sampler != "ddpm":
-        raise UserError(f"--large-sigma: is for --sampler ddpm, not {args.sampler}")
-    if args.noise_steps < 2:
-        raise UserError(f"--noise-steps {args.noise_steps}: must be at least 2")
-    if len(set(args.domains)) < len(args.domains):
-        raise UserError(f"--domains {' '.join(args.domains)}: each once")
-    model = Model(args)
-    unknown = [domain for domain in args.domains if domain not in model.domains]
-    if unknown:
-        raise UserError(f"--domains {unknown[0]}: {args.checkpoint} knows {' '.join(model.domains)}")
+    model = load_model(args)
     domains = args.domains or tuple(model.domains)
     per_class = args.per_class or (50 if len(domains) > 1 else 100)
-    names = {file_name(digit, number) for digit in range(10) for number in range(1, per_class + 1)}
-    folders = {domain: args.output_dir / domain if len(domains) > 1 else args.output_dir for domain in domains}
-    figures = args.figures_dir and args.figures_dir.resolve()
-    if figures and any(folder.resolve() in (figures, *figures.parents) for folder in folders.values()):
-        raise UserError(f"--figures-dir {args.figures_dir}: lies among the digits, where graders would read it too")
+    folders = {}
+    for domain in domains:
+        folders[domain] = args.output_dir / domain if len(domains) > 1 else args.output_dir
+    if args.plots_dir is not None:
+        refuse_plots_among_digits(args.plots_dir, list(folders.values()))
+    names = []
+    for digit in range(10):
+        names += [file_name(digit, number) for number in range(1, per_class + 1)]
     for folder in folders.values():
-        runs.make_output_dir(folder, only=names)
-    if figures:
-        runs.make_output_dir(args.figures_dir, "--figures-dir")
+        make_output_dir(folder, only=names)
+    if args.plots_dir is not None:
+        make_output_dir(args.plots_dir, "--plots-dir")
     for domain, folder in folders.items():
         write_digits(model, domain, per_class, folder, args)
-        if args.figures_dir is not None:
-            draw_figures(model, domain, args.figures_dir, args)
+        if args.plots_dir is not None:
+            draw_plots(model, domain, args.plots_dir, args)
+
+
+def refuse_plots_among_digits(plots_dir: Path, folders: list[Path]) -> None:
+    """Raise UserError if the plots would lie in a folder of digits, which graders read whole."""
+    place = plots_dir.resolve()
+    for folder in folders:
+        if folder.resolve() in (place, *place.parents):
+            raise UserError(
+                f"--plots-dir {plots_dir}: lies among the digits, where graders would read it too"
+            )
 
 
 if __name__ == "__main__":
-    runs.command_line(Generate, main)
+    run_cli(Generate, main)

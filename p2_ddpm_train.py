@@ -1,8 +1,11 @@
-"""Train a denoising diffusion model (DDPM): digits of one or more domains by class, or faces without any.
+"""Train a denoising diffusion model (DDPM): digits of one or more domains by class, or faces.
 
-A U-Net learns to predict the noise in images noised to a random degree; sampling then goes from noise to an image.
-Paper: Ho et al., Denoising Diffusion Probabilistic Models, 2020, https://arxiv.org/abs/2006.11239; classes are dropped
-at times for classifier-free guidance, Ho and Salimans, 2022, https://arxiv.org/abs/2207.12598
+A U-Net learns to predict the noise in images that were noised to a random degree. Sampling then
+goes from noise to an image (p2_ddpm_infer.py, p2_ddim.py). A class is sometimes withheld, so that
+the same network also knows images without a class; this makes classifier-free guidance possible.
+
+DDPM: Ho et al., Denoising Diffusion Probabilistic Models, 2020, https://arxiv.org/abs/2006.11239.
+Guidance: Ho and Salimans, 2022, https://arxiv.org/abs/2207.12598.
 
     python p2_ddpm_train.py --output-dir runs/p2/digits --domains mnistm svhn
     python p2_ddpm_train.py --output-dir runs/p2/faces --domains faces --net ddim --width 64
@@ -13,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,228 +24,413 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import run as runs
-from common.data import Images, draw_batch, load_digits, load_folder, normalise, to_uint8
-from common.diffusion import Kind, Prediction, Schedule, predictor, sample
+from common.checkpoints import load_net
+from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
+from common.data import (
+    Images,
+    draw_batch,
+    labels_of,
+    load_digits,
+    load_folder,
+    normalise,
+    to_uint8,
+)
+from common.device import Device, Precision, make_accelerator, place
 from common.figures import read_grids, save_curves, save_gif, save_grid
-from common.run import Run, UserError, generator
+from common.rng import ImageNoise, derive_seed, make_rng
+from common.run import Run
+from common.training import update_ema, warmup_cosine
+from diffusion.guidance import predict_eps
+from diffusion.samplers import clamp_x0, ddim_step, step_pairs
+from diffusion.schedule import Kind, Prediction, Schedule, spaced_steps
 from models.attention_unet import AttentionUnet
 from models.context_unet import ContextUnet
 from models.ddim_unet import DdimUnet
+from models.network import Network
 
 FACES = "faces"  # the domain that is a folder without labels
-BUCKETS = 4  # of t, for the losses on record
+QUARTERS = 4  # of t, for the losses on record
 
 
 @dataclass(kw_only=True)
 class Train:
-    """Train one noise predictor on the training images of one or more domains. The last epoch counts."""
+    """Train one noise predictor on the training images of one or more domains.
 
-    output_dir: Path  # Where everything is written; the same command again continues an interrupted run.
-    data_dir: Path = Path("hw2_data")  # Folder with digits/DOMAIN, or face/train.
-    domains: tuple[str, ...] = ("mnistm",)  # Digit domains, as many images of each; or "faces", without classes.
-    net: Literal["context", "attention", "ddim"] = "context"  # The U-Net.
-    width: int = 128  # Channels of its first level.
-    blocks: int = 2  # Of each level of the ddim net.
-    patch: int = 1  # Side of the squares of pixels that the ddim net takes as one position: 2 costs a quarter.
-    init: Path | None = None  # Begin with the weights of this model.safetensors of such a net, not at random.
-    shares: tuple[int, ...] = ()  # Images of the domains in a batch, as ratios (1 3); as many of each if none.
-    balance_classes: bool = False  # Draw the rarer digits of a domain as often as its commonest.
-    epochs: int = 100  # Epochs of --images-per-epoch images.
-    images_per_epoch: int = 56_000  # Whatever the size of the data.
-    batch_size: int = 128  # Images of a step, over all processes.
-    lr: float = 4e-4  # Peak learning rate of AdamW: warmed up over 2 % of the steps, then half a cosine.
-    weight_decay: float = 0.01  # Of AdamW.
-    clip: float = 1.0  # Largest norm of the gradient.
-    steps: int = 1_000  # T, the steps of the noise schedule.
-    schedule: Kind = "linear"  # Of β; the linear one is scaled to T.
-    prediction: Prediction = "eps"  # What the net learns to give: the noise, or v (see Schedule).
-    drop: float = 0.1  # Probability that an image's class is withheld.
-    min_snr: float | None = None  # γ of min-SNR weighting; None weights all t alike.
-    ema_decay: float = 0.9995  # Of the averaged net, the one that is sampled and saved.
-    grid_every: int = 10  # Epochs between grids from fixed noise.
-    seed: int = 0  # Seed of initialisation, order and noise.
-    device: runs.Device = "auto"  # Where to compute.
-    precision: runs.Precision = "auto"  # bf16 autocast where the hardware is fast at it, or fp32.
-
-
-def make_net(args: Train, channels: int, size: int, classes: int) -> nn.Module:
-    """The noise predictor: `net(x, time, labels, drop)` → noise (or v) of the shape of x."""
-    if args.net == "ddim":  # half as large at each level while it is even, attention at the last
-        if args.patch < 1 or size % args.patch or args.blocks < 1:
-            raise UserError(f"--patch {args.patch}: must divide {size}, the images' size; --blocks: at least 1")
-        size_of = [size // args.patch]
-        while len(size_of) < 4 and size_of[-1] % 2 == 0:
-            size_of.append(size_of[-1] // 2)
-        levels, options = (1, 2, 2, 4)[: len(size_of)], {"n_classes": classes, "patch": args.patch}
-        return DdimUnet(channels, size, args.width, levels, size_of[-1:], args.blocks, **options)
-    if not classes or size != 28:
-        raise UserError(f"--net {args.net}: is for 28x28 digits; take ddim for {' and '.join(args.domains)}")
-    if (args.patch, args.blocks) != (1, 2):
-        raise UserError(f"--net {args.net}: has no --patch and no --blocks; ddim has")
-    return {"context": ContextUnet, "attention": AttentionUnet}[args.net](channels, args.width, classes)
-
-
-def load_init(args: Train, net: nn.Module, schedule: Schedule) -> dict[str, str]:
-    """Copy the weights of --init into the net; returns what the new weights tell of them.
-
-    Raises UserError if they are another net's, another schedule's or other domains'.
+    The last epoch is the result: none is chosen afterwards.
     """
-    found, config = runs.load_net(args.init, {net.config["net"]: type(net)}, "--init")
-    theirs = {"arguments": found.config["arguments"], "domains": config.get("domains")}
-    theirs["schedule"] = Schedule(**config.get("schedule", {})).config
-    ours = {"arguments": net.config["arguments"], "domains": list(args.domains), "schedule": schedule.config}
-    for name, value in ours.items():
-        if theirs[name] != value:
-            raise UserError(f"--init {args.init}: has {name} {theirs[name]}, this run has {value}")
-    net.load_state_dict(found.state_dict())
-    return {"init": hashlib.sha256(args.init.read_bytes()).hexdigest()}
+
+    output_dir: Path
+    """Run directory. The same command again continues an interrupted run."""
+    data_dir: Path = Path("hw2_data")
+    """Data folder, with digits/DOMAIN or face/train in it."""
+    domains: tuple[str, ...] = ("mnistm",)
+    """Digit domains for one network with classes, or "faces" for one without."""
+    net: Literal["context", "attention", "ddim"] = "context"
+    """The U-Net."""
+    width: int = 128
+    """Channels of the U-Net's first level."""
+    blocks: int = 2
+    """Residual blocks of each level of the ddim network."""
+    patch: int = 1
+    """Side of the squares of pixels that the ddim network takes as one position; 2 makes a step
+    about four times as fast."""
+    init: Path | None = None
+    """model.safetensors of such a network, whose weights the training starts from."""
+    shares: tuple[int, ...] = ()
+    """Ratio of the domains' images in a batch, such as 1 3; equal shares if not given."""
+    balance_classes: bool = False
+    """Draw the rarer digits of a domain as often as its most frequent one."""
+    epochs: int = 100
+    """Epochs of --images-per-epoch images."""
+    images_per_epoch: int = 56_000
+    """Images of an epoch, whatever the size of the data."""
+    batch_size: int = 128
+    """Images of a step, over all processes."""
+    lr: float = 4e-4
+    """Peak learning rate of AdamW: warmed up over 2 % of the steps, then a half cosine to 0."""
+    weight_decay: float = 0.01
+    """AdamW weight decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    timesteps: int = 1_000
+    """T, the number of steps of the noise schedule."""
+    schedule: Kind = "linear"
+    """Noise schedule; the range of the linear one is scaled to T."""
+    prediction: Prediction = "eps"
+    """What the network learns to predict: the noise (eps), or the velocity (v)."""
+    drop: float = 0.1
+    """Probability that the class of an image is withheld."""
+    min_snr: float | None = None
+    """Min-SNR loss weighting with this γ; without it every noise level has the same weight."""
+    ema_decay: float = 0.9995
+    """Decay of the averaged network, which is the one that is sampled and saved."""
+    grid_every: int = 10
+    """Epochs between grids of samples from fixed noise."""
+    seed: int = 0
+    """Seed of initialisation, order and noise."""
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "auto"
+    """bf16 autocast where the hardware is fast at it, or fp32."""
+
+    def __post_init__(self) -> None:
+        each_once("--domains", self.domains)
+        if FACES in self.domains and len(self.domains) > 1:
+            raise UserError(
+                f"--domains {' '.join(self.domains)}: faces have no digits; train them on their own"
+            )
+        if self.width < 32 or self.width % 32 or self.width > 4_096:
+            raise UserError(f"--width {self.width}: must be a multiple of 32, up to 4,096")
+        in_range("--blocks", self.blocks, 1, 100)
+        in_range("--patch", self.patch, 1, 1_024)
+        if self.net != "ddim" and (self.patch, self.blocks) != (1, 2):
+            raise UserError(f"--net {self.net}: has no --patch and no --blocks; only ddim has them")
+        for share in self.shares:
+            at_least("--shares", share, 1)
+        if self.shares and len(self.shares) != len(self.domains):
+            given = " ".join(map(str, self.shares))
+            raise UserError(f"--shares {given}: needs one number for each of --domains")
+        if self.balance_classes and FACES in self.domains:
+            raise UserError("--balance-classes: faces have no classes")
+        at_least("--epochs", self.epochs, 1)
+        at_least("--images-per-epoch", self.images_per_epoch, 1)
+        at_least("--batch-size", self.batch_size, 2)
+        above("--lr", self.lr, 0, 1)
+        in_range("--weight-decay", self.weight_decay, 0, 100)
+        above("--clip", self.clip, 0, 1e6)
+        self._check_timesteps()
+        in_range("--drop", self.drop, 0, 1)
+        above("--min-snr", self.min_snr, 0, 1e6)
+        below("--ema-decay", self.ema_decay, 0, 1)
+        at_least("--grid-every", self.grid_every, 1)
+        is_seed("--seed", self.seed)
+
+    def _check_timesteps(self) -> None:
+        in_range("--timesteps", self.timesteps, 2, 1_000_000)
+        try:
+            Schedule(self.timesteps, self.schedule)
+        except ValueError as error:
+            raise UserError(f"--timesteps {self.timesteps}: {error}") from None
 
 
-def loss_of(
-    net: nn.Module, schedule: Schedule, x0: Tensor, labels: Tensor | None, args: Train, rng: torch.Generator
+def train(args: Train) -> dict[str, Any]:
+    """Train one run; returns the content of result.json (on the main process)."""
+    accelerator = make_accelerator(args.device, args.precision)
+    device = accelerator.device
+    counts = images_of_a_step(args, accelerator.num_processes)
+    schedule = Schedule(args.timesteps, args.schedule, prediction=args.prediction)
+    run = Run(args, accelerator)
+    if run.result is not None:
+        return run.result if run.is_main else {}
+    data = load_data(args)
+    pixels = [images.pixels.to(device) for images in data]
+    labels = domain_labels(data, device)
+    classes = 10 * len(labels)
+    shape = tuple(pixels[0].shape[1:])  # (channels, height, width)
+
+    torch.manual_seed(derive_seed(args.seed, "init"))
+    bare_net = make_net(args, shape, classes)
+    origin = load_init(args, bare_net, schedule) if args.init else {}
+    place(bare_net, device)
+    ema = copy.deepcopy(bare_net)
+    adam = torch.optim.AdamW(bare_net.parameters(), weight_decay=args.weight_decay, fused=True)
+    net, adam = accelerator.prepare(bare_net, adam)
+    parts = {"net": bare_net, "ema": ema, "adam": adam}
+
+    steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
+    last = args.epochs * steps_per_epoch
+    first = run.load_state(parts)
+    for step in run.steps(first, last, args.batch_size):
+        net.train()
+        learning_rate = args.lr * warmup_cosine(step / last, warm_up=0.02)
+        adam.param_groups[0]["lr"] = learning_rate
+        rng = make_rng(args.seed, "step", step, accelerator.process_index, device=device)
+
+        # The batch: a fixed number of images from each domain.
+        images = []
+        classes_of_images = []
+        for domain, count in enumerate(counts):
+            key = (args.seed, "order", domain)
+            rows = draw_batch(len(pixels[domain]), step, count, accelerator, *key)
+            images.append(pixels[domain][rows])
+            if labels:
+                classes_of_images.append(labels[domain][rows])
+        x0 = normalise(torch.cat(images)).contiguous(memory_format=torch.channels_last)
+        y = torch.cat(classes_of_images) if labels else None
+
+        losses = noise_losses(net, schedule, x0, y, rng, args)
+        adam.zero_grad()
+        accelerator.backward(losses["loss"])
+        norm = accelerator.clip_grad_norm_(bare_net.parameters(), args.clip)
+        losses["gradient_norm"] = torch.as_tensor(norm)
+        adam.step()
+        update_ema(ema, bare_net, args.ema_decay, step)
+
+        run.add_losses(step, losses)
+        epoch, rest = divmod(step + 1, steps_per_epoch)
+        epoch_ends = rest == 0
+        if epoch_ends:
+            row = {"step": step + 1, "epoch": epoch, "learning_rate": learning_rate}
+            row |= run.epoch_means(steps_per_epoch)
+            end_epoch(run, args, row)
+            if epoch % args.grid_every == 0 or epoch == args.epochs:
+                draw_samples(run, ema, schedule, shape, classes, epoch)
+        if run.save_due() or epoch_ends:
+            run.save_state(step + 1, parts)
+    if run.is_main:
+        save_gif(read_grids(run.dir / "samples"), run.dir / "figures" / "training.gif", 400)
+        extra = {
+            "domains": args.domains,
+            "size": shape[1],
+            "schedule": schedule.to_config(),
+            "seed": args.seed,
+        }
+        run.save_model(ema, ema.config | extra | origin)
+        run.finish(run.history()[-1])
+    return run.result or {}
+
+
+def noise_losses(
+    net: nn.Module,
+    schedule: Schedule,
+    x0: Tensor,
+    labels: Tensor | None,
+    rng: torch.Generator,
+    args: Train,
 ) -> dict[str, Tensor]:
-    """Mean squared error of the predicted noise (equation 14), or v, at random t, with --min-snr weighted by t.
+    """The loss: mean squared error of the predicted noise (or v) at random t, equation 14.
 
-    Beside it the sums and counts of the unweighted errors by quarter of t; their ratio is logged.
-    `x0` is (batch, channels, height, width) in [-1, 1], `labels` int64 (batch,) or None.
+    `x0` is (batch, channels, height, width) in [-1, 1], `labels` int64 (batch,) or None. With
+    --min-snr the errors are weighted by t. The unweighted errors are also summed and counted by
+    quarter of t, for the record.
     """
-    t = torch.randint(1, schedule.T + 1, (len(x0),), generator=rng, device=x0.device)
-    eps = torch.randn(x0.shape, generator=rng, device=x0.device)
-    drop = None if labels is None else torch.rand(len(x0), generator=rng, device=x0.device) < args.drop
-    predicted = net(schedule.q_sample(x0, t, eps), schedule.time(t, getattr(net, "module", net)), labels, drop).float()
-    errors = F.mse_loss(predicted, schedule.target(x0, t, eps), reduction="none").flatten(1).mean(1)  # (batch,)
-    weights = torch.ones_like(errors) if args.min_snr is None else schedule.min_snr_weight(t, args.min_snr)
+    batch, device = len(x0), x0.device
+    t = torch.randint(1, schedule.T + 1, (batch,), generator=rng, device=device)
+    eps = torch.randn(x0.shape, generator=rng, device=device)
+    drop = None  # which images lose their class
+    if labels is not None:
+        drop = torch.rand(batch, generator=rng, device=device) < args.drop
+
+    x_t = schedule.q_sample(x0, t, eps)
+    bare_net = getattr(net, "module", net)
+    output = net(x_t, schedule.time(t, bare_net), labels, drop).float()
+    target = schedule.target(x0, t, eps)
+    errors = F.mse_loss(output, target, reduction="none").flatten(1).mean(1)  # (batch,)
+    weights = torch.ones_like(errors)
+    if args.min_snr is not None:
+        weights = schedule.min_snr_weight(t, args.min_snr)
+
     losses = {"loss": (weights * errors).mean()}
-    bucket = (t - 1) * BUCKETS // schedule.T
-    for number in range(BUCKETS):
-        inside = bucket == number
+    quarter = (t - 1) * QUARTERS // schedule.T
+    for number in range(QUARTERS):
+        inside = quarter == number
         losses[f"loss_t{number}"] = errors.where(inside, 0).sum()
         losses[f"count_t{number}"] = inside.float().sum()
     return losses
 
 
 def images_of_a_step(args: Train, processes: int) -> list[int]:
-    """How many images of each domain a batch holds, over all processes. UserError for settings that cannot be meant."""
-    if not args.domains or len(set(args.domains)) < len(args.domains):
-        raise UserError(f"--domains {' '.join(args.domains)}: at least one, and each once")
+    """How many images of each domain a batch holds, over all processes.
+
+    Raises UserError for a batch that cannot be shared in the ratio of --shares.
+    """
     shares = args.shares or (1,) * len(args.domains)
-    if len(shares) != len(args.domains) or min(shares) < 1:
-        raise UserError(f"--shares {' '.join(map(str, shares))}: one for each of --domains, at least 1")
     if args.batch_size % (sum(shares) * processes):
         raise UserError(
-            f"--batch-size {args.batch_size}: is no multiple of {sum(shares)} shares and {processes} processes"
+            f"--batch-size {args.batch_size}: must be a multiple of {sum(shares) * processes}, "
+            f"the sum of --shares ({sum(shares)}) times the number of processes ({processes})"
         )
-    if args.balance_classes and FACES in args.domains:
-        raise UserError("--balance-classes: faces have no classes")
-    if args.width < 32 or args.width % 32:
-        raise UserError(f"--width {args.width}: must be a multiple of 32")
-    if not 0 <= args.drop <= 1:
-        raise UserError(f"--drop {args.drop}: must be a probability, 0 to 1")
-    if args.min_snr is not None and not args.min_snr > 0:
-        raise UserError(f"--min-snr {args.min_snr}: must be above 0")
     return [args.batch_size * share // sum(shares) for share in shares]
 
 
-def train(args: Train) -> dict[str, Any]:
-    """Train one run; returns the content of result.json (on the main process)."""
-    accelerator = runs.make_accelerator(args.device, args.precision)
-    device, rank = accelerator.device, accelerator.process_index
-    counts = images_of_a_step(args, accelerator.num_processes)
-    schedule = Schedule(args.steps, args.schedule, prediction=args.prediction)
-    run = Run(args, accelerator)
-    if run.result is not None:
-        return run.result if run.is_main else {}
-    data = [balance(images) if args.balance_classes else images for images in load_data(args)]
-    classes = 0 if data[0].labels is None else 10 * len(data)
-    pixels = [images.pixels.to(device) for images in data]
-    labels = [(images.labels + 10 * n).to(device) for n, images in enumerate(data)] if classes else None
+def make_net(args: Train, shape: tuple[int, ...], classes: int) -> Network:
+    """The network for images of `shape` (channels, height, width).
 
-    torch.manual_seed(runs.derive_seed(args.seed, "init"))
-    bare_net = make_net(args, *pixels[0].shape[1:3], classes)
-    origin = load_init(args, bare_net, schedule) if args.init else {}
-    bare_net = bare_net.to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(bare_net)
-    net, adam = accelerator.prepare(
-        bare_net, torch.optim.AdamW(bare_net.parameters(), weight_decay=args.weight_decay, fused=True)
+    It is called as `net(x, time, labels, drop)` and returns the noise (or v) in the shape of x.
+    """
+    channels, size, _ = shape
+    if args.net == "ddim":
+        return make_ddim_unet(args, channels, size, classes)
+    if not classes or size != 28:
+        domains = " and ".join(args.domains)
+        raise UserError(f"--net {args.net}: is for 28x28 digits; take --net ddim for {domains}")
+    if args.net == "attention":
+        return AttentionUnet(channels, args.width, classes)
+    return ContextUnet(channels, args.width, classes)
+
+
+def make_ddim_unet(args: Train, channels: int, size: int, classes: int) -> DdimUnet:
+    """A DdimUnet of at most four levels; its last, where the size becomes odd, has attention."""
+    if size % args.patch:
+        raise UserError(f"--patch {args.patch}: must divide {size}, the size of the images")
+    sizes = [size // args.patch]
+    while len(sizes) < 4 and sizes[-1] % 2 == 0:
+        sizes.append(sizes[-1] // 2)
+    return DdimUnet(
+        channels,
+        size,
+        args.width,
+        multipliers=(1, 2, 2, 4)[: len(sizes)],
+        attention=sizes[-1:],
+        blocks=args.blocks,
+        n_classes=classes,
+        patch=args.patch,
     )
-    parts = {"net": bare_net, "ema": ema, "adam": adam}
 
-    steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
-    last = args.epochs * steps_per_epoch
-    for step in run.steps(run.load_state(parts), last, args.batch_size):
-        net.train()
-        learning_rate = adam.param_groups[0]["lr"] = args.lr * runs.warmup_cosine(step / last, warm_up=0.02)
-        rng = generator(args.seed, "step", step, rank, device=device)
-        drawn = enumerate(zip(pixels, counts, strict=True))
-        rows = [draw_batch(len(p), step, count, accelerator, args.seed, "order", n) for n, (p, count) in drawn]
-        x0 = normalise(torch.cat([p[r] for p, r in zip(pixels, rows, strict=True)]))
-        y = torch.cat([y[r] for y, r in zip(labels, rows, strict=True)]) if labels else None  # digit + 10 · domain
 
-        losses = loss_of(net, schedule, x0.contiguous(memory_format=torch.channels_last), y, args, rng)
-        adam.zero_grad()
-        accelerator.backward(losses["loss"])
-        losses["gradient_norm"] = accelerator.clip_grad_norm_(bare_net.parameters(), args.clip)
-        adam.step()
-        runs.update_ema(ema, bare_net, args.ema_decay, step)
+def load_init(args: Train, net: Network, schedule: Schedule) -> dict[str, str]:
+    """Copy the weights of --init into the network; returns their hash, for the new checkpoint.
 
-        run.add(step, losses)
-        epoch, inside = divmod(step + 1, steps_per_epoch)
-        if inside == 0:
-            row = {"step": step + 1, "epoch": epoch, "learning_rate": learning_rate} | run.means(steps_per_epoch)
-            end_epoch(run, args, ema, schedule, pixels[0].shape[1:], classes, row)
-        if run.save_due() or inside == 0:
-            run.save_state(step + 1, parts)
-    if run.is_main:
-        save_gif(read_grids(run.dir / "samples"), run.dir / "figures" / "training.gif", 400)
-        extra = {"domains": args.domains, "size": pixels[0].shape[2], "schedule": schedule.config, "seed": args.seed}
-        run.save_model(ema, ema.config | extra | origin)
-        run.finish(run.history()[-1])
-    return run.result or {}
+    Raises UserError if they are another network's, another schedule's or other domains'.
+    """
+    assert args.init is not None
+    kind = net.config["net"]
+    found, config = load_net(args.init, {kind: type(net)}, "--init")
+    theirs = {
+        "arguments": found.config["arguments"],
+        "domains": config.get("domains"),
+        "schedule": Schedule.from_config(config.get("schedule", {})).to_config(),
+    }
+    ours = {
+        "arguments": net.config["arguments"],
+        "domains": list(args.domains),
+        "schedule": schedule.to_config(),
+    }
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise UserError(
+                f"--init {args.init}: has the {name} {theirs[name]}, but this run has {value}"
+            )
+    net.load_state_dict(found.state_dict())
+    return {"init": hashlib.sha256(args.init.read_bytes()).hexdigest()}
 
 
 def load_data(args: Train) -> list[Images]:
-    """The training images of every domain. UserError for a mixture of digits and faces."""
+    """The training images of every domain."""
     cache = args.output_dir.parent / "cache"
     if args.domains == (FACES,):
         return [load_folder(args.data_dir / "face" / "train", None, cache)]
-    if FACES in args.domains:
-        raise UserError(f"--domains {' '.join(args.domains)}: faces have no digits; train a model of their own")
-    return [load_digits(args.data_dir, domain, "train", cache) for domain in args.domains]
+    data = [load_digits(args.data_dir, domain, "train", cache) for domain in args.domains]
+    if args.balance_classes:
+        data = [balance(images) for images in data]
+    return data
 
 
 def balance(images: Images) -> Images:
-    """Repeat the images of the rarer classes in turn until every class has as many."""
-    rows = [torch.where(images.labels == label)[0] for label in images.labels.unique()]
-    most = max(map(len, rows))
-    chosen = torch.cat([r.repeat(-(-most // len(r)))[:most] for r in rows])
-    return Images(images.pixels[chosen], images.labels[chosen], [images.names[row] for row in chosen])
+    """Repeat the images of the rarer classes in turn until all classes have as many."""
+    labels = labels_of(images)
+    rows_of_class = [torch.where(labels == label)[0] for label in labels.unique()]
+    most = max(len(rows) for rows in rows_of_class)
+    chosen = []
+    for rows in rows_of_class:
+        passes = -(-most // len(rows))  # rounded up
+        chosen.append(rows.repeat(passes)[:most])
+    rows = torch.cat(chosen)
+    names = [images.names[row] for row in rows]
+    return Images(images.pixels[rows], labels[rows], names)
+
+
+def domain_labels(data: list[Images], device: torch.device) -> list[Tensor]:
+    """The label of each image by domain: its digit + 10 times the number of its domain.
+
+    Empty for images without labels.
+    """
+    labels = []
+    for number, images in enumerate(data):
+        if images.labels is not None:
+            labels.append((images.labels + 10 * number).to(device))
+    return labels
+
+
+def end_epoch(run: Run, args: Train, row: dict[str, Any]) -> None:
+    """Log the epoch and draw the curves."""
+    if not run.is_main:
+        return
+    for number in range(QUARTERS):  # sums and counts become means
+        count = row.pop(f"count_t{number}")
+        row[f"loss_t{number}"] /= max(count, 1e-9)
+    run.log_metrics(row)
+    run.log_row(row)
+    panels = {
+        "loss": ["loss"],
+        "loss by quarter of t": [f"loss_t{number}" for number in range(QUARTERS)],
+        "gradient's norm": ["gradient_norm"],
+        "learning rate": ["learning_rate"],
+    }
+    save_curves(run.history(), panels, run.dir / "figures" / "curves.png")
 
 
 @torch.inference_mode()
-def end_epoch(
-    run: Run, args: Train, net: nn.Module, schedule: Schedule, shape: tuple[int, ...], classes: int, row: dict[str, Any]
+def draw_samples(
+    run: Run,
+    ema: nn.Module,
+    schedule: Schedule,
+    shape: tuple[int, ...],
+    classes: int,
+    epoch: int,
 ) -> None:
-    """Log, draw the curves and, every --grid-every epochs and at the last, a grid of 25 DDIM steps from fixed noise."""
+    """Draw a grid of samples from fixed noise with 25 steps of DDIM.
+
+    Ten of each class (a row), or 32 images without classes.
+    """
     if not run.is_main:
         return
-    for number in range(BUCKETS):  # sums and counts → a mean
-        row[f"loss_t{number}"] /= max(row.pop(f"count_t{number}"), 1e-9)
-    run.metrics(row)
-    run.log(", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row.items() if k != "step"))
-    panels = {"loss": ["loss"], "loss by quarter of t": [f"loss_t{number}" for number in range(BUCKETS)]}
-    panels |= {"gradient's norm": ["gradient_norm"], "learning rate": ["learning_rate"]}
-    save_curves(run.history(), panels, run.dir / "figures" / "curves.png")
-    if row["epoch"] % args.grid_every == 0 or row["epoch"] == args.epochs:
-        device = run.accelerator.device
-        labels = torch.arange(classes, device=device).repeat_interleave(10) if classes else None
-        noise = runs.ImageNoise(0, range(10 * classes or 32), shape, device)
-        steps = schedule.subset(min(25, schedule.T))
-        with run.accelerator.autocast():
-            predict = predictor(net.eval(), schedule, labels)
-            final = deque(sample(schedule, predict, noise(), steps, "ddim"), maxlen=1)[0]
-        file = run.dir / "samples" / f"epoch_{row['epoch']:04d}.png"
-        save_grid(to_uint8(final.x), file, columns=10 if classes else 8)
+    device = run.accelerator.device
+    labels = None
+    count = 32
+    if classes:
+        labels = torch.arange(classes, device=device).repeat_interleave(10)
+        count = 10 * classes
+    ema.eval()
+    steps = spaced_steps(schedule.T, min(25, schedule.T))
+    x = ImageNoise(0, range(count), shape, device)()
+    with run.accelerator.autocast():
+        for t, previous in step_pairs(steps):
+            eps = predict_eps(ema, schedule, x, t, labels)
+            x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), "static")
+            x = ddim_step(schedule, x0, eps, t, previous)
+    file = run.dir / "samples" / f"epoch_{epoch:04d}.png"
+    save_grid(to_uint8(x), file, columns=10 if classes else 8)
 
 
 def main(args: Train) -> dict[str, Any]:
@@ -252,4 +439,4 @@ def main(args: Train) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    runs.command_line(Train, main)
+    run_cli(Train, main)

@@ -1,300 +1,650 @@
-"""Unsupervised domain adaptation of digits by a domain-adversarial network (DANN).
+r"""Unsupervised domain adaptation of digits with a domain-adversarial network (DANN).
 
-A feature extractor learns to classify labelled source images (MNIST-M) while a domain classifier, behind a gradient
-reversal layer, makes its features of source and unlabelled target images (SVHN, USPS) look alike.
-Paper: Ganin et al., Domain-Adversarial Training of Neural Networks, 2016, https://arxiv.org/abs/1505.07818
+A feature extractor learns to classify labelled source images (MNIST-M). At the same time a domain
+classifier tries to tell its features of source images from those of unlabelled target images
+(SVHN, USPS). A gradient reversal layer between the two makes the extractor hide the difference.
+
+Paper: Ganin et al., Domain-Adversarial Training of Neural Networks, 2016,
+https://arxiv.org/abs/1505.07818
 
     python p3_dann.py train --target svhn --method dann --output-dir runs/p3/svhn/dann
-    python p3_dann.py predict --checkpoint runs/p3/svhn/dann/model.safetensors --image-dir IMAGES --output-csv pred.csv
-    python p3_dann.py embed --checkpoint runs/p3/svhn/dann/model.safetensors --output-dir runs/p3/svhn/dann/figures
+    python p3_dann.py predict --checkpoint runs/p3/svhn/dann/model.safetensors \
+        --image-dir IMAGES --output-csv pred.csv
+    python p3_dann.py embed --checkpoint runs/p3/svhn/dann/model.safetensors \
+        --output-dir runs/p3/svhn/dann/figures
     python p3_dann.py table --output-dir runs/p3 --seeds 0 1 2
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import run as runs
 from common.augment import augment_digits
-from common.data import DIGIT_DOMAINS, DIGIT_SIZE, Images, draw_batch, is_grey, load_digits, load_folder, normalise
+from common.checkpoints import load_net
+from common.classification import accuracy, classify
+from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
+from common.data import (
+    DIGIT_DOMAINS,
+    DIGIT_SIZE,
+    Images,
+    draw_batch,
+    is_grey,
+    labels_of,
+    load_digits,
+    load_folder,
+    normalise,
+)
+from common.device import Device, Precision, make_accelerator, place
 from common.figures import save_curves, save_table, save_tsne
-from common.metrics import accuracy, classify
-from common.run import Run, UserError, generator
-from models.dann import NETS, ClassPrior
+from common.files import atomic_write, make_output_dir
+from common.rng import derive_seed, make_rng
+from common.run import Run
+from common.training import update_ema, warmup_cosine
+from models.dann import NETS, DannNet
+from models.network import Network
 
-METHODS = {"source": "trained on source", "dann": "adapted by DANN", "target": "trained on target"}
-REPORTED = {  # what three course reports state of their own nets, in %
+METHODS = {
+    "source": "trained on source",
+    "dann": "adapted by DANN",
+    "target": "trained on target",
+}
+# What three course reports state of their own networks, accuracy in %.
+REPORTED = {
     "source": {"svhn": (37.74, 33.7, 35.50), "usps": (75.25, 76.0, 74.40)},
     "dann": {"svhn": (42.06, 49.6, 61.57), "usps": (82.51, 82.6, 89.05)},
     "target": {"svhn": (98.40, 91.5, 94.15), "usps": (90.87, 98.3, 99.26)},
 }
-RECIPES = {  # what options left at None become, by net
-    "deep": {"epochs": 20, "lr": 1.5e-3, "lambda_max": 0.7, "prior": 1.0, "augmentation": 0.85, "forward": "joint"},
-    "cnn": {"epochs": 20, "lr": 1e-3, "lambda_max": 1.0, "prior": 0.5, "augmentation": 0.0, "forward": "joint"},
+# The values of options that are not given, by network and, where it differs, by target.
+RECIPES = {
+    "deep": {
+        "epochs": 20,
+        "lr": 1.5e-3,
+        "lambda_max": 0.7,
+        "prior": 1.0,
+        "augmentation": 0.85,
+        "forward": "joint",
+    },
+    "cnn": {
+        "epochs": 20,
+        "lr": 1e-3,
+        "lambda_max": 1.0,
+        "prior": 0.5,
+        "augmentation": 0.0,
+        "forward": "joint",
+    },
 }
 SCENARIO_RECIPES = {("deep", "usps"): {"prior": 0.5}}
 
 
 @dataclass(kw_only=True)
 class Recipe:
-    """What `train` and `table` share; None stands for the recipe of the net."""
+    """Options of `train` and `table`. Those without a value are the recipe's for the network."""
 
-    output_dir: Path  # Where everything is written; the same command again continues an interrupted run.
-    data_dir: Path = Path("hw2_data")  # Folder with digits/DOMAIN/{data,train.csv,val.csv}.
-    device: runs.Device = "auto"  # Where to compute.
-    precision: runs.Precision = "auto"  # bf16 autocast where the hardware is fast at it, or fp32.
-    source: str = "mnistm"  # Labelled domain.
-    epochs: int | None = None  # Epochs of --images-per-epoch images of each domain.
-    images_per_epoch: int = 16_000  # Whatever the size of the data.
-    batch_size: int = 64  # Images of each domain in a step, over all processes.
-    lr: float | None = None  # Peak learning rate of AdamW.
-    lambda_max: float | None = None  # Weight of the reversed gradient at the end of its ramp.
-    prior: float | None = None  # Trust in predicted class frequencies of the target, 0 to 1; even ones in the source.
-    augmentation: float | None = None  # Strength, the same for both domains; 0 is none.
-    forward: Literal["joint", "separate"] | None = None  # Batch statistics over both domains together, or of each.
-    label_smoothing: float = 0.05  # Of the class loss.
-    ema_decay: float = 0.998  # Of the averaged net, the one that is judged and saved.
+    output_dir: Path
+    """Run directory. The same command again continues an interrupted run."""
+    data_dir: Path = Path("hw2_data")
+    """Data folder, with digits/DOMAIN/{data,train.csv,val.csv} in it."""
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "auto"
+    """bf16 autocast where the hardware is fast at it, or fp32."""
+    source: str = "mnistm"
+    """Labelled domain."""
+    epochs: int | None = None
+    """Epochs of --images-per-epoch images of each domain."""
+    images_per_epoch: int = 16_000
+    """Images of each domain in an epoch, whatever the size of the data."""
+    batch_size: int = 64
+    """Images of each domain in a step, over all processes."""
+    lr: float | None = None
+    """Peak learning rate of AdamW."""
+    lambda_max: float | None = None
+    """Weight λ of the reversed gradient at the end of its ramp."""
+    prior: float | None = None
+    """How far source images are weighted by the class frequencies predicted on the target, from 0
+    (not at all) to 1."""
+    augmentation: float | None = None
+    """Strength of the augmentation, the same for both domains; 0 switches it off."""
+    forward: Literal["joint", "separate"] | None = None
+    """Whether BatchNorm sees both domains in one batch or each on its own."""
+    label_smoothing: float = 0.05
+    """Label smoothing of the class loss."""
+    ema_decay: float = 0.998
+    """Decay of the averaged network, which is the one that is evaluated and saved."""
+
+    def __post_init__(self) -> None:
+        at_least("--epochs", self.epochs, 1)
+        at_least("--images-per-epoch", self.images_per_epoch, 1)
+        at_least("--batch-size", self.batch_size, 2)
+        above("--lr", self.lr, 0, 1)
+        in_range("--lambda-max", self.lambda_max, 0, 1_000)
+        in_range("--prior", self.prior, 0, 1)
+        in_range("--augmentation", self.augmentation, 0, 10)
+        below("--label-smoothing", self.label_smoothing, 0, 1)
+        below("--ema-decay", self.ema_decay, 0, 1)
 
 
 @dataclass(kw_only=True)
 class Train(Recipe):
-    """Train one net on one scenario. The last epoch counts: no epoch is chosen by target labels."""
+    """Train one network on one scenario.
 
-    target: str = "svhn"  # Domain to adapt to; its labels are used by --method target only.
-    seed: int = 0  # Seed of initialisation, order and augmentation.
-    method: Literal["source", "dann", "target"] = "dann"  # Source labels only, DANN, or target labels (the ceiling).
-    net: Literal["cnn", "deep"] = "deep"  # The reports' small net, or the stronger one of this project.
+    The last epoch is the result: no epoch is chosen with labels of the target.
+    """
+
+    target: str = "svhn"
+    """Domain to adapt to. Only --method target uses its labels."""
+    seed: int = 0
+    """Seed of initialisation, order and augmentation."""
+    method: Literal["source", "dann", "target"] = "dann"
+    """Train on the source's labels only, with DANN, or on the target's labels (the upper limit)."""
+    net: Literal["cnn", "deep"] = "deep"
+    """The course reports' small network (cnn), or the stronger one of this project."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_seed("--seed", self.seed)
 
 
 @dataclass(kw_only=True)
 class Table(Recipe):
-    """Train what is missing of source / DANN / target in every scenario; tabulate the mean ± sd over seeds."""
+    """Train the missing runs of source / DANN / target in every scenario and tabulate them.
 
-    targets: tuple[str, ...] = ("svhn", "usps")  # Domains to adapt to.
-    nets: tuple[Literal["cnn", "deep"], ...] = ("deep",)  # Nets to compare.
-    seeds: tuple[int, ...] = (0, 1, 2)  # One run for each.
+    The table has the mean ± standard deviation over the seeds.
+    """
+
+    targets: tuple[str, ...] = ("svhn", "usps")
+    """Domains to adapt to."""
+    nets: tuple[Literal["cnn", "deep"], ...] = ("deep",)
+    """Networks to compare."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One run for each of these seeds."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        each_once("--targets", self.targets)
+        each_once("--nets", self.nets)
+        each_once("--seeds", self.seeds)
+        for seed in self.seeds:
+            is_seed("--seeds", seed)
 
 
 @dataclass(kw_only=True)
 class Predict:
-    """Label every image of a folder and write the grader's csv."""
+    """Label every image of a folder and write the graders' csv."""
 
-    checkpoint: Path  # model.safetensors of `train`, or a published DannCNN .pth.
-    image_dir: Path  # PNG or JPEG images, grey or RGB, any size.
-    output_csv: Path  # Rows image_name,label, sorted by name.
-    device: runs.Device = "auto"  # Where to compute.
+    checkpoint: Path
+    """model.safetensors of `train`, or a published DannCNN .pth."""
+    image_dir: Path
+    """Folder of PNG or JPEG images, grey or RGB, of any size."""
+    output_csv: Path
+    """Csv file to write, with rows image_name,label sorted by name."""
+    device: Device = "auto"
+    """Where to compute."""
 
 
 @dataclass(kw_only=True)
 class Embed:
-    """t-SNE of validation features, one figure by class and one by domain (PNG and PDF), and the features as npz."""
+    """Draw t-SNE of validation features, once by class and once by domain (PNG and PDF)."""
 
-    checkpoint: Path  # model.safetensors of `train`.
-    output_dir: Path  # Where the figures are written.
-    data_dir: Path = Path("hw2_data")  # Folder with digits/DOMAIN/{data,val.csv}.
-    per_domain: int = 1_000  # Validation images of each domain.
-    target: str | None = None  # The other domain; None is the one that was adapted to.
-    seed: int = 0  # Seed of the choice of images and of t-SNE.
-    device: runs.Device = "auto"  # Where to compute.
+    checkpoint: Path
+    """model.safetensors of `train`."""
+    output_dir: Path
+    """Folder for the plots and for features.npz."""
+    data_dir: Path = Path("hw2_data")
+    """Data folder, with digits/DOMAIN/{data,val.csv} in it."""
+    per_domain: int = 1_000
+    """Validation images of each domain."""
+    target: str | None = None
+    """The other domain; the one that the network was adapted to if not given."""
+    seed: int = 0
+    """Seed of the choice of images and of t-SNE."""
+    device: Device = "auto"
+    """Where to compute."""
+
+    def __post_init__(self) -> None:
+        at_least("--per-domain", self.per_domain, 1)
+        is_seed("--seed", self.seed)
+
+
+# The method
+
+
+class ReverseGradient(torch.autograd.Function):
+    """The gradient reversal layer R_λ: equations 16 and 17 of the paper.
+
+    Forward: R_λ(x) = x. Backward: dR_λ/dx = -λ I.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lambd: float) -> Tensor:
+        """Return x as it is."""
+        ctx.lambd = lambd
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Return -λ times the gradient for x, and none for λ."""
+        return -ctx.lambd * gradient, None
+
+
+class DomainAdversarial(nn.Module):
+    """Both heads of a network in one forward pass, as data parallelism needs it."""
+
+    def __init__(self, net: DannNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor, lambd: float) -> tuple[Tensor, Tensor]:
+        """Images (batch, 3, 28, 28) → log-probabilities of classes (batch, 10) and domains.
+
+        The domains are (batch, 2): 0 is the source, 1 the target.
+        """
+        features = self.net.features(images)
+        class_log_p = self.net.classify(features)
+        reversed_features = ReverseGradient.apply(features, lambd)
+        domain_log_p = self.net.discriminate(reversed_features)
+        return class_log_p, domain_log_p
 
 
 def lambda_at(progress: float, lambda_max: float) -> float:
-    """Weight of the reversed gradient at progress p in [0, 1]: from 0 up to lambda_max (section 5.2.2)."""
+    """λ at progress p in [0, 1]: λ_max (2 / (1 + exp(-10 p)) - 1), section 5.2.2."""
     return lambda_max * (2 / (1 + math.exp(-10 * progress)) - 1)
 
 
-def losses_of(net: nn.Module, images: Tensor, labels: Tensor, lambd: float, args: Recipe, prior: ClassPrior) -> dict:
-    """Class loss of the labelled images, which come first in (batch, 3, 28, 28); domain loss if others follow."""
+class ClassPrior(nn.Module):
+    """The class frequencies of the target, as the network predicts them.
+
+    Aligning features moves images of one class to another where the class frequencies of the two
+    domains differ. Weighting the source images with the target's frequencies takes that incentive
+    away, without any label of the target (Tachet des Combes et al., 2020,
+    https://arxiv.org/abs/2003.04475). The source's own frequencies are taken as equal, as MNIST-M's
+    nearly are (9.1 to 11.3 %).
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, classes: int = 10, trust: float = 1.0, momentum: float = 0.01) -> None:
+        """`trust` in [0, 1] says how far the weights follow the predicted frequencies."""
+        super().__init__()
+        self.trust = trust
+        self.momentum = momentum
+        self.register_buffer("frequencies", torch.full((classes,), 1 / classes))
+
+    @torch.no_grad()
+    def update(self, log_p: Tensor) -> None:
+        """Move towards the mean of the target's class probabilities; log_p is (batch, classes)."""
+        self.frequencies.lerp_(log_p.float().exp().mean(0), self.momentum)
+
+    def weights(self, labels: Tensor) -> Tensor:
+        """Weights of source images with these labels (batch,), 1 on average.
+
+        All are 1 for a trust of 0, which is plain DANN.
+        """
+        even = torch.full_like(self.frequencies, 1 / len(self.frequencies))
+        weights = torch.lerp(even, self.frequencies, self.trust)[labels]
+        return weights / weights.mean()
+
+
+def dann_losses(
+    net: nn.Module, images: Tensor, labels: Tensor, lambd: float, args: Recipe, prior: ClassPrior
+) -> dict[str, Tensor]:
+    """Class loss of the labelled images, and the domain loss if unlabelled ones follow them.
+
+    `images` is (batch, 3, 28, 28) with the labelled ones first, `labels` int64 (labelled,). The
+    accuracies of both classifiers are returned for the record.
+    """
     labelled = len(labels)
-    if args.forward == "joint" or len(images) == labelled:  # batch normalisation sees the mixture of both domains
+    has_target = len(images) > labelled
+    if args.forward == "separate" and has_target:
+        # Each domain is normalised with its own batch; the running statistics are of both.
+        class_log_p, source_domain = net(images[:labelled], lambd)
+        target_log_p, target_domain = net(images[labelled:], lambd)
+        domain_log_p = torch.cat([source_domain, target_domain])
+    else:  # BatchNorm sees the mixture of both domains
         class_log_p, domain_log_p = net(images, lambd)
-        class_log_p, target_log_p = class_log_p[:labelled], class_log_p[labelled:]
-    else:  # each domain is normalised by its own batch; the running statistics are of both
-        (class_log_p, source), (target_log_p, target) = net(images[:labelled], lambd), net(images[labelled:], lambd)
-        domain_log_p = torch.cat([source, target])
-    losses = {"class_loss": F.cross_entropy(class_log_p, labels, label_smoothing=args.label_smoothing)}
-    losses["class_accuracy"] = (class_log_p.argmax(1) == labels).float().mean()
-    if len(images) > labelled:
-        domain = (torch.arange(len(images), device=images.device) >= labelled).long()  # 0 source, 1 target
-        # One mean over both domains, half of equation 9's sum of two: lambda = 1 is the paper's 0.5.
+        target_log_p = class_log_p[labelled:]
+        class_log_p = class_log_p[:labelled]
+
+    smoothing = args.label_smoothing
+    losses = {
+        "class_loss": F.cross_entropy(class_log_p, labels, label_smoothing=smoothing),
+        "class_accuracy": (class_log_p.argmax(1) == labels).float().mean(),
+    }
+    if has_target:
+        # 0 for the source, 1 for the target. One mean over both domains is half of the sum in
+        # equation 9: λ = 1 here is the paper's 0.5.
+        domain = (torch.arange(len(images), device=images.device) >= labelled).long()
         weights = torch.cat([prior.weights(labels), torch.ones_like(target_log_p[:, 0])])
         prior.update(target_log_p)
-        losses["domain_loss"] = (weights * F.nll_loss(domain_log_p, domain, reduction="none")).mean()
+        errors = F.nll_loss(domain_log_p, domain, reduction="none")
+        losses["domain_loss"] = (weights * errors).mean()
         losses["domain_accuracy"] = (domain_log_p.argmax(1) == domain).float().mean()
     return losses
 
 
+# Training
+
+
 def train(args: Train) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
-    recipe = RECIPES[args.net] | SCENARIO_RECIPES.get((args.net, args.target), {})
-    args = replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
-    accelerator = runs.make_accelerator(args.device, args.precision)
+    settings = settings_of(args)
+    args = replace(args, **settings._asdict())
+    accelerator = make_accelerator(args.device, args.precision)
+    device, rank = accelerator.device, accelerator.process_index
     run = Run(args, accelerator)
     if run.result is not None:
         return run.result if run.is_main else {}
-    pixels, labels, target_pixels, validation = load_data(args, accelerator.device)
+    data = load_data(args)
+    pixels = data.labelled.pixels.to(device)
+    labels = labels_of(data.labelled).to(device)
 
-    torch.manual_seed(runs.derive_seed(args.seed, "init"))
-    bare_net = NETS[args.net]().to(accelerator.device, memory_format=torch.channels_last)
+    torch.manual_seed(derive_seed(args.seed, "init"))
+    bare_net = place(NETS[args.net](), device)
     bare_net.domain_classifier.requires_grad_(args.method == "dann")
-    parameters = [p for p in bare_net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, fused=True)
+    trained = [p for p in bare_net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.01, fused=True)
     ema = copy.deepcopy(bare_net)
-    net, optimizer = accelerator.prepare(bare_net, optimizer)
-    prior = ClassPrior(trust=args.prior).to(accelerator.device)
+    net, optimizer = accelerator.prepare(DomainAdversarial(bare_net), optimizer)
+    prior = ClassPrior(trust=settings.prior).to(device)
     parts = {"net": bare_net, "ema": ema, "optimizer": optimizer, "prior": prior}
 
     steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
-    last = args.epochs * steps_per_epoch
-    for step in run.steps(run.load_state(parts), last, args.batch_size * (2 if args.method == "dann" else 1)):
+    last = settings.epochs * steps_per_epoch
+    first = run.load_state(parts)
+    images_per_step = 2 * args.batch_size if args.method == "dann" else args.batch_size
+    for step in run.steps(first, last, images_per_step):
         net.train()
-        lambd = lambda_at(step / last, args.lambda_max)
-        learning_rate = optimizer.param_groups[0]["lr"] = args.lr * runs.warmup_cosine(step / last, warm_up=0.1)
-        torch.manual_seed(runs.derive_seed(args.seed, "dropout", step, accelerator.process_index))
-        rng = generator(args.seed, "augment", step, accelerator.process_index, device=accelerator.device)
+        lambd = lambda_at(step / last, settings.lambda_max)
+        learning_rate = settings.lr * warmup_cosine(step / last, warm_up=0.1)
+        optimizer.param_groups[0]["lr"] = learning_rate
+        torch.manual_seed(derive_seed(args.seed, "dropout", step, rank))
+        rng = make_rng(args.seed, "augment", step, rank, device=device)
+
+        # The batch: labelled images first, then unlabelled ones of the target.
         rows = draw_batch(len(pixels), step, args.batch_size, accelerator, args.seed, "labelled")
         images = pixels[rows]
         if args.method == "dann":
-            target_rows = draw_batch(len(target_pixels), step, args.batch_size, accelerator, args.seed, "unlabelled")
-            images = torch.cat([images, target_pixels[target_rows]])
-        images = augment_digits(normalise(images), rng, args.augmentation).contiguous(memory_format=torch.channels_last)
-        losses = losses_of(net, images, labels[rows], lambd, args, prior)
-        optimizer.zero_grad()
-        prior.frequencies.copy_(accelerator.reduce(prior.frequencies, "mean"))  # the same for all processes
-        # Equation 9: the extractor descends class loss - lambda * domain loss; the reversal layer carries the minus.
-        accelerator.backward(losses["class_loss"] + losses.get("domain_loss", 0.0))
-        optimizer.step()
-        runs.update_ema(ema, bare_net, args.ema_decay, step)
+            target = data.target_pixels
+            key = (args.seed, "unlabelled")
+            target_rows = draw_batch(len(target), step, args.batch_size, accelerator, *key)
+            images = torch.cat([images, target[target_rows]])
+        images = augment_digits(normalise(images), rng, settings.augmentation)
+        images = images.contiguous(memory_format=torch.channels_last)
 
-        run.add(step, losses)
-        epoch, inside = divmod(step + 1, steps_per_epoch)
-        if inside == 0:
-            row = {"step": step + 1, "epoch": epoch, "lambda": lambd, "learning_rate": learning_rate}
-            end_epoch(run, args, ema, validation, row | run.means(steps_per_epoch))
-        if run.save_due() or inside == 0:
+        losses = dann_losses(net, images, labels[rows], lambd, args, prior)
+        loss = losses["class_loss"]
+        if args.method == "dann":
+            # Equation 9: the domain classifier minimises the domain loss. Behind the reversal
+            # layer the extractor minimises class loss - λ · domain loss.
+            loss = loss + losses["domain_loss"]
+        optimizer.zero_grad()
+        shared: Any = accelerator.reduce(prior.frequencies, "mean")  # of all processes
+        prior.frequencies.copy_(shared)
+        accelerator.backward(loss)
+        optimizer.step()
+        update_ema(ema, bare_net, args.ema_decay, step)
+
+        run.add_losses(step, losses)
+        epoch, rest = divmod(step + 1, steps_per_epoch)
+        epoch_ends = rest == 0
+        if epoch_ends:
+            row = {"step": step + 1, "epoch": epoch, "lambda": lambd}
+            row["learning_rate"] = learning_rate
+            row |= run.epoch_means(steps_per_epoch)
+            end_epoch(run, args, ema, data.validation, row)
+        if run.save_due() or epoch_ends:
             run.save_state(step + 1, parts)
     if run.is_main:
-        finish(run, args, ema, validation)
+        finish(run, args, ema, data.validation)
     return run.result or {}
 
 
-def load_data(args: Train, device: torch.device) -> tuple[Tensor, Tensor, Tensor, dict[str, Images]]:
-    """Training images, their labels, unlabelled ones of the target; validation images by domain (source-only: all)."""
+class Settings(NamedTuple):
+    """The options that a recipe has values for."""
+
+    epochs: int
+    lr: float
+    lambda_max: float
+    prior: float
+    augmentation: float
+    forward: Literal["joint", "separate"]
+
+
+def settings_of(args: Train) -> Settings:
+    """The recipe of the network and the target, with the options that are given in its place."""
+    recipe: dict[str, Any] = {**RECIPES[args.net]}
+    recipe |= SCENARIO_RECIPES.get((args.net, args.target), {})
+    for name in recipe:
+        given = getattr(args, name)
+        if given is not None:
+            recipe[name] = given
+    return Settings(**recipe)
+
+
+class Data(NamedTuple):
+    """What a run reads: labelled images, unlabelled ones of the target, validation sets."""
+
+    labelled: Images
+    target_pixels: Tensor
+    validation: dict[str, Images]
+
+
+def load_data(args: Train) -> Data:
+    """Load the images of a run.
+
+    The validation sets are those of source and target; after source-only training, of all domains.
+    """
     cache = args.output_dir.parent / "cache"
-    labelled = load_digits(args.data_dir, args.target if args.method == "target" else args.source, "train", cache)
+    labelled_domain = args.target if args.method == "target" else args.source
+    labelled = load_digits(args.data_dir, labelled_domain, "train", cache)
     target_pixels = load_digits(args.data_dir, args.target, "train", cache).pixels
-    others = [d for d in DIGIT_DOMAINS if (args.data_dir / "digits" / d).is_dir()] if args.method == "source" else []
-    judged = dict.fromkeys([args.target, *others, args.source])
-    validation = {domain: load_digits(args.data_dir, domain, "val", cache) for domain in judged}
-    return labelled.pixels.to(device), labelled.labels.to(device), target_pixels.to(device), validation
+    domains = [args.target]
+    if args.method == "source":
+        domains += [d for d in DIGIT_DOMAINS if (args.data_dir / "digits" / d).is_dir()]
+    domains.append(args.source)
+    validation = {}
+    for domain in domains:
+        if domain not in validation:
+            validation[domain] = load_digits(args.data_dir, domain, "val", cache)
+    return Data(labelled, target_pixels, validation)
 
 
-def end_epoch(run: Run, args: Train, net: nn.Module, validation: dict[str, Images], row: dict[str, Any]) -> None:
-    """Judge the averaged net on the validation images (for the record: nothing is chosen by it), log, warn."""
+def end_epoch(
+    run: Run, args: Train, ema: nn.Module, validation: dict[str, Images], row: dict[str, Any]
+) -> None:
+    """Measure the averaged network on the validation images, log it, and warn of bad signs.
+
+    The accuracies are for the record: nothing is chosen with them.
+    """
     if not run.is_main:
         return
-    row |= {f"accuracy_{d}": accuracy(net, i, run.accelerator) for d, i in validation.items() if d != args.source}
-    run.metrics(row)
-    told = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row.items() if k not in ("step", "epoch"))
-    run.log(f"epoch {row['epoch']}/{args.epochs}: {told}")
-    if row["class_accuracy"] < max(before["class_accuracy"] for before in run.history()) - 0.05:
-        run.log("warning: class accuracy fell by 5 points or more; a smaller --lambda-max or --lr may help")
-    if args.method == "dann" and row["epoch"] > args.epochs // 2 and not 0.45 < row["domain_accuracy"] < 0.98:
-        run.log(f"warning: domain accuracy is {row['domain_accuracy']:.0%}: the domain classifier collapsed or wins")
+    for domain, images in validation.items():
+        if domain != args.source:
+            row[f"accuracy_{domain}"] = accuracy(ema, images, run.accelerator)
+    run.log_metrics(row)
+    run.log_row(row)
+    best = max(before["class_accuracy"] for before in run.history())
+    if row["class_accuracy"] < best - 0.05:
+        run.log(
+            "warning: the class accuracy fell by 5 points or more; "
+            "a smaller --lambda-max or --lr may help"
+        )
+    assert args.epochs is not None  # the recipe's, if it was not given
+    late = row["epoch"] > args.epochs // 2
+    if args.method == "dann" and late and not 0.45 < row["domain_accuracy"] < 0.98:
+        run.log(
+            f"warning: the domain accuracy is {row['domain_accuracy']:.0%}: "
+            "the domain classifier collapsed, or is nearly always right"
+        )
 
 
-def finish(run: Run, args: Train, net: nn.Module, validation: dict[str, Images]) -> None:
-    """Judge the last epoch on every validation set; write curves, model and result.json."""
+def finish(run: Run, args: Train, ema: Network, validation: dict[str, Images]) -> None:
+    """Measure the last epoch on every validation set; write curves, model and result.json."""
     rows = run.history()
-    recorded = {d: [row[f"accuracy_{d}"] for row in rows] for d in validation if d != args.source}
-    result = {
-        "accuracy": {d: accuracy(net, images, run.accelerator) for d, images in validation.items()},
-        "grey": {d: is_grey(images.pixels) for d, images in validation.items()},
-        "largest_swing_of_last_5_epochs": {d: np.abs(np.diff(v[-5:])).max(initial=0) for d, v in recorded.items()},
-        "oracle_best_accuracy": {d: max(values) for d, values in recorded.items()},  # chosen by labels: not a result
+    result: dict[str, Any] = {"accuracy": {}, "grey": {}}
+    for domain, images in validation.items():
+        result["accuracy"][domain] = accuracy(ema, images, run.accelerator)
+        result["grey"][domain] = is_grey(images.pixels)
+    swings = {}
+    best = {}  # chosen with labels of the target, so it is not a result
+    for domain in validation:
+        if domain != args.source:
+            recorded = [row[f"accuracy_{domain}"] for row in rows]
+            swings[domain] = np.abs(np.diff(recorded[-5:])).max(initial=0)
+            best[domain] = max(recorded)
+    result["largest_swing_of_last_5_epochs"] = swings
+    result["oracle_best_accuracy"] = best
+
+    panels = {
+        "losses": ["class_loss", "domain_loss"],
+        "training accuracy": ["class_accuracy", "domain_accuracy"],
+        "validation accuracy, %": [key for key in rows[-1] if key.startswith("accuracy_")],
+        "schedule": ["lambda"],
     }
-    panels = {"losses": ["class_loss", "domain_loss"], "training accuracy": ["class_accuracy", "domain_accuracy"]}
-    panels |= {"validation accuracy, %": [k for k in rows[-1] if k.startswith("accuracy_")], "schedule": ["lambda"]}
     save_curves(rows, panels, run.dir / "figures" / "curves.png")
-    run.save_model(net, net.config | {key: getattr(args, key) for key in ("source", "target", "method", "seed")})
-    run.log(f"{run.dir}: " + ", ".join(f"{d} {value:.2f} %" for d, value in result["accuracy"].items()))
+    extra = {
+        "source": args.source,
+        "target": args.target,
+        "method": args.method,
+        "seed": args.seed,
+    }
+    run.save_model(ema, ema.config | extra)
+    found = [f"{domain} {value:.2f} %" for domain, value in result["accuracy"].items()]
+    run.log(f"{run.dir}: {', '.join(found)}")
     run.finish(result)
+
+
+# Other commands
 
 
 def predict(args: Predict) -> None:
     """Write the class of every image of a folder as csv."""
-    accelerator = runs.make_accelerator(args.device, "fp32")
-    runs.make_output_dir(args.output_csv.parent, "--output-csv")
-    net = runs.load_net(args.checkpoint, NETS)[0].to(accelerator.device)
+    accelerator = make_accelerator(args.device, "fp32")
+    make_output_dir(args.output_csv.parent, "--output-csv")
+    net, _ = load_net(args.checkpoint, NETS)
+    net.to(accelerator.device)
     images = load_folder(args.image_dir, DIGIT_SIZE)
     labels = classify(net, images.pixels, accelerator).tolist()
-    rows = [f"{name},{label}\n" for name, label in zip(images.names, labels, strict=True)]
-    runs.atomic_write(args.output_csv, "image_name,label\n" + "".join(rows))
-    print(f"{len(rows):,} images labelled: {args.output_csv}")
+    lines = ["image_name,label\n"]
+    for name, label in zip(images.names, labels, strict=True):
+        lines.append(f"{name},{label}\n")
+    atomic_write(args.output_csv, "".join(lines))
+    print(f"{len(labels):,} images labelled: {args.output_csv}")
 
 
 @torch.inference_mode()
 def embed(args: Embed) -> None:
-    """Draw t-SNE of the features of both domains' validation images, by class and by domain."""
-    device = runs.make_accelerator(args.device, "fp32").device
-    net, config = runs.load_net(args.checkpoint, NETS)
-    domains, parts = [config.get("source"), args.target or config.get("target")], []
-    if None in domains or domains[0] == domains[1]:
-        raise UserError(f"--checkpoint {args.checkpoint}: does not say its domains; --target names the other one")
-    runs.make_output_dir(args.output_dir)
-    for number, name in enumerate(domains):
-        images = load_digits(args.data_dir, name, "val")
-        rows = torch.randperm(len(images.names), generator=generator(args.seed, "embed", name))[: args.per_domain]
-        features = net.to(device).features(normalise(images.pixels[rows]).to(device)).cpu()
-        parts.append((features, images.labels[rows], torch.full((len(rows),), number)))
-    features, labels, domain = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
-    kinds = {"class": (labels, range(10)), "domain": (domain, domains)}
-    save_tsne(features, kinds, f"{' → '.join(domains)}, {METHODS[config['method']]}", args.output_dir, args.seed)
-    print(f"t-SNE of {len(features):,} images: {args.output_dir}/tsne_class.png and tsne_domain.png")
+    """Draw t-SNE of the features of both domains' validation images."""
+    device = make_accelerator(args.device, "fp32").device
+    net, config = load_net(args.checkpoint, NETS)
+    net.to(device)
+    source = config.get("source")
+    target = args.target or config.get("target")
+    if source is None or target is None or source == target:
+        raise UserError(
+            f"--checkpoint {args.checkpoint}: does not say its two domains; "
+            "--target names the other one"
+        )
+    make_output_dir(args.output_dir)
+    features = []
+    labels = []
+    domains = []
+    for number, domain in enumerate((source, target)):
+        images = load_digits(args.data_dir, domain, "val")
+        rng = make_rng(args.seed, "embed", domain)
+        rows = torch.randperm(len(images.names), generator=rng)[: args.per_domain]
+        batch = normalise(images.pixels[rows]).to(device)
+        features.append(net.features(batch).cpu())
+        labels.append(labels_of(images)[rows])
+        domains.append(torch.full((len(rows),), number))
+    colourings = {
+        "class": (torch.cat(labels).numpy(), range(10)),
+        "domain": (torch.cat(domains).numpy(), [source, target]),
+    }
+    points = torch.cat(features).numpy()
+    title = f"{source} → {target}, {METHODS[config['method']]}"
+    save_tsne(points, colourings, title, args.output_dir, args.seed)
+    print(f"t-SNE of {len(points):,} images: {args.output_dir}/tsne_class.png and tsne_domain.png")
 
 
 def table(args: Table) -> None:
     """Train the missing runs; write table.csv, table.md and table.png beside them."""
-    if not args.seeds:
-        raise UserError("--seeds: at least one is needed")
-    shared = {field.name: getattr(args, field.name) for field in fields(Recipe) if field.name != "output_dir"}
-    rows, grey = [], {}
-    for net, method in itertools.product(args.nets, METHODS):
-        rows.append([f"{METHODS[method]}, {net} net"])
-        for target in args.targets:
-            scenario = args.source if method == "source" else target  # source-only training has no target
-            shared |= {"target": scenario, "method": method, "net": net}
-            name = f"{scenario}-{net}-{method}-seed"
-            results = [train(Train(**shared, seed=s, output_dir=args.output_dir / f"{name}{s}")) for s in args.seeds]
-            if all(results):  # only the main process has them
-                values = [result["accuracy"].get(target, math.nan) for result in results]
-                rows[-1].append(f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if values[1:] else ""))
-                grey |= results[0]["grey"]
+    rows = []
+    grey: dict[str, bool] = {}  # which targets have no colour
+    for net in args.nets:
+        for method in METHODS:
+            row = [f"{METHODS[method]}, {net} net"]
+            for target in args.targets:
+                results = train_seeds(args, net, method, target)
+                if all(results):  # only the main process has them
+                    row.append(mean_and_sd(results, target))
+                    grey |= results[0]["grey"]
+            rows.append(row)
     if not grey:
         return
     for method, reported in REPORTED.items():
-        told = [" / ".join(f"{value:.2f}" for value in reported.get(target, ())) for target in args.targets]
-        rows.append([f"{METHODS[method]}, the reports", *told])
-    names = [f"{'grey ' if grey.get(target) and target != 'usps' else ''}{target}" for target in args.targets]
-    rows.insert(0, ["last epoch, validation accuracy", *(f"{args.source} → {name}, %" for name in names)])
-    save_table(rows, args.output_dir / "table", f"mean ± sd over seeds {', '.join(map(str, args.seeds))}")
+        row = [f"{METHODS[method]}, the reports"]
+        for target in args.targets:
+            row.append(" / ".join(f"{value:.2f}" for value in reported.get(target, ())))
+        rows.append(row)
+    header = ["last epoch, validation accuracy"]
+    for target in args.targets:
+        # USPS has no colour anyway; other targets say so.
+        name = f"grey {target}" if grey.get(target) and target != "usps" else target
+        header.append(f"{args.source} → {name}, %")
+    seeds = ", ".join(map(str, args.seeds))
+    save_table([header, *rows], args.output_dir / "table", f"mean ± sd over seeds {seeds}")
     print((args.output_dir / "table.md").read_text())
 
 
+def train_seeds(args: Table, net: str, method: str, target: str) -> list[dict[str, Any]]:
+    """The results of one row and target of the table, for each seed.
+
+    Source-only training does not depend on the target: one run serves all of them.
+    """
+    shared = {}
+    for field in fields(Recipe):
+        if field.name != "output_dir":
+            shared[field.name] = getattr(args, field.name)
+    scenario = args.source if method == "source" else target
+    results = []
+    for seed in args.seeds:
+        folder = args.output_dir / f"{scenario}-{net}-{method}-seed{seed}"
+        choice = {"target": scenario, "method": method, "net": net, "seed": seed}
+        results.append(train(Train(output_dir=folder, **shared, **choice)))
+    return results
+
+
+def mean_and_sd(results: list[dict[str, Any]], target: str) -> str:
+    """The mean accuracy on the target, with its standard deviation if there are several seeds."""
+    values = [result["accuracy"].get(target, math.nan) for result in results]
+    text = f"{np.mean(values):.2f}"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1):.2f}"
+    return text
+
+
 def main(args: Train | Predict | Embed | Table) -> Any:
-    """Run one sub-command."""
-    return {Train: train, Predict: predict, Embed: embed, Table: table}[type(args)](args)
+    """Run one command."""
+    match args:
+        case Train():
+            return train(args)
+        case Predict():
+            return predict(args)
+        case Embed():
+            return embed(args)
+        case Table():
+            return table(args)
 
 
 if __name__ == "__main__":
-    runs.command_line(Train | Predict | Embed | Table, main)
+    run_cli(Train | Predict | Embed | Table, main)

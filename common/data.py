@@ -1,4 +1,8 @@
-"""Reading the course's data: folders and csv files → one uint8 tensor, decoded once, cached, kept on the device."""
+"""Reading the course's data: image folders and csv files become one uint8 tensor.
+
+Images are decoded once, cached beside the output, and kept on the device. All scripts share one
+normalisation and one way of drawing batches.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,20 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from accelerate import Accelerator
 from PIL import Image
 
-from common.run import UserError, atomic_write, generator
+from common.cli import UserError
+from common.files import atomic_write
+from common.rng import make_rng
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 DIGIT_DOMAINS = ("mnistm", "svhn", "usps")
 DIGIT_SIZE = (28, 28)
@@ -27,15 +35,18 @@ CACHE_VERSION = 1  # raise it when decoding changes
 
 
 class Images(NamedTuple):
-    """Images as uint8 (n, 3, height, width), labels as int64 (n,) or None, and the file names, in that order."""
+    """Images uint8 (n, 3, height, width), labels int64 (n,) or None, and file names, in order."""
 
     pixels: torch.Tensor
     labels: torch.Tensor | None
     names: list[str]
 
 
+# Pixels
+
+
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 in [0, 255] → float32 in [-1, 1]. The one normalisation, for every domain."""
+    """uint8 in [0, 255] → float32 in [-1, 1]; the only normalisation, for every domain."""
     return pixels.float() / 127.5 - 1
 
 
@@ -49,122 +60,188 @@ def is_grey(pixels: torch.Tensor) -> bool:
     return bool((pixels == pixels[:, :1]).all())
 
 
+def labels_of(images: Images) -> torch.Tensor:
+    """The labels of images that have some, int64 (n,)."""
+    assert images.labels is not None
+    return images.labels
+
+
+# Files
+
+
 def list_images(folder: Path, recursive: bool = False) -> list[Path]:
-    """PNG and JPEG files in `folder` (and its sub-folders), sorted, no hidden one. UserError if missing or empty."""
+    """The PNG and JPEG files in `folder` (and its sub-folders), sorted, without hidden ones.
+
+    Raises UserError for a folder that is missing or has none.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     paths = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
-        paths += [Path(parent, n) for n in names if Path(n).suffix.lower() in SUFFIXES and not n.startswith(".")]
+    for parent, subfolders, names in os.walk(folder):
+        # os.walk goes into the sub-folders that are left in this list.
+        subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
+        for name in names:
+            path = Path(parent, name)
+            if path.suffix.lower() in SUFFIXES and not name.startswith("."):
+                paths.append(path)
     if not paths:
-        raise UserError(f"{folder}: no PNG or JPEG image in it")
+        raise UserError(f"{folder}: contains no PNG or JPEG image")
     return sorted(paths)
 
 
 def decode_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """One image file as uint8 (3, height, width): grey repeated, resized to (height, width) with antialias."""
+    """Read one image file as uint8 (3, height, width).
+
+    Grey becomes three equal channels. With `size` (height, width) the image is resized (bicubic,
+    antialiased). Raises UserError that names a file that is missing, broken or has 16 bits.
+    """
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # PIL would clip the 16-bit values at 255
-                raise UserError(f"{path}: is a 16-bit image; 8-bit ones are read")
-            image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else "not a whole image"
-        raise UserError(f"{path}: {reason}") from None
-    if size is not None and image.size != (size[1], size[0]):
-        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    return np.asarray(image).transpose(2, 0, 1)  # (height, width, channels) → (channels, height, width)
+        with Image.open(path) as file:
+            if file.mode.startswith("I"):  # PIL would clip 16-bit values at 255
+                raise UserError(f"{path}: is a 16-bit image; only 8-bit images can be read")
+            image = file.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise UserError(f"{path}: not a whole image") from None
+    if size is not None:
+        height, width = size
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image).transpose(2, 0, 1)  # (height, width, 3) → (3, height, width)
 
 
 def decode_images(paths: list[Path], size: tuple[int, int] | None = None) -> torch.Tensor:
-    """Image files → uint8 (n, 3, height, width), decoded in parallel. UserError names a broken or odd-sized file."""
+    """Read image files as one uint8 tensor (n, 3, height, width), several at a time.
+
+    Raises UserError that names a broken file, or one of another size than the first.
+    """
     first = decode_image(paths[0], size)
     pixels = np.empty((len(paths), *first.shape), dtype=np.uint8)
+    chunk = 512
 
     def decode_some(start: int) -> None:
-        for index in range(start, min(start + 512, len(paths))):
+        for index in range(start, min(start + chunk, len(paths))):
             image = decode_image(paths[index], size)
             if image.shape != first.shape:
-                shape, expected = (f"{s[2]}x{s[1]}" for s in (image.shape, first.shape))
-                raise UserError(f"{paths[index]}: is {shape}, {paths[0].name} is {expected}")
+                raise UserError(
+                    f"{paths[index]}: is {size_of(image)}, but {paths[0].name} is {size_of(first)}"
+                )
             pixels[index] = image
 
-    workers = None if first.size > 3 * 32 * 32 else 1  # threads that decode tiny images wait for Python's lock only
+    # Threads that decode tiny images only wait for Python's global lock.
+    workers = None if first.size > 3 * 32 * 32 else 1
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(decode_some, range(0, len(paths), 512)))
+        list(pool.map(decode_some, range(0, len(paths), chunk)))
     return torch.from_numpy(pixels)
 
 
-def read_labels(csv_file: Path, folder: Path) -> tuple[list[Path], torch.Tensor]:
-    """A csv of `image_name,label` rows → image paths in `folder` and labels int64 (n,). UserError names a bad row."""
-    if not csv_file.is_file():
-        raise UserError(f"{csv_file}: no such file")
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    there = {entry.name for entry in os.scandir(folder)}
-    names, labels = [], []
-    with csv_file.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = csv.reader(line.replace("\0", "?") for line in file)
-        if (header := next(rows, [])) != ["image_name", "label"]:
-            raise UserError(f"{csv_file}: line 1 is {','.join(header)!r}, expected 'image_name,label'")
-        for row in filter(None, rows):
-            where = f"{csv_file}: line {rows.line_num}"
-            if len(row) != 2:
-                raise UserError(f"{where} is {','.join(row)!r}, expected 'image_name,label'")
-            if not (row[1].isdecimal() and int(row[1]) <= 9):
-                raise UserError(f"{where}: label {row[1]!r} of {row[0]} is not a digit 0-9")
-            if row[0] not in there:
-                raise UserError(f"{where}: {row[0]} is not in {folder}")
-            names.append(row[0])
-            labels.append(int(row[1]))
-    if not names:
-        raise UserError(f"{csv_file}: no image in it")
-    return [folder / name for name in names], torch.tensor(labels)
+def size_of(image: np.ndarray) -> str:
+    """The size of an image (3, height, width) in words, as "64x48" (width first)."""
+    return f"{image.shape[2]}x{image.shape[1]}"
 
 
-def split_80_20(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Train and validation rows of a csv without a split (2024): the first 80 % of a fixed permutation, the rest."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    cut = count * 4 // 5
-    return order[:cut].sort().values, order[cut:].sort().values
+# Data sets
 
 
 def load_digits(
-    data_dir: Path, domain: str, split: str, cache_dir: Path | None = None, flag: str = "--data-dir"
+    data_dir: Path,
+    domain: str,
+    split: str,
+    cache_dir: Path | None = None,
+    flag: str = "--data-dir",
 ) -> Images:
-    """One split ("train" or "val") of a digit domain, as 28x28 RGB. UserError if it is missing or broken."""
+    """Load a split ("train" or "val") of a digit domain, as 28x28 RGB.
+
+    The 2024 hand-out has train.csv alone, which is split 80/20 by a fixed rule. Raises UserError,
+    which names `flag` or the file, if the domain is missing or broken.
+    """
     folder = data_dir / "digits" / domain
     if not folder.is_dir():
         raise UserError(f"{flag} {data_dir}: has no digit domain '{domain}' (no folder {folder})")
     if (folder / "val.csv").is_file():
         paths, labels = read_labels(folder / f"{split}.csv", folder / "data")
-    else:  # 2024's layout: one csv, split by us
+    else:
         paths, labels = read_labels(folder / "train.csv", folder / "data")
         if len(paths) < 2:
             raise UserError(f"{folder / 'train.csv'}: one image cannot be split into train and val")
-        rows = split_80_20(len(paths))[split == "val"]
-        paths, labels = [paths[row] for row in rows], labels[rows]
-    return _cached(paths, labels, DIGIT_SIZE, cache_dir, f"{domain}-{split}")
+        train_rows, val_rows = split_80_20(len(paths))
+        rows = val_rows if split == "val" else train_rows
+        paths = [paths[row] for row in rows]
+        labels = labels[rows]
+    return decode_cached(paths, labels, DIGIT_SIZE, cache_dir, f"{domain}-{split}")
 
 
-def load_folder(folder: Path, size: tuple[int, int] | None, cache_dir: Path | None = None) -> Images:
-    """All images of a folder, unlabelled, sorted by name."""
-    return _cached(list_images(folder), None, size, cache_dir, folder.name)
+def read_labels(csv_file: Path, folder: Path) -> tuple[list[Path], torch.Tensor]:
+    """Read a csv of `image_name,label` rows.
+
+    Returns the image paths in `folder` and the labels, int64 (n,). Raises UserError that names the
+    line of a bad row.
+    """
+    if not csv_file.is_file():
+        raise UserError(f"{csv_file}: no such file")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    existing = {entry.name for entry in os.scandir(folder)}
+    names = []
+    labels = []
+    with csv_file.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        rows = csv.reader(line.replace("\0", "?") for line in file)
+        header = next(rows, [])
+        if header != ["image_name", "label"]:
+            raise UserError(
+                f"{csv_file}: line 1 is {','.join(header)!r}, expected 'image_name,label'"
+            )
+        for row in rows:
+            if not row:  # an empty line
+                continue
+            where = f"{csv_file}: line {rows.line_num}"
+            if len(row) != 2:
+                raise UserError(f"{where} is {','.join(row)!r}, expected 'image_name,label'")
+            name, label = row
+            if not (label.isdecimal() and int(label) <= 9):
+                raise UserError(f"{where}: label {label!r} of {name} is not a digit 0-9")
+            if name not in existing:
+                raise UserError(f"{where}: {name} is not in {folder}")
+            names.append(name)
+            labels.append(int(label))
+    if not names:
+        raise UserError(f"{csv_file}: lists no image")
+    return [folder / name for name in names], torch.tensor(labels)
 
 
-def _cached(
-    paths: list[Path], labels: torch.Tensor | None, size: tuple[int, int] | None, cache_dir: Path | None, name: str
+def split_80_20(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows for training and for validation: the first 80 % of a fixed permutation, and the rest."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    cut = count * 4 // 5
+    return order[:cut].sort().values, order[cut:].sort().values
+
+
+def load_folder(
+    folder: Path, size: tuple[int, int] | None, cache_dir: Path | None = None
 ) -> Images:
-    """Decode `paths`, or read the tensor cached under the same names, sizes and times of change.
+    """Load all images of a folder, without labels, sorted by name."""
+    return decode_cached(list_images(folder), None, size, cache_dir, folder.name)
 
-    Hashing what 56,000 files hold would take longer than the second that a cached start may take.
+
+def decode_cached(
+    paths: list[Path],
+    labels: torch.Tensor | None,
+    size: tuple[int, int] | None,
+    cache_dir: Path | None,
+    name: str,
+) -> Images:
+    """Decode the files, or read the tensor that an earlier run cached for them.
+
+    A cache is used if folder, names, file sizes and times of change are the same. Hashing the
+    contents of 56,000 files would take longer than decoding them saves.
     """
     names = [path.name for path in paths]
     if cache_dir is None:
         return Images(decode_images(paths, size), labels, names)
-    stats = {entry.name: entry.stat() for entry in os.scandir(paths[0].parent)}
-    key = hashlib.sha256(json.dumps([CACHE_VERSION, size, str(paths[0].parent.resolve())]).encode())
+    folder = paths[0].parent
+    stats = {entry.name: entry.stat() for entry in os.scandir(folder)}
+    key = hashlib.sha256(json.dumps([CACHE_VERSION, size, str(folder.resolve())]).encode())
     for file in names:
         key.update(f"{file} {stats[file].st_size} {stats[file].st_mtime_ns}\n".encode())
     cache = cache_dir / f"{name}-{key.hexdigest()[:16]}.safetensors"
@@ -172,23 +249,34 @@ def _cached(
         return Images(safetensors.torch.load_file(cache)["pixels"], labels, names)
     except (OSError, safetensors.SafetensorError):
         pixels = decode_images(paths, size)
-    with contextlib.suppress(UserError):  # no room or no right to write there: the next start decodes again
+    with contextlib.suppress(UserError):  # no space or no right to write: decode again next time
         atomic_write(cache, lambda path: safetensors.torch.save_file({"pixels": pixels}, path))
     return Images(pixels, labels, names)
 
 
+# Batches
+
+
 def shuffled(count: int, start: int, size: int, *key: int | str) -> torch.Tensor:
-    """Indices number start … start + size - 1 of an endless stream of shuffled passes over `count` images.
+    """Rows number start … start + size - 1 of an endless stream of shuffled passes over `count`.
 
-    Any position can be asked for at any time, so a resumed run goes on where it stopped. `key` as in `generator`.
+    Any position can be asked for at any time, so a resumed run continues where it stopped. `key` is
+    that of `make_rng`.
     """
-    passes = range(start // count, (start + size - 1) // count + 1)
-    order = torch.cat([torch.randperm(count, generator=generator(*key, number)) for number in passes])
-    offset = start - passes[0] * count
-    return order[offset : offset + size]
+    first_pass = start // count
+    last_pass = (start + size - 1) // count
+    passes = [
+        torch.randperm(count, generator=make_rng(*key, number))
+        for number in range(first_pass, last_pass + 1)
+    ]
+    offset = start - first_pass * count
+    return torch.cat(passes)[offset : offset + size]
 
 
-def draw_batch(count: int, step: int, batch_size: int, accelerator: Accelerator, *key: int | str) -> torch.Tensor:
-    """Rows of a step's batch on the device: this process's share of a batch of `batch_size` over all processes."""
+def draw_batch(
+    count: int, step: int, batch_size: int, accelerator: Accelerator, *key: int | str
+) -> torch.Tensor:
+    """Rows of a step's batch, on the device: this process's share of `batch_size` rows."""
     rows = shuffled(count, step * batch_size, batch_size, *key)
-    return rows[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
+    mine = rows[accelerator.process_index :: accelerator.num_processes]
+    return mine.to(accelerator.device)

@@ -1,51 +1,57 @@
-"""Figures that more than one script draws: image grids and training curves. Written whole or not at all."""
+"""Figures and tables that more than one script writes, each file whole or not at all."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
-from common.run import UserError, atomic_write
+from common.cli import UserError
+from common.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-def save_figure(figure: Figure, path: Path, formats: Sequence[str] = ("png",)) -> None:
-    """Write a matplotlib figure as `path` with each of the suffixes, and close it."""
-    for suffix in formats:
-        atomic_write(path.with_suffix(f".{suffix}"), lambda file: figure.savefig(file, dpi=150, bbox_inches="tight"))
-    plt.close(figure)
+def pyplot() -> Any:
+    """matplotlib.pyplot, which needs no display here. It takes a second to import."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+# Pictures of true pixels
+
+
+def image_of(pixels: torch.Tensor) -> Image.Image:
+    """A uint8 image (3, height, width) as a PIL image."""
+    array = pixels.permute(1, 2, 0).contiguous().cpu().numpy()  # → (height, width, 3)
+    return Image.fromarray(array)
 
 
 def grid_of(pixels: torch.Tensor, columns: int) -> Image.Image:
-    """uint8 images (n, 3, height, width), row by row, as one picture of their true pixels."""
-    from torchvision.utils import make_grid  # two seconds to import: only where a grid is drawn
+    """uint8 images (n, 3, height, width) as one PIL image, filled row by row."""
+    from torchvision.utils import make_grid  # takes two seconds to import
 
     return image_of(make_grid(pixels, nrow=columns, pad_value=255))
 
 
-def image_of(pixels: torch.Tensor) -> Image.Image:
-    """A uint8 image (3, height, width) as a picture of its true pixels."""
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())  # (height, width, channels)
-
-
 def save_image(pixels: torch.Tensor, path: Path) -> None:
-    """Write `image_of` as PNG."""
+    """Write a uint8 image (3, height, width) as PNG."""
     atomic_write(path, image_of(pixels).save)
 
 
 def save_grid(pixels: torch.Tensor, path: Path, columns: int) -> None:
-    """Write `grid_of` as PNG."""
+    """Write uint8 images (n, 3, height, width) as one PNG, filled row by row."""
     atomic_write(path, grid_of(pixels, columns).save)
 
 
@@ -53,8 +59,11 @@ def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 200)
     """Write pictures of one size as an animation that rests on the last one for two seconds."""
     images = [frame.convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
     durations = [milliseconds] * (len(images) - 1) + [2_000]
-    options = {"save_all": True, "append_images": images[1:], "duration": durations, "loop": 0}
-    atomic_write(path, lambda file: images[0].save(file, **options))
+
+    def write(file: Path) -> None:
+        images[0].save(file, save_all=True, append_images=images[1:], duration=durations, loop=0)
+
+    atomic_write(path, write)
 
 
 def read_grids(folder: Path) -> list[Image.Image]:
@@ -62,32 +71,64 @@ def read_grids(folder: Path) -> list[Image.Image]:
     return [Image.open(file).convert("RGB") for file in sorted(folder.glob("epoch_*.png"))]
 
 
+# Plots
+
+
+def save_figure(figure: Figure, path: Path, formats: Sequence[str] = ("png",)) -> None:
+    """Write a matplotlib figure as `path`, once with each of the suffixes, and close it."""
+    for suffix in formats:
+        atomic_write(
+            path.with_suffix(f".{suffix}"),
+            lambda file: figure.savefig(file, dpi=150, bbox_inches="tight"),
+        )
+    pyplot().close(figure)
+
+
 def save_labelled(
-    pixels: torch.Tensor, path: Path, rows: Sequence[str], columns: Sequence[str], title: str = ""
+    pixels: torch.Tensor,
+    path: Path,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str = "",
 ) -> None:
-    """Draw uint8 images (len(rows) * len(columns), 3, height, width), row by row, with the names of both."""
+    """Draw images in rows and columns with names at the left and on top.
+
+    `pixels` is uint8 (len(rows) * len(columns), 3, height, width), row by row.
+    """
     height, width = len(rows), len(columns)
-    figure, axes = plt.subplots(height, width, figsize=(1.1 * width + 0.6, 1.1 * height + 0.5), squeeze=False)
+    figure, axes = pyplot().subplots(
+        height, width, figsize=(1.1 * width + 0.6, 1.1 * height + 0.5), squeeze=False
+    )
     for number, (axis, image) in enumerate(zip(axes.flat, pixels, strict=True)):
         axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axis.set(xticks=[], yticks=[])
-        if number < width:
-            axis.set_title(columns[number], fontsize=9)
-        if number % width == 0:
-            axis.set_ylabel(rows[number // width], fontsize=9, rotation=0, ha="right", va="center")
+        row, column = divmod(number, width)
+        if row == 0:
+            axis.set_title(columns[column], fontsize=9)
+        if column == 0:
+            axis.set_ylabel(rows[row], fontsize=9, rotation=0, ha="right", va="center")
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path)
 
 
-def save_curves(rows: list[dict[str, Any]], panels: dict[str, Sequence[str]], path: Path, x: str = "epoch") -> None:
-    """Draw columns of metrics.jsonl against `x`: a panel for each title of `panels`, a line for each of its columns."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.2), squeeze=False)
+def save_curves(
+    rows: list[dict[str, Any]], panels: Mapping[str, Sequence[str]], path: Path, x: str = "epoch"
+) -> None:
+    """Draw columns of metrics.jsonl against the column `x`.
+
+    `panels` maps the title of each panel to the columns drawn in it, one line each.
+    """
+    figure, axes = pyplot().subplots(
+        1, len(panels), figsize=(4.5 * len(panels), 3.2), squeeze=False
+    )
     for axis, (title, columns) in zip(axes[0], panels.items(), strict=True):
         for column in columns:
             points = [(row[x], row[column]) for row in rows if row.get(column) is not None]
-            if points:
-                marker = "o" if len(points) == 1 else None  # a line through one point is nothing to see
-                axis.plot(*zip(*points, strict=True), marker=marker, label=column.replace("_", " "))
+            if not points:
+                continue
+            marker = "o" if len(points) == 1 else None  # one point makes no visible line
+            xs, ys = zip(*points, strict=True)
+            axis.plot(xs, ys, marker=marker, label=column.replace("_", " "))
         axis.set(title=title, xlabel=x)
         axis.grid(alpha=0.3)
         if axis.lines:
@@ -95,19 +136,57 @@ def save_curves(rows: list[dict[str, Any]], panels: dict[str, Sequence[str]], pa
     save_figure(figure, path)
 
 
+def save_tsne(
+    features: np.ndarray,
+    colourings: Mapping[str, tuple[np.ndarray, Sequence[Any]]],
+    title: str,
+    folder: Path,
+    seed: int,
+) -> None:
+    """Embed features (n, d) with t-SNE (van der Maaten and Hinton, 2008) and draw the points.
+
+    `colourings` maps a name, such as "class", to values (n,) and the names of the values. Writes
+    tsne_NAME.png and .pdf for each, and features.npz. Raises UserError for fewer than 4 images.
+    """
+    from sklearn.manifold import TSNE  # takes a second or two to import
+
+    if len(features) < 4:
+        raise UserError(f"t-SNE of {len(features)} images: needs at least 4")
+    perplexity = min(30, (len(features) - 1) / 3)
+    tsne = TSNE(init="pca", perplexity=perplexity, random_state=seed)
+    points = tsne.fit_transform(features)  # (n, 2)
+    arrays: dict[str, Any] = {name: values for name, (values, _) in colourings.items()}
+    atomic_write(
+        folder / "features.npz",
+        lambda path: np.savez(path, features=features, points=points, **arrays),
+    )
+    for name, (values, value_names) in colourings.items():
+        figure, axis = pyplot().subplots(figsize=(7, 6))
+        for value, value_name in enumerate(value_names):
+            xs, ys = points[values == value].T
+            axis.scatter(xs, ys, s=5, color=f"C{value}", alpha=0.6, label=value_name)
+        axis.set(title=f"{title}: t-SNE by {name}", xticks=[], yticks=[])
+        axis.legend(title=name, markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
+        save_figure(figure, folder / f"tsne_{name}.png", ("png", "pdf"))
+
+
+# Tables
+
+
 def save_csv(rows: list[list[str]], path: Path) -> None:
-    """Write a table (its first row is the header) as csv."""
+    """Write a table, whose first row is the header, as csv."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     atomic_write(path, text.getvalue())
 
 
 def save_table(rows: list[list[str]], path: Path, title: str = "") -> None:
-    """Write a table (its first row is the header) as `path` with .csv, .md and .png."""
+    """Write a table, whose first row is the header, as `path` with .csv, .md and .png."""
     save_csv(rows, path.with_suffix(".csv"))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    atomic_write(path.with_suffix(".md"), "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n")
-    figure, axis = plt.subplots(figsize=(2.2 * len(rows[0]), 0.32 * len(rows) + 0.4))
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    atomic_write(path.with_suffix(".md"), "\n".join(lines) + "\n")
+    figure, axis = pyplot().subplots(figsize=(2.2 * len(rows[0]), 0.32 * len(rows) + 0.4))
     axis.axis("off")
     drawn = axis.table(rows[1:], colLabels=rows[0], loc="center", cellLoc="center")
     drawn.auto_set_font_size(False)
@@ -116,28 +195,3 @@ def save_table(rows: list[list[str]], path: Path, title: str = "") -> None:
     drawn.scale(1, 1.3)
     axis.set_title(title, fontsize=10)
     save_figure(figure, path.with_suffix(".png"))
-
-
-def save_tsne(
-    features: np.ndarray, kinds: dict[str, tuple[np.ndarray, Sequence[Any]]], title: str, folder: Path, seed: int
-) -> None:
-    """Embed features (n, d) by t-SNE (van der Maaten and Hinton, 2008); scatter the points for each kind of colour.
-
-    `kinds` maps a name to values (n,) and what each value is called. Writes tsne_NAME.png and .pdf, and features.npz.
-    """
-    from sklearn.manifold import TSNE  # a second or two to import
-
-    if len(features) < 4:
-        raise UserError(f"t-SNE of {len(features)} images: at least 4 are needed")
-    points = TSNE(init="pca", perplexity=min(30, (len(features) - 1) / 3), random_state=seed).fit_transform(
-        features
-    )  # (n, 2)
-    arrays = {name: values for name, (values, _) in kinds.items()}
-    atomic_write(folder / "features.npz", lambda path: np.savez(path, features=features, points=points, **arrays))
-    for kind, (values, names) in kinds.items():
-        figure, axis = plt.subplots(figsize=(7, 6))
-        for value, name in enumerate(names):
-            axis.scatter(*points[values == value].T, s=5, color=f"C{value}", alpha=0.6, label=name)
-        axis.set(title=f"{title}: t-SNE by {kind}", xticks=[], yticks=[])
-        axis.legend(title=kind, markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
-        save_figure(figure, folder / f"tsne_{kind}.png", ("png", "pdf"))

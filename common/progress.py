@@ -1,4 +1,4 @@
-"""Progress of work that is no training: that has its own, in run.py."""
+"""Progress of long work other than training, which has its own in common/run.py."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from typing import Any
 from tqdm import tqdm
 
 
-def watch(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
-    """Yield `items` beside a bar on a terminal; elsewhere the time left is told after 10 s and then each minute."""
-    start, told = time.monotonic(), 0.0
+def show_progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+    """Yield the items beside a progress bar on a terminal.
+
+    Elsewhere a line with the time left is printed to stderr after 10 seconds and then each minute.
+    """
+    start = time.monotonic()
+    next_report = 10.0
     for done, item in enumerate(tqdm(items, what, total, leave=False, disable=None), 1):
         yield item
         spent = time.monotonic() - start
-        if spent - told > (60 if told else 10) and not sys.stderr.isatty():
-            told, left = spent, tqdm.format_interval(spent / done * (total - done))
+        if spent > next_report and not sys.stderr.isatty():
+            next_report = spent + 60
+            left = tqdm.format_interval(spent / done * (total - done))
             print(f"{what}: {done:,}/{total:,}, about {left} left", file=sys.stderr)

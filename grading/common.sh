@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# What the graders' scripts share; each sources it. Paths are relative to the current directory, wherever that is.
+# What the graders' scripts share; each of them sources it. Paths are relative to the current directory.
 # CHECKPOINTS=FOLDER takes the weights from another folder than checkpoints/.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=$root/.venv/bin/python # what setup.sh makes; a grader may have an environment of their own
+python=$root/.venv/bin/python # from setup.sh; a grader may have an environment of their own
 [ -x "$python" ] || python=python3
 
 fail() { # STATUS LINE
@@ -19,13 +19,13 @@ expect() {
     if [ "$given" != $# ] || [ $# != "$(wc -w <<<"$names" | tr -d ' ')" ]; then fail 2 "usage: bash $0 $names"; fi
 }
 
-# weights NAME COMMAND: sets `checkpoint`; if there is none, says which run's weights to put where.
+# weights NAME COMMAND: sets `checkpoint`. If it is missing, says which run's weights to put there.
 weights() {
     checkpoint=${CHECKPOINTS:-$root/checkpoints}/$1.safetensors
     [ -f "$checkpoint" ] || fail 2 "error: $checkpoint: no such file; put model.safetensors of '$2' there"
 }
 
-# digits OUT PER_CLASS DOMAIN: the digits by the released model, 24 passes of it an image.
+# digits OUT PER_CLASS DOMAIN: digits of the released network, with 24 network calls for each image.
 digits() {
     local how=(--steps 12 --guidance 1.5)
     if [ "$3" = svhn ]; then how=(--steps 18 --guidance 8 --interval 0 0.3); fi
@@ -34,7 +34,7 @@ digits() {
         --sampler dpm-solver++ "${how[@]}" --precision fp32
 }
 
-# domain_of PATH: sets `domain` to svhn or usps, whichever PATH names last (any case); else DOMAIN tells.
+# domain_of PATH: sets `domain` to svhn or usps, whichever PATH names last (in any case), or to DOMAIN.
 domain_of() {
     local path svhn usps
     path=$(tr '[:upper:]' '[:lower:]' <<<"$1")

@@ -1,7 +1,8 @@
-"""The U-Net of the course's DDIM problem, 256x256 faces: keys, shapes and outputs of the weights it hands out.
+"""The U-Net of the course's DDIM problem (256x256 faces): keys, shapes and outputs of its weights.
 
-It follows https://github.com/rosinality/denoising-diffusion-pytorch. The net: Ho et al., 2020, appendix B,
-https://arxiv.org/abs/2006.11239. Smaller settings of the same code serve 64x64 images.
+It follows https://github.com/rosinality/denoising-diffusion-pytorch. The network: Ho et al., 2020,
+appendix B, https://arxiv.org/abs/2006.11239. Smaller settings of the same code serve 64x64 faces
+and 28x28 digits.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.network import Network
+
 
 class Sinusoid(nn.Module):
-    """Numbers (batch,) → their sines, then cosines, at `channels` / 2 frequencies from 1 down to 1/10000."""
+    """Sines, then cosines, of numbers at channels / 2 frequencies from 1 down to 1/10000."""
+
+    inv_freq: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.register_buffer("inv_freq", torch.exp(torch.arange(0, channels, 2) * (-math.log(10000) / channels)))
+        exponents = torch.arange(0, channels, 2) * (-math.log(10000) / channels)
+        self.register_buffer("inv_freq", torch.exp(exponents))
 
     def forward(self, t: Tensor) -> Tensor:
         """(batch,) → (batch, channels)."""
@@ -28,12 +34,15 @@ class Sinusoid(nn.Module):
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    """32 groups, fewer where they would hold less than 4 channels: groups of 1 would take the time out again."""
+    """GroupNorm with 32 groups, or fewer where a group would have less than 4 channels.
+
+    Groups of one channel would remove the time that was added to it.
+    """
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
 class ResidualBlock(nn.Module):
-    """Normalise, rectify, convolve; add the time; normalise, rectify, convolve; add the input."""
+    """Normalise, SiLU, convolve; add the time; normalise, SiLU, convolve; add the input."""
 
     def __init__(self, before: int, after: int, time: int, dropout: float) -> None:
         super().__init__()
@@ -47,13 +56,15 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """(batch, before, height, width), (batch, time) → (batch, after, height, width)."""
-        h = self.conv1(F.silu(self.norm1(x))) + self.time(time)[:, :, None, None]
-        h = F.dropout(F.silu(self.norm2(h)), self.dropout, self.training)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(time)[:, :, None, None]
+        h = F.silu(self.norm2(h))
+        h = F.dropout(h, self.dropout, self.training)
         return self.conv2(h) + self.skip(x)
 
 
 class SelfAttention(nn.Module):
-    """Attention of all positions to all positions, one head, residual."""
+    """Attention of all positions to all positions with one head, residual."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -62,15 +73,16 @@ class SelfAttention(nn.Module):
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, channels, height, width), same shape."""
+        """(batch, channels, height, width) → the same shape."""
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (batch, positions, 3 channels)
         q, k, v = qkv[:, None].chunk(3, dim=-1)  # (batch, 1 head, positions, channels) each
-        attended = F.scaled_dot_product_attention(q, k, v)  # softmax(q k / root of channels) v
-        return x + self.out(attended[:, 0].transpose(1, 2).reshape(x.shape))
+        attended = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ / √channels) v
+        attended = attended[:, 0].transpose(1, 2).reshape(x.shape)
+        return x + self.out(attended)
 
 
 class Block(nn.Module):
-    """A residual block, with attention behind it if asked for."""
+    """A residual block, followed by attention if asked for."""
 
     def __init__(self, before: int, after: int, time: int, dropout: float, attention: bool) -> None:
         super().__init__()
@@ -82,18 +94,22 @@ class Block(nn.Module):
         return self.attention(self.resblocks(x, time))
 
 
-class DdimUnet(nn.Module):
-    """Predicts noise in images of `size` pixels, a multiple of patch * 2 ** (levels - 1).
+class DdimUnet(Network):
+    """Predicts the noise (or v) in images of `size` pixels.
 
-    The default has 113.7 M parameters. Level i is `width * multipliers[i]` wide and half as large as the level before;
-    it has `blocks` blocks on the way down, one more on the way up, and attention where its size is in `attention`.
-    Widths are multiples of 4. `patch` > 1 makes each square of patch x patch pixels one position of in_channels *
-    patch ** 2 values, so that the first level is `size` / patch wide and costs as much less (Hoogeboom et al., 2023,
-    https://arxiv.org/abs/2301.11093). `n_classes` > 0 adds a label embedding to the time's; nothing is added for a
-    dropped class.
+    The default has 113.7 M parameters. Level i is `width * multipliers[i]` wide and half as large
+    as the level before. It has `blocks` blocks on the way down and one more on the way up, with
+    attention where its size is in `attention`. `size` is a multiple of patch * 2 ** (levels - 1),
+    widths are multiples of 4.
+
+    With `patch` > 1, each square of patch x patch pixels becomes one position with in_channels *
+    patch ** 2 values, so that the first level is `size` / patch pixels wide and costs accordingly
+    less (Hoogeboom et al., 2023, https://arxiv.org/abs/2301.11093).
+
+    `n_classes` > 0 adds a label embedding to that of the time; a dropped class adds nothing.
     """
 
-    counts_steps = True  # its t is the number of the step, from 0; the digits' nets read t / T
+    counts_steps = True  # its t is the number of the step, from 0; the digits' networks read t / T
 
     def __init__(
         self,
@@ -108,76 +124,125 @@ class DdimUnet(nn.Module):
         patch: int = 1,
     ) -> None:
         super().__init__()
-        arguments = {"in_channels": in_channels, "size": size, "width": width, "multipliers": list(multipliers)}
-        arguments |= {"attention": list(attention), "blocks": blocks, "dropout": dropout, "n_classes": n_classes}
-        self.config = {"net": "ddim_unet", "arguments": arguments | {"patch": patch}}
-        self.patch, pixels = patch, in_channels * patch**2
-        levels = [(width * factor, size // patch >> i in attention) for i, factor in enumerate(multipliers)]
+        self.config = {
+            "net": "ddim_unet",
+            "arguments": {
+                "in_channels": in_channels,
+                "size": size,
+                "width": width,
+                "multipliers": list(multipliers),
+                "attention": list(attention),
+                "blocks": blocks,
+                "dropout": dropout,
+                "n_classes": n_classes,
+                "patch": patch,
+            },
+        }
+        self.patch = patch
+        pixels = in_channels * patch**2
         time = 4 * width
-        self.time = nn.Sequential(Sinusoid(width), nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time))
+        self.time = nn.Sequential(
+            Sinusoid(width), nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time)
+        )
         self.label = nn.Embedding(n_classes, time) if n_classes else None
         self.lengths = {"down": 0, "mid": 0, "up": 0}
 
+        levels = []  # (width, whether it has attention)
+        for level, multiplier in enumerate(multipliers):
+            level_size = size // patch >> level
+            levels.append((width * multiplier, level_size in attention))
+
+        # The way down. `kept` are the widths of what it leaves for the way up.
         now = width
         self._append("down", nn.Conv2d(pixels, now, 3, padding=1))
-        kept = [now]  # the widths of what the way down leaves for the way up
-        for i, (after, attends) in enumerate(levels):
-            if i > 0:  # half the height and width
-                self._append("down", nn.Sequential(nn.Conv2d(now, now, 3, 2, padding=1)))
+        kept = [now]
+        for level, (after, attends) in enumerate(levels):
+            if level > 0:
+                halve = nn.Conv2d(now, now, 3, 2, padding=1)  # half the height and width
+                self._append("down", nn.Sequential(halve))
                 kept.append(now)
             for _ in range(blocks):
                 self._append("down", Block(now, after, time, dropout, attends))
-                kept.append(now := after)
+                now = after
+                kept.append(now)
+
         self._append("mid", Block(now, now, time, dropout, attention=True))
         self._append("mid", Block(now, now, time, dropout, attention=False))
-        for i, (after, attends) in reversed(list(enumerate(levels))):
+
+        # The way up.
+        for level, (after, attends) in reversed(list(enumerate(levels))):
             for _ in range(blocks + 1):
                 self._append("up", Block(now + kept.pop(), after, time, dropout, attends))
                 now = after
-            if i > 0:  # twice the height and width
-                self._append("up", nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(now, now, 3, padding=1)))
+            if level > 0:
+                double = nn.Upsample(scale_factor=2)  # twice the height and width
+                self._append("up", nn.Sequential(double, nn.Conv2d(now, now, 3, padding=1)))
         self.out = nn.Sequential(_norm(now), nn.SiLU(), nn.Conv2d(now, pixels, 3, padding=1))
         self._initialise()
 
     def _append(self, part: str, layer: nn.Module) -> None:
-        """Number the layers as the published keys do: down1, down2, …"""
+        """Number the layers as the published keys do: down1, down2, …."""
         self.lengths[part] += 1
         self.add_module(f"{part}{self.lengths[part]}", layer)
 
     def _layers(self, part: str) -> Iterator[nn.Module]:
+        """The layers down1, down2, … of a part, in order."""
         return (getattr(self, f"{part}{i}") for i in range(1, self.lengths[part] + 1))
 
     def _initialise(self) -> None:
-        """Xavier's weights; zeros where a residual branch or the net ends, so that every branch begins as identity."""
+        """Xavier's weights, but zeros where a residual branch or the network ends.
+
+        Every branch then starts as the identity.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for module in self.modules():
-            if isinstance(module, ResidualBlock | SelfAttention):
-                nn.init.zeros_((module.conv2 if isinstance(module, ResidualBlock) else module.out).weight)
-        nn.init.zeros_(self.out[2].weight)
+            if isinstance(module, ResidualBlock):
+                nn.init.zeros_(module.conv2.weight)
+            elif isinstance(module, SelfAttention):
+                nn.init.zeros_(module.out.weight)
+        last = self.out[2]
+        assert isinstance(last, nn.Conv2d)
+        nn.init.zeros_(last.weight)
 
-    def forward(self, x: Tensor, t: Tensor, classes: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, classes: Tensor | None = None, drop: Tensor | None = None
+    ) -> Tensor:
         """Noisy images (batch, in_channels, height, width) → the noise in them, same shape.
 
-        `t`, float (batch,), is the number of the step itself, not divided. The public code counts steps from 0: step
-        1 … T of a schedule enters as 0 … T - 1, and the caller subtracts; the course's 1, 21, …, 981 are such numbers.
-        `classes`, int64 (batch,), None for no class; `drop`, bool (batch,), True where a row's class is withheld.
+        `t`, float (batch,), is the number of the step itself, not divided. It counts from 0: step
+        1 … T of a schedule enters as 0 … T - 1, and the caller subtracts. The course's 1, 21, …,
+        981 are such numbers. `classes` is int64 (batch,), or None for no class. `drop` is bool
+        (batch,), True where the class of a row is withheld. Raises ValueError for classes given to
+        a network without them.
         """
-        time = self.time(t)
-        if classes is not None:
-            if self.label is None:
-                raise ValueError("classes given to a net without them (n_classes is 0)")
-            labels = self.label(classes)
-            time = time + (labels if drop is None else labels.masked_fill(drop[:, None], 0.0))
-        # (batch, in_channels, height, width) → (batch, in_channels * patch², height / patch, width / patch)
-        x, kept = F.pixel_unshuffle(x, self.patch), []
+        time = self._embed(t, classes, drop)
+        # (batch, in_channels, height, width) → (batch, pixels, height / patch, width / patch)
+        x = F.pixel_unshuffle(x, self.patch)
+        kept = []
         for layer in self._layers("down"):
             x = layer(x, time) if isinstance(layer, Block) else layer(x)
             kept.append(x)
         for layer in self._layers("mid"):
             x = layer(x, time)
         for layer in self._layers("up"):
-            x = layer(torch.cat((x, kept.pop()), 1), time) if isinstance(layer, Block) else layer(x)
+            if isinstance(layer, Block):
+                x = layer(torch.cat((x, kept.pop()), 1), time)
+            else:
+                x = layer(x)
         return F.pixel_shuffle(self.out(x), self.patch)
+
+    def _embed(self, t: Tensor, classes: Tensor | None, drop: Tensor | None) -> Tensor:
+        """Embeddings (batch, 4 width) of times and of the classes that are not dropped."""
+        time = self.time(t)
+        if classes is None:
+            return time
+        if self.label is None:
+            raise ValueError("this network has no classes (n_classes is 0)")
+        labels = self.label(classes)
+        if drop is not None:
+            labels = labels.masked_fill(drop[:, None], 0.0)
+        return time + labels

@@ -1,7 +1,7 @@
-"""Classifiers of 28x28 digits that judge generated ones: the course's own small net, and a stronger, independent one.
+"""Classifiers of 28x28 digits, which measure how good generated digits are.
 
-Both map images (batch, 3, 28, 28) in [-1, 1], i.e. pixels / 127.5 - 1, to logits (batch, 10). The residual net follows
-He et al., 2016, https://arxiv.org/abs/1512.03385.
+The course's own small network, and a stronger one that is independent of it. Both map images
+(batch, 3, 28, 28) in [-1, 1], i.e. pixels / 127.5 - 1, to logits (batch, 10).
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.network import Network
 
-class DigitClassifier(nn.Module):
-    """The net of the course's Classifier.pth, the graders' yardstick for MNIST-M; its keys."""
+
+class DigitClassifier(Network):
+    """The network of the course's Classifier.pth, with its keys, which graders use for MNIST-M."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,10 +25,12 @@ class DigitClassifier(nn.Module):
         self.fc3 = nn.Linear(64, 10)
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (batch, 3, 28, 28) in [-1, 1] → features (batch, 64), which the last layer reads."""
+        """Images (batch, 3, 28, 28) in [-1, 1] → the last layer's input (batch, 64)."""
         x = F.relu(F.max_pool2d(self.conv1(images), 2))  # 28 → 24 → 12
-        x = F.relu(F.max_pool2d(self.conv2(x), 2)).flatten(1)  # 12 → 8 → 4; (batch, 16, 4, 4) → (batch, 256)
-        return F.relu(self.fc2(F.relu(self.fc1(x))))
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))  # 12 → 8 → 4
+        x = x.flatten(1)  # (batch, 16, 4, 4) → (batch, 256)
+        x = F.relu(self.fc1(x))
+        return F.relu(self.fc2(x))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (batch, 3, 28, 28) in [-1, 1] → logits (batch, 10)."""
@@ -34,7 +38,10 @@ class DigitClassifier(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside the identity, or beside a 1x1 convolution where width or size changes."""
+    """Two 3x3 convolutions and a shortcut (He et al., 2016, https://arxiv.org/abs/1512.03385).
+
+    The shortcut is the identity, or a 1x1 convolution where the width or the size changes.
+    """
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -51,20 +58,28 @@ class ResidualBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(h)) + self.skip(x))
 
 
-class DigitResNet(nn.Module):
-    """A residual net of 13 convolutions in three stages, 28 → 14 → 7; 0.7 M parameters at the default width.
+class DigitResNet(Network):
+    """A residual network of 13 convolutions in three stages, 0.7 M parameters at width 32.
 
-    Instance normalisation of the input makes it judge the shape of a digit, whatever its brightness and contrast.
+    Instance normalisation of the input makes it look at the shape of a digit, whatever its
+    brightness and contrast.
     """
 
     def __init__(self, classes: int = 10, width: int = 32) -> None:
         super().__init__()
         self.config = {"net": "digit_resnet", "arguments": {"classes": classes, "width": width}}
-        layers: list[nn.Module] = [nn.InstanceNorm2d(3), nn.Conv2d(3, width, 3, padding=1, bias=False)]
-        layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-        for before, after, stride in ((width, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)):
-            layers += [ResidualBlock(before, after, stride), ResidualBlock(after, after, 1)]
-        self.feature = nn.Sequential(*layers)
+        self.feature = nn.Sequential(
+            nn.InstanceNorm2d(3),
+            nn.Conv2d(3, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            ResidualBlock(width, width, stride=1),  # 28 pixels
+            ResidualBlock(width, width, stride=1),
+            ResidualBlock(width, 2 * width, stride=2),  # 28 → 14
+            ResidualBlock(2 * width, 2 * width, stride=1),
+            ResidualBlock(2 * width, 4 * width, stride=2),  # 14 → 7
+            ResidualBlock(4 * width, 4 * width, stride=1),
+        )
         self.classifier = nn.Linear(4 * width, classes)
 
     def features(self, images: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
-"""Fixtures: a tiny course layout."""
+"""Fixtures and helpers that several test files use."""
 
-import json
 import os
 import signal
 import sys
@@ -8,37 +7,41 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the tests' nets are tiny
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the networks are tiny
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from PIL import Image
 
+from common import checkpoints
+from common.cli import run_cli
 from common.run import Run
 
 torch.set_num_threads(1)
 
 
 def save_net(net: torch.nn.Module, path: Path, **config: object) -> Path:
-    """A checkpoint as the scripts write them."""
-    path.parent.mkdir(exist_ok=True)
-    weights = {key: value.contiguous() for key, value in net.state_dict().items()}
-    safetensors.torch.save_file(weights, path, {"config": json.dumps(net.config | config)})
+    """Write a checkpoint as the scripts write them; returns its path."""
+    checkpoints.save_net(path, net, net.config | config)
     return path
 
 
 def write_domain(folder: Path, counts: dict[str, int], grey: bool = False, seed: int = 0) -> None:
-    """Random 28x28 images whose top left corner tells the label, with a csv for each split."""
+    """Write random 28x28 images, with a csv for each split.
+
+    The brightness of an image's top left corner is 25 times its label.
+    """
     rng = np.random.default_rng(seed)
+    shape = (28, 28) if grey else (28, 28, 3)
     (folder / "data").mkdir(parents=True)
     index = 0
     for split, count in counts.items():
         rows = ["image_name,label"]
         for _ in range(count):
-            label, name = index % 10, f"{index:05d}.png"
-            pixels = rng.integers(0, 256, (28, 28) if grey else (28, 28, 3), dtype=np.uint8)
+            label = index % 10
+            name = f"{index:05d}.png"
+            pixels = rng.integers(0, 256, shape, dtype=np.uint8)
             pixels[:14, :14] = label * 25
             Image.fromarray(pixels).save(folder / "data" / name)
             rows.append(f"{name},{label}")
@@ -50,14 +53,37 @@ def write_domain(folder: Path, counts: dict[str, int], grey: bool = False, seed:
 def data_dir(tmp_path: Path) -> Path:
     """hw2_data with three small digit domains."""
     for seed, domain in enumerate(("mnistm", "svhn", "usps")):
-        counts = {"train": 60, "val": 30}
-        write_domain(tmp_path / "hw2_data" / "digits" / domain, counts, grey=domain == "usps", seed=seed)
+        folder = tmp_path / "hw2_data" / "digits" / domain
+        write_domain(folder, {"train": 60, "val": 30}, grey=domain == "usps", seed=seed)
     return tmp_path / "hw2_data"
 
 
 @pytest.fixture
+def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """`error_of(commands, main, *words)` runs a command line in this process.
+
+    It must end with status 2 and exactly one line on stderr, which is returned.
+    """
+
+    def run(commands: Any, main: Callable[[Any], Any], *words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            run_cli(commands, main)
+        error = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error
+
+    return run
+
+
+@pytest.fixture
 def stop_in_step_1(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable, Any], None]:
-    """`stop_in_step_1(train, args)` trains as if SIGTERM came within step 1, the second; it must end the program."""
+    """`stop_in_step_1(train, args)` trains as if SIGTERM came within step 1, the second one.
+
+    The signal must end the program.
+    """
 
     def steps(self: Run, first: int, last: int, images_per_step: int) -> Iterator[int]:
         for step in range(first, last):

@@ -1,11 +1,14 @@
-"""Deterministic weights and inputs for golden outputs, the same formulas for every net."""
+"""Deterministic weights and inputs for golden outputs, by the same formulas for every network."""
 
 import torch
 from torch import Tensor, nn
 
 
 def fill(net: nn.Module) -> nn.Module:
-    """Weights from sines: sin(0.7 k + i) for tensor i in sorted order, scaled by its kind; the net in eval mode."""
+    """Fill a network with weights from sines; returns it in eval mode.
+
+    Tensor i in sorted order gets sin(0.7 k + i) at position k, scaled according to its kind.
+    """
     weights = net.state_dict()
     for i, key in enumerate(sorted(weights)):
         value = weights[key]
@@ -19,13 +22,15 @@ def fill(net: nn.Module) -> nn.Module:
         elif value.dim() == 1:
             wave = 1 + 0.1 * wave
         else:
-            wave = wave * (2 / (value.numel() / value.shape[0])) ** 0.5
+            inputs = value.numel() / value.shape[0]
+            wave = wave * (2 / inputs) ** 0.5
         weights[key] = wave.reshape(value.shape).float()
     net.load_state_dict(weights)
     return net.eval()
 
 
 def image(batch: int, channels: int, size: int) -> Tensor:
-    """cos(0.01 k) as float32 (batch, channels, size, size)."""
+    """cos(0.01 k) at position k, as float32 (batch, channels, size, size)."""
     count = batch * channels * size * size
-    return torch.cos(0.01 * torch.arange(count, dtype=torch.float64)).reshape(batch, channels, size, size).float()
+    wave = torch.cos(0.01 * torch.arange(count, dtype=torch.float64))
+    return wave.reshape(batch, channels, size, size).float()

@@ -1,4 +1,4 @@
-"""Zero-shot classification: templates, ensembles, weights of every source, evidence, pretraining, errors."""
+"""Zero-shot classification: templates, ensembles, weights, evidence, pretraining, errors."""
 
 import csv
 import dataclasses
@@ -18,13 +18,17 @@ import torch
 from PIL import Image
 
 import p3_clip_zeroshot as script
-from common.run import UserError, make_accelerator
-from p3_clip_zeroshot import TEMPLATES, Pretrain, Zeroshot
-from zeroshot.evidence import judge
-from zeroshot.loading import find_labelled, load_clip
+from common.cli import UserError
+from common.device import make_accelerator
+from p3_clip_zeroshot import Pretrain, Zeroshot
+from zeroshot.evidence import measure
+from zeroshot.loading import Clip, find_labelled, load_clip
+from zeroshot.pretrain import contrastive_loss, pretrain
+from zeroshot.prompts import prompts_of, template_sets
 
 NAMES = ["apple", "traffic_light", "key"]
-SMALL = {  # OpenAI's heads are 64 wide
+# The smallest network of the right form: OpenAI's heads are 64 wide.
+SMALL = {
     "embed_dim": 32,
     "vision_cfg": {"layers": 1, "width": 64, "patch_size": 8, "image_size": 16},
     "text_cfg": {"context_length": 16, "width": 64, "heads": 1, "layers": 2},
@@ -33,7 +37,7 @@ SMALL = {  # OpenAI's heads are 64 wide
 
 @pytest.fixture
 def clip_dir(tmp_path: Path) -> Path:
-    """The course's layout: 8 images a class in train, 4 in val, told apart by their colour."""
+    """The course's layout: 8 images of each class in train, 4 in val; the colour is the class."""
     folder = tmp_path / "hw2_data" / "clip_zeroshot"
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 4)):
@@ -43,7 +47,8 @@ def clip_dir(tmp_path: Path) -> Path:
                 pixels = rng.integers(0, 60, (20, 24, 3), dtype=np.uint8)
                 pixels[..., label] += 150
                 Image.fromarray(pixels).save(folder / split / f"{label}_{k}.png")
-    (folder / "id2label.json").write_text(json.dumps({str(k): name for k, name in enumerate(NAMES)}))
+    names = {str(k): name for k, name in enumerate(NAMES)}
+    (folder / "id2label.json").write_text(json.dumps(names))
     return tmp_path / "hw2_data"
 
 
@@ -56,7 +61,11 @@ def small_clip(seed: int = 0, **options: Any) -> open_clip.CLIP:
 
 
 def save_ours(net: open_clip.CLIP, path: Path) -> Path:
-    config = {"net": "clip", "arguments": SMALL, "preprocess": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    config = {
+        "net": "clip",
+        "arguments": SMALL,
+        "preprocess": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    }
     metadata = {"config": json.dumps(config)}
     safetensors.torch.save_file(net.state_dict(), path, metadata)
     return path
@@ -65,66 +74,106 @@ def save_ours(net: open_clip.CLIP, path: Path) -> Path:
 @pytest.fixture
 def arguments(clip_dir: Path, tmp_path: Path) -> Zeroshot:
     checkpoint = save_ours(small_clip(), tmp_path / "small.safetensors")
-    options = {"output_dir": tmp_path / "out" / "clip", "device": "cpu", "precision": "fp32", "batch_size": 5}
-    return Zeroshot(data_dir=clip_dir, checkpoint=checkpoint, **options)
-
-
-def test_templates() -> None:
-    assert {name: len(set(templates)) for name, templates in TEMPLATES.items()} == {
-        "course": 1,
-        "article": 1,
-        "cifar18": 18,
-        "imagenet80": 80,
-    }
-    assert script.prompts_of("traffic_light", TEMPLATES["course"], "spaces") == ["A photo of traffic light."]
-    assert script.prompts_of("traffic_light", TEMPLATES["course"], "underscores") == ["A photo of traffic_light."]
-    assert script.prompts_of("apple", TEMPLATES["article"], "spaces") == ["A photo of an apple."]
-    assert script.prompts_of("key", TEMPLATES["article"], "spaces") == ["A photo of a key."]
-    assert {"a photo of a key.", "a bad photo of the key.", "a photo of the small key."} <= set(
-        script.prompts_of("key", TEMPLATES["cifar18"], "spaces")
+    return Zeroshot(
+        data_dir=clip_dir,
+        checkpoint=checkpoint,
+        output_dir=tmp_path / "out" / "clip",
+        device="cpu",
+        precision="fp32",
+        batch_size=5,
     )
-    assert "a tattoo of a key." in script.prompts_of("key", TEMPLATES["imagenet80"], "spaces")
 
 
-def test_classifier_is_open_clips(arguments: Zeroshot) -> None:
-    """To 1e-6, sums of float32 in another order; without the first normalisation it would not be."""
-    clip, accelerator = load_clip("ViT-B-32", "openai", arguments.checkpoint), make_accelerator("cpu", "fp32")
+@pytest.fixture
+def clip(arguments: Zeroshot) -> Clip:
+    """The small CLIP, loaded from its file."""
+    return load_clip("ViT-B-32", "openai", arguments.checkpoint)
+
+
+def test_numbers_of_templates() -> None:
+    sets = template_sets()
+    numbers = {name: len(set(templates)) for name, templates in sets.items()}
+    assert numbers == {"course": 1, "article": 1, "cifar18": 18, "imagenet80": 80}
+
+
+def test_names_in_templates() -> None:
+    sets = template_sets()
+    assert prompts_of("traffic_light", sets["course"], "spaces") == ["A photo of traffic light."]
+    assert prompts_of("traffic_light", sets["course"], "underscores") == [
+        "A photo of traffic_light."
+    ]
+    assert prompts_of("apple", sets["article"], "spaces") == ["A photo of an apple."]
+    assert prompts_of("key", sets["article"], "spaces") == ["A photo of a key."]
+    cifar = prompts_of("key", sets["cifar18"], "spaces")
+    assert "a photo of a key." in cifar
+    assert "a bad photo of the key." in cifar
+    assert "a photo of the small key." in cifar
+    assert "a tattoo of a key." in prompts_of("key", sets["imagenet80"], "spaces")
+
+
+def test_class_vectors_are_open_clips(arguments: Zeroshot, clip: Clip) -> None:
+    """To 1e-6, for sums of float32 in another order.
+
+    Without the first normalisation the difference would be larger than that.
+    """
+    accelerator = make_accelerator("cpu", "fp32")
     names = [name.replace("_", " ") for name in NAMES]
-    templates = TEMPLATES["cifar18"]
+    templates = template_sets()["cifar18"]
     expected = open_clip.build_zero_shot_classifier(clip.net, clip.tokenizer, names, templates).T
     texts = [template.format(name) for name in names for template in templates]
     features = script.encode_texts(clip, texts, accelerator, arguments)
-    ours = script.classifier(NAMES, templates, "spaces", features)
+    ours = script.class_vectors(NAMES, templates, "spaces", features)
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
     with torch.no_grad():
         raw = clip.net.encode_text(clip.tokenizer(texts)).view(3, 18, -1)
     assert raw.norm(dim=-1).std() > 0.01
     wrong = torch.nn.functional.normalize(raw.mean(1), dim=-1)
     assert (wrong - expected).abs().max() > 1e-4
-    found = find_labelled(arguments.data_dir, "val")
-    images = script.encode_images(clip, found.paths, accelerator, arguments)
+
+
+def test_logits_of_images_are_open_clips(arguments: Zeroshot, clip: Clip) -> None:
+    """Images are encoded in batches here, and one at a time there."""
+    accelerator = make_accelerator("cpu", "fp32")
+    templates = template_sets()["cifar18"]
+    vectors = open_clip.build_zero_shot_classifier(clip.net, clip.tokenizer, NAMES, templates).T
+    paths = find_labelled(arguments.data_dir, "val").paths
+    images = script.encode_images(clip, paths, accelerator, arguments)
+    alone = []
     with torch.no_grad():
-        alone = [clip.net.encode_image(clip.preprocess(Image.open(p).convert("RGB"))[None], True) for p in found.paths]
-        logits = clip.net.logit_scale.exp() * torch.cat(alone) @ expected.T
-        torch.testing.assert_close(clip.net.logit_scale.exp() * images @ ours.T, logits, atol=1e-4, rtol=0)
+        for path in paths:
+            image = clip.preprocess(Image.open(path).convert("RGB"))
+            alone.append(clip.net.encode_image(image[None], normalize=True))
+        scale = clip.net.logit_scale.exp()
+        expected = scale * torch.cat(alone) @ vectors.T
+        torch.testing.assert_close(scale * images @ vectors.T, expected, atol=1e-4, rtol=0)
 
 
-def test_texts_are_encoded_once(arguments: Zeroshot, monkeypatch: pytest.MonkeyPatch) -> None:
-    clip, accelerator = load_clip("ViT-B-32", "openai", arguments.checkpoint), make_accelerator("cpu", "fp32")
-    first = script.encode_texts(clip, ["a", "b"], accelerator, arguments)
-    quick = clip._replace(net=small_clip(0, quick_gelu=True))  # the same weights
-    assert not torch.equal(script.encode_texts(quick, ["a", "b"], accelerator, arguments)["a"], first["a"])
-    other = clip._replace(net=small_clip(1))
-    assert not torch.equal(script.encode_texts(other, ["a", "b"], accelerator, arguments)["a"], first["a"])
-    monkeypatch.setattr(type(clip.net), "encode_text", None)  # what is kept needs no net
-    again = script.encode_texts(clip, ["a", "b"], accelerator, arguments)
+def test_texts_are_encoded_once(
+    arguments: Zeroshot, clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerator = make_accelerator("cpu", "fp32")
+
+    def encode(net: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return script.encode_texts(clip._replace(net=net), ["a", "b"], accelerator, arguments)
+
+    first = encode(clip.net)
+    with_quick_gelu = small_clip(0, quick_gelu=True)  # the same weights
+    assert not torch.equal(encode(with_quick_gelu)["a"], first["a"])
+    assert not torch.equal(encode(small_clip(1))["a"], first["a"])
+    monkeypatch.setattr(type(clip.net), "encode_text", None)  # what is cached needs no network
+    again = encode(clip.net)
     assert all(torch.equal(first[text], again[text]) for text in first)
 
 
 def openai_file(net: open_clip.CLIP, path: Path, archive: bool) -> Path:
-    """As OpenAI's files are: half precision, three numbers beside the weights, a TorchScript archive or a pickle."""
-    numbers = {"input_resolution": 16, "context_length": 16, "vocab_size": 49408}
-    weights = {k: v.half() for k, v in net.state_dict().items()} | {k: torch.tensor(v) for k, v in numbers.items()}
+    """A file like OpenAI's: half precision, three numbers beside the weights.
+
+    It is a TorchScript archive, or a pickle.
+    """
+    weights = {key: value.half() for key, value in net.state_dict().items()}
+    weights["input_resolution"] = torch.tensor(16)
+    weights["context_length"] = torch.tensor(16)
+    weights["vocab_size"] = torch.tensor(49408)
     if not archive:
         torch.save(weights, path)
         return path
@@ -150,18 +199,24 @@ def test_openai_weights_get_quickgelu(tmp_path: Path, archive: bool) -> None:
     clip = load_clip("ViT-B-32", "openai", openai_file(net, tmp_path / "ViT-B-32.pt", archive))
     other = open_clip.CLIP(**SMALL).eval()
     other.load_state_dict(net.state_dict())
-    images, tokens = torch.randn(2, 3, 16, 16), clip.tokenizer(["a photo", "of a key"])
+    images = torch.randn(2, 3, 16, 16)
+    tokens = clip.tokenizer(["a photo", "of a key"])
     with torch.no_grad():
-        torch.testing.assert_close(clip.net.encode_image(images), net.encode_image(images), atol=1e-6, rtol=0)
-        torch.testing.assert_close(clip.net.encode_text(tokens), net.encode_text(tokens), atol=1e-6, rtol=0)
-        assert (other.encode_text(tokens) - net.encode_text(tokens)).abs().max() > 1e-3  # GELU would be seen
+        expected = net.encode_image(images)
+        torch.testing.assert_close(clip.net.encode_image(images), expected, atol=1e-6, rtol=0)
+        expected = net.encode_text(tokens)
+        torch.testing.assert_close(clip.net.encode_text(tokens), expected, atol=1e-6, rtol=0)
+        with_gelu = other.encode_text(tokens)
+        assert (with_gelu - expected).abs().max() > 1e-3  # so GELU would be seen
     assert clip.preprocess(Image.new("RGB", (40, 20))).shape == (3, 16, 16)
 
 
 def test_named_weights_get_the_activation_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
 
-    def create(model: str, pretrained: str | None = None, force_quick_gelu: bool = False, **_: Any) -> tuple:
+    def create(
+        model: str, pretrained: str | None = None, force_quick_gelu: bool = False, **_: Any
+    ) -> tuple:
         asked[pretrained] = force_quick_gelu
         return small_clip(), None, None
 
@@ -173,7 +228,8 @@ def test_named_weights_get_the_activation_they_need(monkeypatch: pytest.MonkeyPa
 
 def test_a_state_file_of_open_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = small_clip()
-    torch.save({"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}, "epoch": 3}, tmp_path / "e.pt")
+    weights = {f"module.{key}": value for key, value in net.state_dict().items()}
+    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "e.pt")
 
     def create(model: str, pretrained: None, force_quick_gelu: bool, **_: Any) -> tuple:
         return small_clip(1, quick_gelu=force_quick_gelu), None, None
@@ -181,41 +237,57 @@ def test_a_state_file_of_open_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
     clip = load_clip("ViT-B-32", "openai", tmp_path / "e.pt")
     assert torch.equal(clip.net.visual.proj, net.visual.proj)
-    assert "QuickGELU" in repr(clip.net)  # --pretrained openai tells so
+    assert "QuickGELU" in repr(clip.net)  # because of --pretrained openai
 
 
-def test_judge() -> None:
-    scores = torch.eye(10)[torch.arange(40) % 10] + 0.1 * torch.linspace(1, 0, 10)  # always right ...
+def test_accuracy_its_interval_and_top_5() -> None:
     labels = torch.arange(40) % 10
-    labels[:8] = 9  # ... but for eight, none of which is predicted as 9
-    told = judge(scores, labels)
-    assert told["accuracy"] == 100 * 32 / 40
-    p, n, z = 32 / 40, 40, 1.959964
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scores = torch.eye(10)[labels] + 0.1 * torch.linspace(1, 0, 10)  # always correct …
+    labels[:8] = 9  # … except for eight, none of which is predicted as 9
+    measured = measure(scores, labels)
+    assert measured["accuracy"] == 100 * 32 / 40
+    # Wilson's interval.
+    p = 32 / 40
+    n = 40
+    z = 1.959964
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 100 / (1 + z * z / n)
-    assert told["interval"] == pytest.approx([scale * (middle - half), scale * (middle + half)], abs=1e-4)
-    assert told["top5"] == 80  # class 9 has the least of the others' scores
+    expected = [scale * (middle - half), scale * (middle + half)]
+    assert measured["interval"] == pytest.approx(expected, abs=1e-4)
+    assert measured["top5"] == 80  # class 9 has the smallest of the other scores
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a csv by its header."""
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 def test_zeroshot_writes_its_evidence(arguments: Zeroshot) -> None:
     result = script.main(dataclasses.replace(arguments, templates="cifar18", prompt=None))
     out = arguments.output_dir
     assert json.loads((out / "result.json").read_text())["accuracy"] == result["accuracy"]
-    with (out / "predictions.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["image_name"] for row in rows] == [f"{label}_{k}.png" for label in range(3) for k in range(4)]
-    assert sum(row["label"] == row["predicted"] for row in rows) == sum(row["right"] == "1" for row in rows)
-    assert result["accuracy"] == pytest.approx(100 * sum(row["right"] == "1" for row in rows) / 12)
-    assert all(row["name1"] == row["predicted"] and float(row["p1"]) >= float(row["p2"]) for row in rows)
-    assert all(sum(float(row[f"p{k}"]) for k in (1, 2, 3)) == pytest.approx(1, abs=2e-4) for row in rows)
-    with (out / "per_class.csv").open() as file:
-        classes = list(csv.DictReader(file))
+
+    rows = read_csv(out / "predictions.csv")
+    names = [f"{label}_{k}.png" for label in range(3) for k in range(4)]
+    assert [row["image_name"] for row in rows] == names
+    correct = sum(row["right"] == "1" for row in rows)
+    assert sum(row["label"] == row["predicted"] for row in rows) == correct
+    assert result["accuracy"] == pytest.approx(100 * correct / 12)
+    for row in rows:
+        assert row["name1"] == row["predicted"]
+        assert float(row["p1"]) >= float(row["p2"])
+        total = sum(float(row[f"p{k}"]) for k in (1, 2, 3))
+        assert total == pytest.approx(1, abs=2e-4)
+
+    classes = read_csv(out / "per_class.csv")
     assert [(row["class"], row["images"]) for row in classes] == [(name, "4") for name in NAMES]
-    with (out / "table.csv").open() as file:
-        table = list(csv.DictReader(file))
+    table = read_csv(out / "table.csv")
     assert [row["accuracy, %"] for row in table[:2]] == ["56.64", "not measured"]
     ours = {(row["prompts"], row["names"]): float(row["accuracy, %"]) for row in table[2:]}
-    assert set(ours) == {(kind, way) for kind in TEMPLATES for way in ("spaces", "underscores")}
+    ways = ("spaces", "underscores")
+    assert set(ours) == {(kind, way) for kind in template_sets() for way in ways}
     assert ours["cifar18", "spaces"] == pytest.approx(result["accuracy"], abs=0.005)
     for name in ("cases.png", "confusion.png", "similarity.png", "table.png"):
         with Image.open(out / name) as image:
@@ -224,7 +296,8 @@ def test_zeroshot_writes_its_evidence(arguments: Zeroshot) -> None:
 
 
 def test_a_prompt_of_ones_own(arguments: Zeroshot) -> None:
-    result = script.main(dataclasses.replace(arguments, prompt="{} seen from afar", names="underscores"))
+    changed = dataclasses.replace(arguments, prompt="{} seen from afar", names="underscores")
+    result = script.main(changed)
     assert (result["templates"], result["names"]) == ("prompt", "underscores")
     assert "| prompt | underscores |" in (arguments.output_dir / "table.md").read_text()
 
@@ -243,17 +316,26 @@ def test_a_folder_for_each_class(tmp_path: Path) -> None:
 def test_contrastive_loss() -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     same = torch.tensor([[True, False], [False, True], [True, False]])
-    rows = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(-1)), math.log(2)]  # -log softmax over the captions
-    first = math.log(math.e**2 + 1 + math.e) - (2 + 1) / 2  # over the images; two positives share the weight
+    # Each image over the captions: -log softmax of its own.
+    of_images = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(-1)), math.log(2)]
+    # Each caption over the images; the two positive images of the first share the weight.
+    first = math.log(math.e**2 + 1 + math.e) - (2 + 1) / 2
     second = math.log(1 + 2 * math.e) - 1
-    expected = (np.mean(rows) + np.mean([first, second])) / 2
-    assert script.contrastive_loss(logits, same).item() == pytest.approx(expected, abs=1e-6)
+    expected = (np.mean(of_images) + np.mean([first, second])) / 2
+    assert contrastive_loss(logits, same).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.fixture
 def pretraining(clip_dir: Path, tmp_path: Path) -> Pretrain:
-    options = {"epochs": 2, "batch_size": 6, "image_size": 32, "device": "cpu", "precision": "fp32"}
-    return Pretrain(data_dir=clip_dir, output_dir=tmp_path / "runs" / "whole", **options)
+    return Pretrain(
+        data_dir=clip_dir,
+        output_dir=tmp_path / "runs" / "whole",
+        epochs=2,
+        batch_size=6,
+        image_size=32,
+        device="cpu",
+        precision="fp32",
+    )
 
 
 def test_pretraining_resumes_bit_for_bit_and_serves_zeroshot(
@@ -261,74 +343,98 @@ def test_pretraining_resumes_bit_for_bit_and_serves_zeroshot(
 ) -> None:
     result = script.main(pretraining)
     assert result["epoch"] == 2
-    broken = dataclasses.replace(pretraining, output_dir=pretraining.output_dir.parent / "broken")
-    stop_in_step_1(script.pretrain, broken)
-    script.main(broken)
-    first, second = (safetensors.torch.load_file(run.output_dir / "model.safetensors") for run in (pretraining, broken))
+    other_dir = pretraining.output_dir.parent / "stopped"
+    stopped = dataclasses.replace(pretraining, output_dir=other_dir)
+    stop_in_step_1(pretrain, stopped)
+    script.main(stopped)
+    checkpoint = pretraining.output_dir / "model.safetensors"
+    first = safetensors.torch.load_file(checkpoint)
+    second = safetensors.torch.load_file(other_dir / "model.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
-    checkpoint = pretraining.output_dir / "model.safetensors"
-    assert script.main(dataclasses.replace(arguments, checkpoint=checkpoint))["images"] == 12
+    result = script.main(dataclasses.replace(arguments, checkpoint=checkpoint))
+    assert result["images"] == 12
 
 
 def test_pretraining_learns(pretraining: Pretrain, arguments: Zeroshot) -> None:
     script.main(dataclasses.replace(pretraining, epochs=12, augment=(), lr=2e-3))
     checkpoint = pretraining.output_dir / "model.safetensors"
-    assert script.main(dataclasses.replace(arguments, checkpoint=checkpoint))["accuracy"] == 100  # chance 33
+    result = script.main(dataclasses.replace(arguments, checkpoint=checkpoint))
+    assert result["accuracy"] == 100  # chance is 33
 
 
-def test_pretraining_refuses(pretraining: Pretrain) -> None:
-    for flag, changes in {"--vision": {"vision": "resnet17"}, "--image-size": {"image_size": 16}}.items():
-        with pytest.raises(UserError, match=flag):
-            script.main(dataclasses.replace(pretraining, **changes))
-        assert not pretraining.output_dir.exists()
+@pytest.mark.parametrize(
+    ("flag", "change"),
+    [("--vision", {"vision": "resnet17"}), ("--image-size", {"image_size": 16})],
+)
+def test_pretraining_refuses(pretraining: Pretrain, flag: str, change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=flag):
+        script.main(dataclasses.replace(pretraining, **change))
+    assert not pretraining.output_dir.exists()
 
 
-def refuse(*_: Any, **__: Any) -> None:
-    raise OSError("no route to the hub\nmore")
+@pytest.fixture
+def mistake(arguments: Zeroshot) -> Callable[..., str]:
+    """`mistake(**changes)` is the error of a run with these arguments; nothing may be written."""
 
-
-def test_mistakes(arguments: Zeroshot, clip_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def told(**changes: Any) -> str:
+    def run(**changes: Any) -> str:
         with pytest.raises(UserError) as caught:
             script.main(dataclasses.replace(arguments, **changes))
         assert "\n" not in str(caught.value)
+        out = arguments.output_dir
+        assert not out.exists() or not any(out.iterdir())
         return str(caught.value)
 
-    val, ids = clip_dir / "clip_zeroshot" / "val", clip_dir / "clip_zeroshot" / "id2label.json"
-    assert "--data-dir" in told(data_dir=tmp_path / "none")
+    return run
+
+
+def test_mistakes_in_options(mistake: Callable[..., str], tmp_path: Path) -> None:
+    assert "--data-dir" in mistake(data_dir=tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    assert "--data-dir" in told(data_dir=tmp_path / "empty")
-    assert "--split" in told(split="vall")
+    assert "--data-dir" in mistake(data_dir=tmp_path / "empty")
+    assert "--split" in mistake(split="vall")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
-    assert "holds a training run" in told(output_dir=tmp_path / "run")
-    assert "--prompt" in told(prompt="a photo")
-    assert "--prompt" in told(prompt="a {broken")
-    assert "--model" in told(model="ViT-B-33")
-    assert "--pretrained" in told(pretrained="opnai", checkpoint=None)
+    assert "holds a training run" in mistake(output_dir=tmp_path / "run")
+    assert "--prompt" in mistake(prompt="a photo")
+    assert "--prompt" in mistake(prompt="a {broken")
+    assert "--model" in mistake(model="ViT-B-33")
+    assert "--pretrained" in mistake(pretrained="opnai", checkpoint=None)
+
+
+def test_missing_and_broken_weights(
+    mistake: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no route to the hub\nmore")
+
     with monkeypatch.context() as patch:
         patch.setattr(open_clip, "create_model_and_transforms", refuse)
-        assert "no route to the hub more); fetch" in told(checkpoint=None)
+        assert "no route to the hub more); download" in mistake(checkpoint=None)
     (tmp_path / "noise.pt").write_bytes(b"nothing")
-    assert "noise.pt" in told(checkpoint=tmp_path / "noise.pt")
+    assert "noise.pt" in mistake(checkpoint=tmp_path / "noise.pt")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    assert "other.pt" in told(checkpoint=tmp_path / "other.pt")
-    assert "--checkpoint" in told(checkpoint=tmp_path / "none.pt")
+    assert "other.pt" in mistake(checkpoint=tmp_path / "other.pt")
+    assert "--checkpoint" in mistake(checkpoint=tmp_path / "none.pt")
+
+
+def test_broken_data(mistake: Callable[..., str], clip_dir: Path) -> None:
+    val = clip_dir / "clip_zeroshot" / "val"
+    ids = clip_dir / "clip_zeroshot" / "id2label.json"
     (val / "1_9.png").write_bytes((val / "1_0.png").read_bytes()[:50])
-    assert "1_9.png" in told()
+    assert "1_9.png" in mistake()
     (val / "1_9.png").rename(val / "7_9.png")
-    assert "7_9.png: its class id '7'" in told()
+    assert "7_9.png: its class id '7'" in mistake()
     ids.write_text("{")
-    assert "id2label.json" in told()
+    assert "id2label.json" in mistake()
     for path in val.iterdir():
         path.unlink()
     ids.write_text('{"0": "apple"}')
-    assert "no PNG or JPEG image" in told()
-    assert not arguments.output_dir.exists() or not any(arguments.output_dir.iterdir())
+    assert "no PNG or JPEG image" in mistake()
 
 
 def test_zeroshot_is_the_command_if_none_is_named(tmp_path: Path) -> None:
     command = [sys.executable, script.__file__, "--data-dir", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, f"error: --data-dir {tmp_path / 'none'}: no such folder\n")
+    assert done.returncode == 2
+    assert done.stderr == f"error: --data-dir {tmp_path / 'none'}: no such folder\n"

@@ -1,7 +1,7 @@
-"""p2_ddim.py: given noises to images by the graders' conventions, the grid over eta, interpolation."""
+"""p2_ddim.py: images from given noises by the graders' conventions, the grid, interpolation."""
 
 import math
-import sys
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,163 +11,250 @@ from PIL import Image
 from torchvision.utils import save_image
 
 import p2_ddim
-from common.diffusion import Schedule
-from common.run import UserError, command_line
+from common.cli import UserError
+from diffusion.schedule import Schedule
 from models.ddim_unet import DdimUnet
-from p2_ddim import EtaGrid, Generate, Interpolate, read_noises, slerp
+from p2_ddim import (
+    EtaGrid,
+    Generate,
+    Interpolate,
+    Model,
+    in_batches_that_fit,
+    load_model,
+    read_noises,
+    slerp,
+    to_pixels,
+)
+
+FILES = [f"{number:02d}.png" for number in range(5)]
 
 
 @pytest.fixture
 def noise_dir(tmp_path: Path) -> Path:
     """Five noises of 16x16."""
-    folder, rng = tmp_path / "noise", torch.Generator().manual_seed(0)
+    folder = tmp_path / "noise"
     folder.mkdir()
+    rng = torch.Generator().manual_seed(0)
     for number in range(5):
         torch.save(torch.randn(1, 3, 16, 16, generator=rng), folder / f"{number:02d}.pt")
     return folder
 
 
 @pytest.fixture
-def options(tmp_path: Path, noise_dir: Path, monkeypatch) -> dict:
-    """A small net with random weights stands for the course's, whose shape has a test of its own."""
+def options(tmp_path: Path, noise_dir: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Options for a small network, which stands for the course's.
+
+    The shapes of the course's network have a test of their own.
+    """
     torch.manual_seed(0)
     net = DdimUnet(size=16, width=32, multipliers=(1, 2), attention=(8,), blocks=1)
-    for parameter in net.parameters():  # some begin at zero
+    for parameter in net.parameters():  # some are initialised with zeros
         torch.nn.init.normal_(parameter, 0, 0.05)
     torch.save(net.state_dict(), tmp_path / "UNet.pt")
     arguments = net.config["arguments"]
-    monkeypatch.setattr(DdimUnet, "arguments_of", staticmethod(lambda weights: arguments), raising=False)
-    return {"noise_dir": noise_dir, "checkpoint": tmp_path / "UNet.pt", "output_dir": tmp_path / "out", "device": "cpu"}
+    monkeypatch.setattr(DdimUnet, "arguments_of", staticmethod(lambda weights: arguments))
+    return {
+        "noise_dir": noise_dir,
+        "checkpoint": tmp_path / "UNet.pt",
+        "output_dir": tmp_path / "out",
+        "device": "cpu",
+    }
 
 
-def pixels(path: Path) -> np.ndarray:
+def model_of(args: Generate) -> Model:
+    return load_model(args, (16, 16))
+
+
+def read_pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
+
+
+# Images
 
 
 def test_images_are_those_of_an_independent_sampler_and_torchvision(options, tmp_path):
     p2_ddim.main(Generate(**options, steps=10))
-    assert sorted(path.name for path in options["output_dir"].iterdir()) == [f"{number:02d}.png" for number in range(5)]
-    net = p2_ddim.Model(Generate(**options), (16, 16)).net
+    assert sorted(path.name for path in options["output_dir"].iterdir()) == FILES
+
+    net = model_of(Generate(**options)).net
     betas = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
-    alphas = (1 - betas).cumprod(0)  # counted from 0, as the course does
+    alpha_bars = (1 - betas).cumprod(0)  # counted from 0, as in the course
     x = torch.load(options["noise_dir"] / "03.pt", weights_only=True)
     with torch.inference_mode():
         for t in range(901, 0, -100):
-            a, before = alphas[t], alphas[t - 100] if t > 100 else torch.tensor(1.0, dtype=torch.float64)
+            a = alpha_bars[t]
+            a_prev = alpha_bars[t - 100] if t > 100 else torch.ones_like(a)
             eps = net(x, torch.tensor([float(t)]))
             x0 = ((x - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-1, 1)
-            x = (before.sqrt() * x0 + (1 - before).sqrt() * eps).float()
+            x = (a_prev.sqrt() * x0 + (1 - a_prev).sqrt() * eps).float()
     save_image(x, tmp_path / "expected.png", normalize=True)
-    assert np.abs(pixels(tmp_path / "expected.png") - pixels(options["output_dir"] / "03.png")).max() <= 1
+    ours = read_pixels(options["output_dir"] / "03.png")
+    assert np.abs(ours - read_pixels(tmp_path / "expected.png")).max() <= 1
 
 
-def test_eta_0_is_the_same_to_the_byte_and_for_any_batch_size(options, tmp_path):
-    for name, others in {"a": {}, "b": {}, "c": {"batch_size": 2}}.items():
-        p2_ddim.main(Generate(**options | {"output_dir": tmp_path / name}, steps=5, **others))
-    files = [f"{number:02d}.png" for number in range(5)]
-    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
-    assert all(np.abs(pixels(tmp_path / "a" / file) - pixels(tmp_path / "c" / file)).max() <= 1 for file in files)
+def test_eta_0_gives_the_same_bytes_again_and_any_batch_size_the_same_images(options, tmp_path):
+    for name, others in {"first": {}, "again": {}, "by twos": {"batch_size": 2}}.items():
+        folder = {"output_dir": tmp_path / name}
+        p2_ddim.main(Generate(**options | folder, steps=5, **others))
+    for file in FILES:
+        first = tmp_path / "first" / file
+        assert first.read_bytes() == (tmp_path / "again" / file).read_bytes()
+        by_twos = read_pixels(tmp_path / "by twos" / file)
+        assert np.abs(read_pixels(first) - by_twos).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"offset": 0}, {"clamp": "none"}, {"clamp": "dynamic"}, {"final_alpha": "first"}],
+)
+def test_each_convention_changes_the_images(options, changes):
+    _, noises = read_noises(options["noise_dir"])
+    images = []
+    for others in ({}, changes):
+        args = Generate(**options, steps=4, **others)
+        images.append(in_batches_that_fit(model_of(args), noises[:1], 0.0, args))
+    assert not torch.equal(images[0], images[1])
+
+
+def test_eta_changes_the_images(options):
+    _, noises = read_noises(options["noise_dir"])
+    args = Generate(**options, steps=4)
+    model = model_of(args)
+    deterministic = in_batches_that_fit(model, noises[:1], 0.0, args)
+    random = in_batches_that_fit(model, noises[:1], 1.0, args)
+    assert not torch.equal(deterministic, random)
+
+
+def test_pixels_are_scaled_to_each_images_own_range_or_to_a_fixed_one():
+    x = torch.linspace(-0.5, 0.2, 12).view(1, 3, 2, 2)
+    own_range = to_pixels(x, "minmax")
+    assert own_range.min() == 0
+    assert own_range.max() == 255
+    fixed = to_pixels(x, "fixed")
+    assert fixed.min() == 64
+    assert fixed.max() == 153
+
+
+# Steps
 
 
 @pytest.mark.parametrize(("steps", "last"), [(1, 2), (13, 2), (50, 2), (300, 2), (1000, 1)])
 def test_any_number_of_steps_ends_at_the_lowest(options, steps, last):
-    model = p2_ddim.Model(Generate(**options, steps=steps), (16, 16))
+    """Counted from 1. All 1,000 steps leave no room for the offset of 1."""
+    model = model_of(Generate(**options, steps=steps))
     assert len(model.steps) == steps
-    assert model.steps[-1] == last  # counted from 1; at 1,000 steps there is no room for the offset
+    assert model.steps[-1] == last
     assert model.steps[0] <= 1000
-    model = p2_ddim.Model(Generate(**options, steps=steps, spacing="trailing"), (16, 16))
-    assert (len(model.steps), model.steps[0], model.steps[-1]) == (steps, 1000, round(1000 / steps))
+    model = model_of(Generate(**options, steps=steps, spacing="trailing"))
+    assert len(model.steps) == steps
+    assert model.steps[0] == 1000
+    assert model.steps[-1] == round(1000 / steps)
 
 
-def test_conventions_are_flags(options):
-    variants = {
-        "default": {},
-        "offset": {"offset": 0},
-        "unclamped": {"clamp": False},
-        "alpha": {"final_alpha": "first"},
-    }
-    _, noises = read_noises(options["noise_dir"])
-    images = {}
-    for name, others in variants.items():
-        images[name] = p2_ddim.Model(Generate(**options, steps=4, **others), (16, 16)).generate(noises[:1], eta=0.0)
-    images["eta"] = p2_ddim.Model(Generate(**options, steps=4), (16, 16)).generate(noises[:1], eta=1.0)
-    assert all(not torch.equal(images["default"], image) for name, image in images.items() if name != "default")
-    x = torch.linspace(-0.5, 0.2, 12).view(1, 3, 2, 2)
-    spread = {r: p2_ddim.Model(Generate(**options, save_range=r), (16, 16)).to_pixels(x) for r in ("minmax", "fixed")}
-    assert (spread["minmax"].min(), spread["minmax"].max()) == (0, 255)
-    assert (spread["fixed"].min(), spread["fixed"].max()) == (64, 153)
+def test_the_published_schedule_is_the_default(options):
+    model = model_of(Generate(**options))
+    assert model.schedule.alpha_bar == Schedule(1000).alpha_bar
+    courses_steps = range(981, 0, -20)  # 981, …, 21, 1, counted from 0
+    assert model.steps == [1 + t for t in courses_steps]
 
 
-def test_the_grid_and_both_paths_are_drawn(options, capsys):
+# Plots and interpolation
+
+
+def test_the_grid_and_both_ways_are_drawn(options):
     p2_ddim.main(EtaGrid(**options, steps=2))
     p2_ddim.main(Interpolate(**options, steps=2))
     for name in ("eta_grid.png", "slerp.png", "lerp.png"):
         assert Image.open(options["output_dir"] / name).size[0] > 500
-    told = {line.split(":")[0]: line for line in capsys.readouterr().out.splitlines()}
-    norms = {k: [int(n) for n in told[k].split("= ")[1].split(";")[0].split(", ")] for k in ("slerp", "lerp")}
+
+
+def test_the_norms_of_the_noises_on_both_ways_are_printed(options, capsys):
+    """Noise of 768 numbers has a norm of 28; a straight line passes near the origin, at 28 / √2."""
+    p2_ddim.main(Interpolate(**options, steps=2))
+    printed = capsys.readouterr().out
+    norms = {}
+    for way, listed in re.findall(r"(\w+): \|noise\| = ([\d, ]+);", printed):
+        norms[way] = [int(norm) for norm in listed.split(", ")]
     assert len(norms["slerp"]) == 11
-    assert min(norms["slerp"]) >= 26  # noise of 768 numbers has a norm of 28
-    assert norms["lerp"][5] <= 21  # the straight line passes near the origin: 28 / √2
+    assert min(norms["slerp"]) >= 26
+    assert norms["lerp"][5] <= 21
 
 
-def test_slerp_keeps_the_norm_and_is_safe_everywhere():
-    rng = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 3, 8, 8, generator=rng)
+@pytest.fixture
+def two_noises() -> torch.Tensor:
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_slerp_goes_from_one_noise_to_the_other_and_changes_the_length_evenly(two_noises):
+    a, b = two_noises
+    torch.testing.assert_close(slerp(a, b, 0.0), a)
+    torch.testing.assert_close(slerp(a, b, 1.0), b)
     for alpha in (0.0, 0.3, 1.0):
         length = (1 - alpha) * a.norm() + alpha * b.norm()
         assert slerp(a, b, alpha).norm().item() == pytest.approx(length.item(), rel=1e-5)
-    torch.testing.assert_close(slerp(a, b, 0.0), a)
-    torch.testing.assert_close(slerp(a, b, 1.0), b)
-    omega = math.acos((a.flatten() @ b.flatten() / a.norm() / b.norm()).item())
-    same_length = b * a.norm() / b.norm()
-    expected = (math.sin(0.7 * omega) * a + math.sin(0.3 * omega) * same_length) / math.sin(omega)
-    torch.testing.assert_close(slerp(a, same_length, 0.3), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_slerp_is_the_usual_formula(two_noises):
+    a, b = two_noises
+    b = b * a.norm() / b.norm()  # the formula is for vectors of the same length
+    omega = math.acos((a.flatten() @ b.flatten() / a.norm() ** 2).item())
+    expected = (math.sin(0.7 * omega) * a + math.sin(0.3 * omega) * b) / math.sin(omega)
+    torch.testing.assert_close(slerp(a, b, 0.3), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_slerp_is_safe_between_parallel_and_opposite_noises(two_noises):
+    a, _ = two_noises
     torch.testing.assert_close(slerp(a, 2 * a, 0.5), 1.5 * a)
-    half = slerp(a, -a, 0.5)
-    assert half.isfinite().all()
-    assert half.norm().item() == pytest.approx(a.norm().item(), rel=1e-5)
-    assert abs((half.flatten() @ a.flatten()).item()) < 1e-3 * a.norm().item() ** 2
+    half_way = slerp(a, -a, 0.5)
+    assert half_way.isfinite().all()
+    assert half_way.norm().item() == pytest.approx(a.norm().item(), rel=1e-5)
+    cosine = (half_way.flatten() @ a.flatten()).item() / a.norm().item() ** 2
+    assert abs(cosine) < 1e-3
     torch.testing.assert_close(slerp(a, -a, 1.0), -a, rtol=1e-4, atol=1e-4)
 
 
-def test_published_schedule_is_the_default(options):
-    model = p2_ddim.Model(Generate(**options), (16, 16))
-    assert model.schedule.a == Schedule(1000).a
-    assert model.steps == [1 + t for t in range(981, 0, -20)]  # the course's 1, 21, …, 981, counted from 1
+# Bad input
 
 
-def test_bad_input_is_one_line_and_status_2(options, noise_dir, tmp_path, monkeypatch, capsys):
+def write_bad_noises(folder: Path, noise_dir: Path) -> None:
+    """Write a folder for each kind of bad noise."""
+    (folder / "empty").mkdir()
+    contents = {"list": [1], "flat": torch.zeros(4), "grey": torch.zeros(1, 1, 16, 16)}
+    for name, content in contents.items():
+        (folder / name).mkdir()
+        torch.save(content, folder / name / "00.pt")
+    (folder / "cut").mkdir()
+    (folder / "cut" / "00.pt").write_bytes((noise_dir / "00.pt").read_bytes()[:100])
+    (folder / "mixed").mkdir()
+    torch.save(torch.zeros(1, 3, 16, 16), folder / "mixed" / "00.pt")
+    torch.save(torch.zeros(1, 3, 32, 32), folder / "mixed" / "01.pt")
+
+
+def test_bad_noises_are_named(options, noise_dir, tmp_path, monkeypatch, error_of):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    for name, content in {"list": [1], "flat": torch.zeros(4), "grey": torch.zeros(1, 1, 16, 16)}.items():
-        (tmp_path / name).mkdir()
-        torch.save(content, tmp_path / name / "00.pt")
-    (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / "00.pt").write_bytes((noise_dir / "00.pt").read_bytes()[:100])
-    (tmp_path / "mixed").mkdir()
-    for number, size in enumerate((16, 32)):
-        torch.save(torch.zeros(1, 3, size, size), tmp_path / "mixed" / f"0{number}.pt")
-    for folder, told in (
+    write_bad_noises(tmp_path, noise_dir)
+    for folder, message in (
         ("none", "--noise-dir none: no such folder"),
-        ("empty", "--noise-dir empty: has 0 noises"),
-        ("list", "list/00.pt: holds a list, not a tensor"),
+        ("empty", "--noise-dir empty: contains 0 noises"),
+        ("list", "list/00.pt: contains a list, not a tensor"),
         ("flat", "flat/00.pt: has shape [4]"),
         ("grey", "grey/00.pt: has shape [1, 16, 16], expected 1 x 3 x 16 x 16"),
         ("cut", "cut/00.pt: not a whole file"),
         ("mixed", "mixed/01.pt: has shape [3, 32, 32], expected 1 x 3 x 16 x 16"),
     ):
-        words = ["generate", "--noise-dir", folder, "--output-dir", "y", "--checkpoint", options["checkpoint"]]
-        monkeypatch.setattr(sys, "argv", ["p2_ddim.py", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            command_line(Generate | EtaGrid | Interpolate, p2_ddim.main)
-        assert ended.value.code == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        assert told in error
+        words = ["--noise-dir", folder, "--output-dir", "y", "--checkpoint", options["checkpoint"]]
+        commands = Generate | EtaGrid | Interpolate
+        assert message in error_of(commands, p2_ddim.main, "generate", *words)
     assert not (tmp_path / "y").exists()
-    with pytest.raises(UserError, match="has 5 noises"):
+    with pytest.raises(UserError, match="contains 5 noises"):
         read_noises(noise_dir, at_least=6)
-    with pytest.raises(UserError, match=r"noise: is 32x32, .*UNet\.pt 16x16"):
-        p2_ddim.Model(Generate(**options), (32, 32))
-    with pytest.raises(UserError, match="--offset 100: 50 steps would begin at 1081"):
-        p2_ddim.Model(Generate(**options, offset=100), (16, 16))
+
+
+def test_noises_that_do_not_fit_the_network_are_named(options):
+    with pytest.raises(UserError, match=r"noise: the noises are 32x32, .*UNet\.pt makes 16x16"):
+        load_model(Generate(**options), (32, 32))
+
+
+def test_an_offset_beyond_the_last_step_is_named(options):
+    with pytest.raises(UserError, match=r"--offset 100: 50 steps would start at 1081"):
+        model_of(Generate(**options, offset=100))

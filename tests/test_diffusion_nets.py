@@ -1,4 +1,7 @@
-"""Nets of the diffusion problems and their judges: published keys and outputs, conditioning, attention, gradients."""
+"""Networks of the diffusion problems and classifiers of digits.
+
+Published keys and outputs, conditioning on class and time, attention, gradients.
+"""
 
 import json
 from pathlib import Path
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.run import load_net, load_weights
+from common.checkpoints import load_net, load_weights
 from models.attention_unet import AttentionUnet
 from models.attention_unet import SelfAttention as HeadedAttention
 from models.context_unet import ContextUnet
@@ -18,8 +21,10 @@ from tests.golden import fill, image
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 OUTPUTS = json.loads((GOLDEN / "diffusion_outputs.json").read_text())
-CLASSES, TIMES = torch.tensor([3, 8]), torch.tensor([0.25, 0.9])
-KEEP, DROP = torch.tensor([False, False]), torch.tensor([True, True])
+CLASSES = torch.tensor([3, 8])
+TIMES = torch.tensor([0.25, 0.9])
+KEEP = torch.tensor([False, False])
+DROP = torch.tensor([True, True])
 
 
 def tiny_context(**arguments) -> ContextUnet:
@@ -31,17 +36,21 @@ def tiny_attention() -> AttentionUnet:
 
 
 def tiny_ddim(**arguments) -> DdimUnet:
-    arguments = {"size": 16, "width": 16, "multipliers": (1, 2), "attention": (8,), "blocks": 1} | arguments
-    return fill(DdimUnet(**arguments))
+    small = {"size": 16, "width": 16, "multipliers": (1, 2), "attention": (8,), "blocks": 1}
+    return fill(DdimUnet(**small | arguments))
+
+
+def tiny_ddim_with_classes() -> DdimUnet:
+    return tiny_ddim(n_classes=10)
 
 
 def conditional() -> list[tuple[nn.Module, Tensor]]:
-    """Each conditional net with noisy images that fit it."""
-    return [(tiny_context(), image(2, 3, 28)), (tiny_attention(), image(2, 3, 28)), (ddim_of_10(), image(2, 3, 16))]
-
-
-def ddim_of_10() -> DdimUnet:
-    return tiny_ddim(n_classes=10)
+    """Each network that knows classes, with noisy images that fit it."""
+    return [
+        (tiny_context(), image(2, 3, 28)),
+        (tiny_attention(), image(2, 3, 28)),
+        (tiny_ddim_with_classes(), image(2, 3, 16)),
+    ]
 
 
 def shapes_of(net: nn.Module) -> dict[str, list[int]]:
@@ -49,8 +58,10 @@ def shapes_of(net: nn.Module) -> dict[str, list[int]]:
 
 
 def assert_golden(output: Tensor, name: str) -> None:
-    """Outputs are stated to 1e-7 in float32. 1e-4 relative, 2e-5 for values near zero (their spread is 3), allows for
-    another order of the sums; here they agree to 1e-5.
+    """Compare with outputs that are recorded to 1e-7 in float32.
+
+    1e-4 relative, and 2e-5 for values near zero (their spread is 3), allows for another order of
+    the sums; here they agree to 1e-5.
     """
     golden = OUTPUTS[name]
     assert list(output.shape) == golden["shape"]
@@ -61,7 +72,7 @@ def assert_golden(output: Tensor, name: str) -> None:
     assert values.double().std().item() == pytest.approx(golden["std"], rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------ published nets
+# Published networks
 
 
 @pytest.mark.parametrize(
@@ -73,60 +84,75 @@ def assert_golden(output: Tensor, name: str) -> None:
     ],
 )
 def test_published_keys_and_shapes(net, arguments, name):
+    published = json.loads((GOLDEN / f"{name}.json").read_text())
     with torch.device("meta"):
-        assert shapes_of(net(**arguments)) == json.loads((GOLDEN / f"{name}.json").read_text())
+        assert shapes_of(net(**arguments)) == published
 
 
 @torch.inference_mode()
 def test_context_unet_gives_the_golden_outputs():
     net = fill(ContextUnet(flipped_one_hot=True))
-    assert_golden(net(image(2, 3, 28), TIMES, CLASSES, KEEP), "context_unet_128 mask 0")
-    assert_golden(net(image(2, 3, 28), TIMES, CLASSES, DROP), "context_unet_128 mask 1")
+    x = image(2, 3, 28)
+    assert_golden(net(x, TIMES, CLASSES, KEEP), "context_unet_128 mask 0")
+    assert_golden(net(x, TIMES, CLASSES, DROP), "context_unet_128 mask 1")
 
 
 @torch.inference_mode()
 def test_ddim_unet_gives_the_golden_outputs():
     net = fill(DdimUnet())
-    assert sum(p.numel() for p in net.parameters()) == 113_673_219
+    assert sum(parameter.numel() for parameter in net.parameters()) == 113_673_219
     assert_golden(net(image(2, 3, 64), torch.tensor([7.0, 903.0])), "course_ddim_unet")
 
 
 def test_a_checkpoint_of_the_public_script_loads(tmp_path):
-    """Its file holds the whole DDPM module: the net under nn_model., and the schedule's buffers."""
+    """Its file has the whole DDPM: the network under nn_model., and the schedule's buffers."""
     net = tiny_context(in_channels=1, n_classes=20, flipped_one_hot=True)
-    content = {f"nn_model.{key}": value for key, value in net.state_dict().items()} | {"alpha_t": torch.ones(401)}
+    content = {f"nn_model.{key}": value for key, value in net.state_dict().items()}
+    content["alpha_t"] = torch.ones(401)
     torch.save(content, tmp_path / "model.pth")
     weights, _ = load_weights(tmp_path / "model.pth")
     arguments = ContextUnet.arguments_of(weights)
     assert arguments == net.config["arguments"]
     ContextUnet(**arguments).load_state_dict(weights, strict=True)
+
+
+def test_context_unet_does_not_recognise_other_weights():
     assert ContextUnet.arguments_of(tiny_ddim().state_dict()) == {}
 
 
-@pytest.mark.parametrize("make", [tiny_context, tiny_attention, ddim_of_10, DigitClassifier, DigitResNet])
-def test_config_builds_the_same_net(make):
+@pytest.mark.parametrize(
+    "make",
+    [tiny_context, tiny_attention, tiny_ddim_with_classes, DigitClassifier, DigitResNet],
+)
+def test_the_configuration_builds_the_same_network(make):
     net = make()
-    again = type(net)(**json.loads(json.dumps(net.config["arguments"])))
-    assert (shapes_of(again), again.config) == (shapes_of(net), net.config)
+    arguments = json.loads(json.dumps(net.config["arguments"]))
+    built = type(net)(**arguments)
+    assert shapes_of(built) == shapes_of(net)
+    assert built.config == net.config
 
 
-# -------------------------------------------------------------------------------------------------------- conditioning
+# Conditioning
 
 
 @torch.inference_mode()
 def test_dropped_rows_forget_their_class():
-    t, mixed = torch.tensor([0.3, 0.3]), torch.tensor([True, False])
+    t = torch.tensor([0.3, 0.3])
     for net, x in conditional():
         dropped = net(x, t, CLASSES, DROP)
         for label in range(10):
-            torch.testing.assert_close(net(x, t, torch.tensor([label, label]), DROP), dropped, rtol=0, atol=0)
+            same_class = torch.tensor([label, label])
+            output = net(x, t, same_class, DROP)
+            torch.testing.assert_close(output, dropped, rtol=0, atol=0)
         torch.testing.assert_close(net(x, t), dropped, rtol=0, atol=0)  # no class at all
-        kept, half = net(x, t, CLASSES), net(x, t, CLASSES, mixed)
+        kept = net(x, t, CLASSES)
         torch.testing.assert_close(kept, net(x, t, CLASSES, KEEP), rtol=0, atol=0)
-        # One row dropped leaves the other alone, up to the order of sums in a batch.
-        torch.testing.assert_close(half[0], dropped[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(half[1], kept[1], rtol=1e-4, atol=1e-5)
         assert (kept - dropped).abs().amax((1, 2, 3)).min() > 1e-3
+
+        # Dropping one row leaves the other alone, up to the order of sums in a batch.
+        first_dropped = net(x, t, CLASSES, torch.tensor([True, False]))
+        torch.testing.assert_close(first_dropped[0], dropped[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(first_dropped[1], kept[1], rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -134,16 +160,17 @@ def test_every_class_and_time_gives_another_output():
     for net, x in conditional():
         assert net(x, TIMES, CLASSES).shape == x.shape
         x = x[:1].expand(10, -1, -1, -1)
-        by_class = net(x, torch.full((10,), 0.5), torch.arange(10)).flatten(1)
-        by_time = net(x, torch.arange(10) / 10, torch.zeros(10, dtype=torch.long)).flatten(1)
+        by_class = net(x, torch.full((10,), 0.5), torch.arange(10))
+        by_time = net(x, torch.arange(10) / 10, torch.zeros(10, dtype=torch.long))
         for outputs in (by_class, by_time):
-            assert torch.pdist(outputs).min() > 1e-3
+            assert torch.pdist(outputs.flatten(1)).min() > 1e-3
 
 
 @pytest.mark.parametrize("flipped", [False, True])
 def test_one_hot_rows_are_those_of_the_public_script(flipped):
     net = tiny_context(n_classes=20, flipped_one_hot=flipped)
-    classes, mask = torch.tensor([3, 18, 7]), torch.tensor([0.0, 1.0, 0.0])
+    classes = torch.tensor([3, 18, 7])
+    mask = torch.tensor([0.0, 1.0, 0.0])
     public = F.one_hot(classes, 20) * (-1 * (1 - mask))[:, None]
     rows = net.context(classes, mask.bool(), 3)
     torch.testing.assert_close(rows, public if flipped else -public)
@@ -151,21 +178,25 @@ def test_one_hot_rows_are_those_of_the_public_script(flipped):
 
 
 @torch.inference_mode()
-def test_flipped_net_is_the_plain_one_with_flipped_weights():
-    plain, flipped = tiny_context(), tiny_context(flipped_one_hot=True)
+def test_a_flipped_network_is_the_plain_one_with_flipped_weights():
+    plain = tiny_context()
+    flipped = tiny_context(flipped_one_hot=True)
     for embedding in (flipped.contextembed1, flipped.contextembed2):
         embedding.model[0].weight.neg_()
     x = image(2, 3, 28)
-    torch.testing.assert_close(plain(x, TIMES, CLASSES), flipped(x, TIMES, CLASSES), rtol=0, atol=0)
+    expected = plain(x, TIMES, CLASSES)
+    torch.testing.assert_close(flipped(x, TIMES, CLASSES), expected, rtol=0, atol=0)
 
 
 @torch.inference_mode()
 def test_bf16_keeps_neighbouring_times_apart():
+    """0.899 and 0.900 are the same number in bf16."""
     x = image(1, 3, 28)
-    with torch.autocast("cpu", torch.bfloat16):
-        for net in (tiny_context(), tiny_attention()):
-            one, other = (net(x, torch.tensor([t]), CLASSES[:1]) for t in (0.899, 0.900))  # the same number in bf16
-            assert not torch.equal(one, other)
+    for net in (tiny_context(), tiny_attention()):
+        with torch.autocast("cpu", torch.bfloat16):
+            earlier = net(x, torch.tensor([0.899]), CLASSES[:1])
+            later = net(x, torch.tensor([0.900]), CLASSES[:1])
+        assert not torch.equal(earlier, later)
 
 
 def test_sinusoid_is_sines_then_cosines():
@@ -177,9 +208,11 @@ def test_sinusoid_is_sines_then_cosines():
 
 @torch.inference_mode()
 def test_time_enters_the_ddim_unet_as_published():
-    """Golden outputs hardly depend on the time (by 1e-5 of their spread), so its way into the net is checked apart."""
-    net, x, t = tiny_ddim(multipliers=(2,)), image(2, 16, 8), torch.tensor([21.0, 981.0])
+    """The golden outputs hardly depend on the time, by 1e-5 of their spread: tested on its own."""
+    net = tiny_ddim(multipliers=(2,))
     assert net.counts_steps
+    x = image(2, 16, 8)
+    t = torch.tensor([21.0, 981.0])
     linear1, linear2 = net.time[1], net.time[3]
     time = linear2(F.silu(linear1(Sinusoid(16)(t))))
     block = net.down2.resblocks
@@ -189,39 +222,42 @@ def test_time_enters_the_ddim_unet_as_published():
     torch.testing.assert_close(block(x, net.time(t)), h + block.skip(x))
 
 
-def test_classes_for_an_unconditional_net_are_an_error():
+def test_classes_for_a_network_without_them_are_an_error():
     with pytest.raises(ValueError, match="n_classes is 0"):
         tiny_ddim()(image(2, 3, 16), TIMES, CLASSES)
 
 
-# ----------------------------------------------------------------------------------------------------------- attention
+# Attention. Both are compared in float32, with another order of the sums.
 
 
 @torch.inference_mode()
 def test_attention_of_the_ddim_unet_is_the_explicit_softmax():
-    net, x = fill(SelfAttention(64)), image(2, 64, 5)
+    net = fill(SelfAttention(64))
+    x = image(2, 64, 5)
     q, k, v = net.qkv(net.norm(x)).flatten(2).chunk(3, dim=1)  # (batch, channels, positions)
     weights = (torch.einsum("bcq,bck->bqk", q, k) / 64**0.5).softmax(-1)
-    expected = x + net.out(torch.einsum("bqk,bck->bcq", weights, v).reshape(x.shape))
-    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)  # float32, another order of the sums
+    attended = torch.einsum("bqk,bck->bcq", weights, v).reshape(x.shape)
+    torch.testing.assert_close(net(x), x + net.out(attended), rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()
 def test_attention_of_the_attention_unet_is_the_explicit_softmax():
-    net, x = fill(HeadedAttention(16, heads=4)), image(2, 16, 5)
+    net = fill(HeadedAttention(16, heads=4))
+    x = image(2, 16, 5)
     rows = x.permute(0, 2, 3, 1).reshape(2, 25, 16)
     q, k, v = net.qkv(net.ln(rows)).chunk(3, dim=-1)
     heads = []
-    for i in range(4):
-        part = slice(4 * i, 4 * i + 4)
-        heads.append((q[..., part] @ k[..., part].mT / 4**0.5).softmax(-1) @ v[..., part])
+    for number in range(4):
+        part = slice(4 * number, 4 * number + 4)
+        weights = (q[..., part] @ k[..., part].mT / 4**0.5).softmax(-1)
+        heads.append(weights @ v[..., part])
     rows = rows + net.out(torch.cat(heads, -1))
     rows = rows + net.ff_self(rows)
     expected = rows.reshape(2, 5, 5, 16).permute(0, 3, 1, 2)
-    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)  # float32, another order of the sums
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_attention_unet_has_the_printed_shapes():
+def test_attention_unet_has_the_shapes_that_reports_print():
     with torch.device("meta"):
         shapes = shapes_of(AttentionUnet())
     printed = {
@@ -242,72 +278,109 @@ def test_attention_unet_has_the_printed_shapes():
     assert {key: shapes[key] for key in printed} == printed
 
 
-# ------------------------------------------------------------------------------------------------ training and settings
+# Training and settings
 
 
-def test_gradient_reaches_every_parameter():
-    """In eval mode: batch statistics would take the biases before BatchNorm out of the output."""
+def test_gradients_reach_every_parameter():
+    """In eval mode, because batch statistics would remove the biases before BatchNorm."""
     for net, x in conditional():
         net(x, TIMES, CLASSES).square().mean().backward()
-        assert [key for key, p in net.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-9] == []
+        for name, parameter in net.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() >= 1e-9, name
 
 
-def test_ddim_unet_of_other_settings():
-    net = DdimUnet(size=32, width=32, multipliers=(1, 2, 3), attention=(8, 16), blocks=1, dropout=0.1)
-    x, t = image(2, 3, 32), torch.tensor([0.0, 999.0])
-    assert net(x, t).shape == x.shape
-    assert torch.equal(net(x, t), torch.zeros_like(x))  # begins at zero, whatever dropout does
-    attending = [name for name, module in net.named_children() if hasattr(getattr(module, "attention", None), "qkv")]
-    assert attending == ["down4", "down6", "mid1", "up1", "up2", "up4", "up5"]
-    norms = [module for module in net.modules() if isinstance(module, nn.GroupNorm)]
-    assert all(norm.num_channels >= 4 * norm.num_groups for norm in norms)  # groups of one channel would hide the time
-    fill(net)
-    torch.testing.assert_close(net(x, t), net(x, t))  # eval: no dropout
+def make_other_ddim() -> DdimUnet:
+    return DdimUnet(
+        size=32, width=32, multipliers=(1, 2, 3), attention=(8, 16), blocks=1, dropout=0.1
+    )
+
+
+def test_a_new_ddim_unet_predicts_zeros_whatever_dropout_does():
+    x = image(2, 3, 32)
+    output = make_other_ddim()(x, torch.tensor([0.0, 999.0]))
+    assert torch.equal(output, torch.zeros_like(x))
+
+
+def test_a_ddim_unet_drops_out_in_training_only():
+    net = fill(make_other_ddim())
+    x = image(2, 3, 32)
+    t = torch.tensor([0.0, 999.0])
+    torch.testing.assert_close(net(x, t), net(x, t))
     net.train()
     assert not torch.equal(net(x, t), net(x, t))
 
 
+def test_a_ddim_unet_attends_at_the_sizes_that_are_named():
+    attending = []
+    for name, module in make_other_ddim().named_children():
+        if isinstance(getattr(module, "attention", None), SelfAttention):
+            attending.append(name)
+    assert attending == ["down4", "down6", "mid1", "up1", "up2", "up4", "up5"]
+
+
+def test_groups_have_at_least_four_channels():
+    """GroupNorm over single channels would remove the time that was added to them."""
+    for module in make_other_ddim().modules():
+        if isinstance(module, nn.GroupNorm):
+            assert module.num_channels >= 4 * module.num_groups
+
+
+@torch.inference_mode()
 def test_patches_are_pixels_of_more_channels():
-    """A position holds the pixels of its square, channel by channel; coordinates, not the net, change."""
-    net, x, t = tiny_ddim(patch=2, size=32), image(2, 3, 32), torch.tensor([3.0, 700.0])
+    """A position has the pixels of its square, channel by channel; the layers are the same."""
+    net = tiny_ddim(patch=2, size=32)
     plain = tiny_ddim(in_channels=12)
     plain.load_state_dict(net.state_dict())
+    x = image(2, 3, 32)
+    t = torch.tensor([3.0, 700.0])
     squares = x.view(2, 3, 16, 2, 16, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 12, 16, 16)
-    expected = plain(squares, t).view(2, 3, 2, 2, 16, 16).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 32, 32)
+    output = plain(squares, t).view(2, 3, 2, 2, 16, 16)
+    expected = output.permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 32, 32)
     torch.testing.assert_close(net(x, t), expected)
 
 
-def test_layout_of_the_memory_changes_nothing():
+@torch.inference_mode()
+def test_the_memory_layout_changes_nothing():
+    t = torch.tensor([0.1, 0.7])
     for net, x in conditional():
-        t = torch.tensor([0.1, 0.7])
         expected = net(x, t, CLASSES)
-        actual = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t, CLASSES)
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)  # float32, another order of the sums
+        net.to(memory_format=torch.channels_last)
+        output = net(x.to(memory_format=torch.channels_last), t, CLASSES)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)  # order of the sums
 
 
-# -------------------------------------------------------------------------------------------------------------- judges
+# Classifiers of digits
 
 
-def test_digit_classifier_is_the_course_net(tmp_path):
+def test_digit_classifier_is_the_courses_network(tmp_path):
     net = fill(DigitClassifier())
-    torch.save({"state_dict": net.state_dict(), "optimizer": {}}, tmp_path / "Classifier.pth")
-    loaded, _ = load_net(tmp_path / "Classifier.pth", {"digit_classifier": DigitClassifier})
-    # 3-6-16 channels of 5x5, 256-128-64-10: the sizes that the course's file has
-    assert [list(p.shape) for p in loaded.parameters() if p.dim() > 1] == [
-        *([6, 3, 5, 5], [16, 6, 5, 5]),
-        *([128, 256], [64, 128], [10, 64]),
-    ]
+    file = tmp_path / "Classifier.pth"
+    torch.save({"state_dict": net.state_dict(), "optimizer": {}}, file)
+    loaded, _ = load_net(file, {"digit_classifier": DigitClassifier})
+    # The sizes of the course's file: 3-6-16 channels of 5x5, then 256-128-64-10.
+    sizes = [list(weight.shape) for weight in loaded.parameters() if weight.dim() > 1]
+    convolutions = [[6, 3, 5, 5], [16, 6, 5, 5]]
+    linear = [[128, 256], [64, 128], [10, 64]]
+    assert sizes == convolutions + linear
+    pool_and_relu = [nn.MaxPool2d(2), nn.ReLU()]
+    layers = [net.conv1, *pool_and_relu, net.conv2, *pool_and_relu, nn.Flatten()]
+    layers += [net.fc1, nn.ReLU(), net.fc2, nn.ReLU(), net.fc3]
     x = image(2, 3, 28)
     with torch.inference_mode():
-        h = nn.Sequential(net.conv1, nn.MaxPool2d(2), nn.ReLU(), net.conv2, nn.MaxPool2d(2), nn.ReLU(), nn.Flatten())(x)
-        expected = nn.Sequential(net.fc1, nn.ReLU(), net.fc2, nn.ReLU(), net.fc3)(h)
-        torch.testing.assert_close(loaded(x), expected)
+        torch.testing.assert_close(loaded(x), nn.Sequential(*layers)(x))
 
 
 def test_digit_resnet_ignores_brightness_and_contrast():
-    net, x = fill(DigitResNet()), image(2, 3, 28)
+    net = fill(DigitResNet())
+    x = image(2, 3, 28)
     assert net.features(x).shape == (2, 128)
     # The 1e-5 under the root of the normalisation is the only difference.
     torch.testing.assert_close(net(0.5 * x - 0.2), net(x), rtol=1e-3, atol=1e-3)
-    net(x).square().mean().backward()
-    assert all(p.grad.abs().max() > 1e-9 for p in net.parameters())
+
+
+def test_gradients_reach_every_parameter_of_digit_resnet():
+    net = fill(DigitResNet())
+    net(image(2, 3, 28)).square().mean().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad.abs().max() > 1e-9, name

@@ -1,170 +1,751 @@
-"""run_all.sh: its steps in every profile, what is skipped, what stops it; the smoke profile from no data to the report.
+"""run_all.py: what runs, what is skipped, what stops it; the real steps of each profile.
 
-A stand-in for Python notes what the script calls and leaves the files that the script looks for, so that a whole run
-takes a second. The smoke profile's calls are then done in this process, where nothing has to be imported again.
+Most tests run a project of two-line scripts with a profiles.toml of its own. The steps of the real
+profiles.toml are then checked with a stand-in that makes the files a step leaves. The smoke profile
+runs for real at the end, in this process, where nothing has to be imported again.
 """
 
 import os
+import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tyro
 
+import common.cli
 import p2_ddpm_train
-from common.run import ROOT
+import run_all
+from common.cli import run_cli
+from common.files import ROOT
 
-STAND_IN = r"""#!/usr/bin/env bash
-[ "$1" = -c ] && exit 0
-(IFS=$'\x1f'; printf '%s\n' "$*") >>calls
-[[ -n "$FAIL" && "$*" == *"$FAIL"* ]] && exit "${STATUS:-3}"
-all=("$@")
-option() { # NAME: sets `value` to what follows it
-    local k
-    for k in "${!all[@]}"; do [ "${all[k]}" = "$1" ] && value=${all[k + 1]} && return; done
-}
-option --output-dir && mkdir -p "$value"
-option --figures-dir && mkdir -p "$value"
-case "$1 $2" in
-"prepare_data.py synthetic") option --data-dir && mkdir -p "$value"/{digits/{mnistm,svhn,usps},face/{train,val,noise}} \
-    "$value/clip_zeroshot/train" ;;
-"p2_ddpm_train.py "*) touch "$value/model.safetensors" ;;
-"p1_"*" sample") option --grid && touch "$value" ;;
-"p2_ddim.py eta-grid") touch "$value/eta_grid.png" ;;
-"p2_ddim.py interpolate") touch "$value/slerp.png" ;;
-"p3_dann.py table") touch "$value/table.png" ;;
-esac
-exit 0
-"""
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="signals and shells of POSIX")
 PROFILES = ("quick", "full", "smoke")
+VARIABLES = ("PROFILE", "ONLY", "JOBS", "CLASSIFIER", "OMP_NUM_THREADS", "PYTHONUNBUFFERED")
+
+STEPS = """
+parts = ["letters", "numbers"]
+
+[problems]
+q1 = ["numbers"]
+q2 = ["letters"]
+
+[profiles.small]
+jobs = 1
+data = "my data"
+
+[profiles.large]
+jobs = 2
+data = "my data"
+
+[[steps]]
+name = "draw"
+part = "data"
+script = "make.py"
+arguments = "draw {data}/clip_zeroshot {options}"
+makes = "{data}"
+leaves = ["{data}/clip_zeroshot"]
+draws_data = true
+
+[[steps]]
+name = "one"
+part = "numbers"
+script = "make.py"
+arguments = "one {makes} --from {data} {options}"
+makes = "{output}/one"
+needs = ["{data}/clip_zeroshot"]
+options.small = "--width 8"
+options.large = "--width 64"
+
+[[steps]]
+name = "two"
+part = "numbers"
+script = "make.py"
+arguments = "two {makes} {source}"
+makes = "{output}/two"
+
+[[steps]]
+name = "luxury"
+part = "numbers"
+script = "make.py"
+arguments = "luxury {makes}"
+makes = "{output}/luxury"
+profiles = ["large"]
+optional = "a luxury"
+
+[[steps]]
+name = "three"
+part = "numbers"
+script = "make.py"
+arguments = "three {makes}"
+makes = "{output}/three"
+
+[[steps]]
+name = "a"
+part = "letters"
+script = "make.py"
+arguments = "a {makes}"
+makes = "{output}/a"
+
+[[steps]]
+name = "b"
+part = "letters"
+script = "make.py"
+arguments = "b {makes} {classifier}"
+makes = "{output}/b"
+needs = ["{classifier}"]
+remove_outdated = true
+
+[[steps]]
+name = "report"
+part = "report"
+script = "make.py"
+arguments = "report {makes}"
+makes = "{output}/report"
+always = true
+
+[[alternatives.source]]
+needs = ["{data}/given"]
+words = "--given {data}/given"
+
+[[alternatives.source]]
+needs = ["{output}/one"]
+words = "--own {output}/one"
+"""
+# Notes its arguments and threads, makes a folder; fails if a file named after the step says so.
+MAKE = """import os, pathlib, sys
+name, made, *words = sys.argv[1:]
+threads = os.environ.get("OMP_NUM_THREADS", "-")
+with open("calls", "a") as calls:
+    calls.write("\\x1f".join([name, *words, "threads " + threads]) + "\\n")
+print("making", name)
+failure = pathlib.Path(name + ".fails")
+if failure.exists():
+    sys.exit(int(failure.read_text()))
+pathlib.Path(made).mkdir(parents=True, exist_ok=True)
+"""
+# Starts a worker; both wait for a signal and note it, the script after it has "saved".
+WAIT = """import os, pathlib, signal, subprocess, sys, time
+name, made = sys.argv[1:3]
+pathlib.Path(made).mkdir(parents=True, exist_ok=True)
+if pathlib.Path("fast").exists():
+    sys.exit(0)
+def stop(number, frame):
+    worker.wait()
+    time.sleep(0.05)
+    pathlib.Path(name + ".saved").write_text(str(number))
+    print("saved", name, flush=True)
+    sys.exit(128 + number)
+WORKER = '''import pathlib, signal, sys
+def note(number, frame):
+    pathlib.Path(sys.argv[1]).write_text(str(number))
+    sys.exit()
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, note)
+pathlib.Path(sys.argv[1] + ".ready").touch()
+signal.pause()
+'''
+worker = subprocess.Popen([sys.executable, "-c", WORKER, name + ".worker"])
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, stop)
+while not pathlib.Path(name + ".worker.ready").exists():
+    time.sleep(0.01)
+pathlib.Path(name + ".started").touch()
+while True:
+    time.sleep(0.05)
+"""
+
+
+@dataclass
+class Ended:
+    """How a run ended, and the calls of its scripts: the words of each."""
+
+    status: int
+    out: str
+    err: str
+    calls: list[list[str]]
+
+    @property
+    def steps(self) -> list[str]:
+        """The names of the steps that ran (in the stand-in project)."""
+        return [call[0] for call in self.calls]
+
+    def table(self) -> dict[str, str]:
+        """Step → result, as the summary at the end has it."""
+        rows = self.out.partition("seconds  result\n")[2].splitlines()
+        matches = [re.fullmatch(r"(\S+) +\d+  (.+)", row) for row in rows]
+        return {match[1]: match[2] for match in matches if match}
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch):
+    """Nothing that run_all.py reads is set in the environment."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with run_all.sh, an environment that is not stale, and the stand-in as its Python."""
+def project(tmp_path, monkeypatch) -> Path:
+    """A folder with a profiles.toml and scripts of two lines, which run_all.py takes as its own."""
     folder = tmp_path / "the project"
     folder.mkdir()
-    for name in ("run_all.sh", "setup.sh", "requirements.txt"):
-        shutil.copy(ROOT / name, folder)
-    python = folder / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(STAND_IN)
-    python.chmod(0o755)
-    requirements = (folder / "requirements.txt").open()
-    checksum = subprocess.run(["cksum"], stdin=requirements, capture_output=True, text=True, check=True).stdout
-    (folder / ".venv" / "requirements.hash").write_text(checksum)
+    (folder / "profiles.toml").write_text(STEPS)
+    (folder / "make.py").write_text(MAKE)
+    (folder / "wait.py").write_text(WAIT)
+    monkeypatch.setattr(run_all, "ROOT", folder)
     monkeypatch.chdir(folder)
-    for name in ("PROFILE", "ONLY", "PYTHON", "CLASSIFIER", "OMP_NUM_THREADS", "RUN_ALL_PART"):
-        monkeypatch.delenv(name, raising=False)
     return folder
 
 
-def run_all(*arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
-    """What bash says of run_all.sh, and the calls that it made."""
-    calls = Path("calls")
-    calls.unlink(missing_ok=True)
-    ended = subprocess.run(
-        ["bash", "run_all.sh", *arguments],
-        env=os.environ | {"FAIL": "", "JOBS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
+@pytest.fixture
+def run(monkeypatch, capfd) -> Callable[..., Ended]:
+    """`run(*arguments, **environment)` runs run_all.py in this process."""
+
+    def run(*arguments: str, **environment: str) -> Ended:
+        calls = Path("calls")
+        calls.unlink(missing_ok=True)
+        capfd.readouterr()
+        status = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["run_all.py", *arguments])
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            try:
+                run_cli(run_all.RunAll, run_all.main)
+            except SystemExit as end:
+                status = end.code
+        lines = calls.read_text().splitlines() if calls.exists() else []
+        captured = capfd.readouterr()
+        return Ended(status, captured.out, captured.err, [line.split("\x1f") for line in lines])
+
+    return run
+
+
+# The stand-in project
+
+
+def test_a_run_goes_from_data_to_the_report_and_skips_what_is_done(project, run):
+    ended = run("some data", "out put")
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.steps == ["draw", "a", "one", "two", "three", "report"]
+    own = f"{project}/out put/one"
+    assert ended.calls[3] == ["two", "--own", own, "threads -"]  # a path with a space is one word
+    notes = {path.stem: path.read_text() for path in (project / "out put/steps").iterdir()}
+    assert set(notes) == {"draw", "a", "one", "two", "three"}  # the report is made each time
+    command, seconds = notes["one"].splitlines()
+    assert seconds.isdecimal()
+    expected = ["python", "make.py", "one", own, "--from", f"{project}/some data", "--width", "8"]
+    assert shlex.split(command) == expected  # it can be pasted
+    assert f"+ {command}\n" in ended.out
+    assert f"= one: {seconds} s: {own}\n" in ended.out
+    assert set(ended.table().values()) == {"done"}
+
+    again = run("some data", "out put")
+    assert (again.status, again.steps) == (0, ["report"])
+    assert f"= one: done already: {own}\n" in again.out
+    assert again.out.count(": done already: ") == 4  # the data is there: not a step any more
+    results = dict.fromkeys(("a", "one", "two", "three"), "already done")
+    assert again.table() == results | {"report": "done"}
+
+
+def test_what_follows_a_step_runs_again_with_it(project, run):
+    """Also if its command is the same; other parts stay as they are."""
+    run()
+    (project / "output/two").rmdir()
+    assert run().steps == ["two", "three", "report"]
+    (project / "output/steps/one.txt").unlink()  # not finished
+    assert run().steps == ["one", "two", "three", "report"]
+
+
+def test_other_arguments_are_another_step(project, run):
+    run("--only", "numbers")
+    ended = run("--only", "numbers", "--profile", "large")
+    assert ended.steps == ["one", "two", "luxury", "three", "report"]
+    assert ended.calls[0][-3:-1] == ["--width", "64"]
+
+
+def test_new_data_are_followed_by_everything(project, run):
+    first = run().steps
+    shutil.rmtree(project / "my data")
+    failed = run("--only", "q1", "--profile", "small")
+    assert failed.steps == ["draw", "one", "two", "three", "report"]
+    shutil.rmtree(project / "my data")
+    (project / "a.fails").write_text("3")
+    assert run().steps == [*first[:-1]]
+    (project / "a.fails").unlink()
+    assert run().steps == ["a", "report"]  # the rest followed already
+
+
+def test_half_drawn_data_are_drawn_to_the_end(project, run):
+    """made.json of a drawn domain without the part that is drawn last; other data stay."""
+    made = project / "my data/digits/mnistm/made.json"
+    made.parent.mkdir(parents=True)
+    made.write_text('{"made_by": "download --public"}')
+    assert "draw" not in run("--only", "q2").steps
+    made.write_text('{"made_by": "synthetic"}')
+    assert "draw" in run("--only", "q2").steps
+
+
+def test_needs_alternatives_and_what_is_left_behind(project, run):
+    (project / "my data/clip_zeroshot").mkdir(parents=True)
+    (project / "my data/given").mkdir()
+    assert run("--only", "q1").calls[1][1:3] == ["--given", f"{project}/my data/given"]
+    (project / "other/face").mkdir(parents=True)  # without what step one needs, and its result
+    assert run("other", "out2").steps == ["a", "three", "report"]
+
+    (project / "net.pth").touch()
+    ended = run(CLASSIFIER="net.pth")
+    assert ["b", f"{project}/net.pth", "threads -"] in ended.calls
+    assert run("--classifier", "net.pth").steps == ["report"]  # the same file
+    run()
+    assert (project / "output/b").exists()
+    (project / "output/a").rmdir()  # the result of b is not about the new a
+    run()
+    assert not (project / "output/b").exists()
+    assert not (project / "output/steps/b.txt").exists()
+
+
+def test_from_step_runs_it_and_what_follows_again(project, run):
+    run()
+    assert run("--from-step", "two").steps == ["two", "three", "report"]
+    assert run("--from", "three").steps == ["three", "report"]
+    ended = run("--from", "four")
+    assert ended.status == 2
+    assert ended.err == "error: --from four: no such step; a, b, one, two, three\n"
+    assert run("--from-step=one", "--only", "letters").err.startswith("error: --from-step one: ")
+
+
+def test_a_dry_run_prints_the_commands_and_runs_nothing(project, run):
+    ended = run("--dry-run", "--profile", "large")
+    assert (ended.status, ended.err, ended.calls) == (0, "", [])
+    assert sorted(path.name for path in project.iterdir()) == [
+        "make.py",
+        "profiles.toml",
+        "wait.py",
+    ]
+    printed = ended.out.splitlines()
+    for command in printed:  # they are commands of a shell, in an order that works
+        subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+    by_hand = Path("calls").read_text()
+    shutil.rmtree(project / "my data")
+    shutil.rmtree(project / "output")
+    ended = run("--jobs", "1", "--profile", "large")
+    assert ended.calls == [line.split("\x1f") for line in by_hand.splitlines()]
+    (project / "output/two").rmdir()
+    printed = run("--dry-run", "--profile", "large").out.splitlines()
+    assert [line.split()[2] for line in printed] == ["two", "luxury", "three", "report"]
+    assert not (project / "output/two").exists()
+
+
+def test_a_failed_step_stops_its_part_and_is_where_the_next_run_begins(project, run):
+    (project / "two.fails").write_text("3")
+    ended = run("--only", "numbers")
+    assert ended.status == 3  # the step's, if one part ran
+    assert ended.err.startswith(
+        "error: the step two failed; run again to continue: python make.py two "
     )
-    return ended, [line.split("\x1f") for line in calls.read_text().splitlines()] if calls.exists() else []
+    assert ended.steps == ["draw", "one", "two"]
+    assert ended.table() == {"draw": "done", "one": "done", "two": "failed"}
+
+    ended = run("--jobs", "1")
+    assert ended.status == 1
+    assert ended.steps == ["a", "two"]  # the other part goes on; no report of half a run
+    assert ended.err.endswith("error: a part was not finished (above); run again to continue\n")
+    (project / "two.fails").unlink()
+    assert run().steps == ["two", "three", "report"]
+
+    (project / "draw.fails").write_text("4")
+    shutil.rmtree(project / "my data")
+    ended = run()
+    assert (ended.status, ended.steps) == (4, ["draw"])
+    (project / "draw.fails").unlink()
+    (project / "report.fails").write_text("5")
+    assert run().status == 5
 
 
-def steps_of(calls: list[list[str]]) -> list[str]:
+def test_an_optional_step_may_fail(project, run):
+    (project / "luxury.fails").write_text("3")
+    ended = run("--only", "q1", "--profile", "large")
+    assert ended.status == 0
+    assert ended.steps == ["draw", "one", "two", "luxury", "three", "report"]
+    assert "left out: a luxury\n" in ended.out
+    assert ended.table()["luxury"] == "left out"
+    # It is tried again, and nothing follows from it.
+    assert run("--only", "q1", "--profile", "large").steps == ["luxury", "report"]
+    (project / "luxury.fails").write_text("130")  # ended by a signal: no failure of its own
+    ended = run("--only", "q1", "--profile", "large")
+    assert (ended.status, ended.steps) == (130, ["luxury"])
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize(
+    ("only", "steps"),
+    [("q1", {"one", "two", "three"}), ("q2", {"a"}), ("letters q1", {"a", "one", "two", "three"})],
+)
+def test_only_some_problems(project, run, only, steps, jobs):
+    ended = run(ONLY=only, JOBS=jobs)
+    assert set(ended.steps) == steps | {"draw", "report"}
+    assert set(run("out", "--only", *only.split(), "--jobs", jobs, ONLY="q3").steps) == set(
+        ended.steps
+    )
+
+
+def test_parts_side_by_side_make_what_one_after_the_other_makes(project, run):
+    def words(ended: Ended) -> list[list[str]]:
+        return sorted(call[:-1] for call in ended.calls)
+
+    one_by_one = run(JOBS="1")
+    assert {call[-1] for call in one_by_one.calls} == {"threads -"}
+    shutil.rmtree(project / "my data")
+    shutil.rmtree(project / "output")
+    (project / "one.fails").write_text("3")
+    failed = run(JOBS="2")
+    assert failed.status == 1
+    assert failed.err == "error: a part was not finished (above); run again to continue\n"
+    lines = failed.out.splitlines()
+    assert any(
+        line.startswith("numbers | error: the step one failed; run again to continue: python make")
+        for line in lines
+    )
+    assert "numbers | making one" in lines
+    assert any(line.startswith("letters | = a: ") for line in lines)  # the other one goes on
+    (project / "one.fails").unlink()
+    ended = run(JOBS="2")
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.steps == ["one", "two", "three", "report"]
+    shutil.rmtree(project / "my data")
+    shutil.rmtree(project / "output")
+    ended = run(JOBS="2")
+    assert words(ended) == words(one_by_one)
+    assert (ended.steps[0], ended.steps[-1]) == ("draw", "report")
+    share = max(1, run_all.cores() // 2)
+    assert {call[-1] for call in ended.calls[1:-1]} == {f"threads {share}"}
+    assert ended.calls[0][-1] == "threads -"  # alone, so on all cores
+    shutil.rmtree(project / "output")
+    ended = run(JOBS="2", OMP_NUM_THREADS="7")
+    assert {call[-1] for call in ended.calls} == {"threads 7"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "typed"),
+    [
+        ([], {"PROFILE": "slow"}, "PROFILE=slow"),
+        (["--profile", "slow"], {"PROFILE": "small"}, "--profile slow"),
+        ([], {"ONLY": "q1 q4"}, "ONLY=q1 q4"),
+        (["--only", "q1", "q4"], {}, "--only q1 q4"),
+        ([], {"JOBS": "0"}, "JOBS=0"),
+        ([], {"JOBS": "two"}, "JOBS=two"),
+        (["--jobs", "0"], {"JOBS": "1"}, "--jobs 0"),
+        (["--jobs", "two"], {}, "--jobs"),
+        ([], {"CLASSIFIER": "x"}, "CLASSIFIER=x"),
+        (["--classifier", "x"], {}, "--classifier x"),
+        (["a", "b", "c"], {}, "Unrecognized options"),
+    ],
+)
+def test_mistakes_are_one_line_before_any_work(project, run, arguments, environment, typed):
+    ended = run(*arguments, **environment)
+    assert (ended.status, ended.out, ended.calls) == (2, "", [])
+    assert ended.err.startswith(f"error: {typed}: ")
+    assert ended.err.count("\n") == 1
+    assert not (project / "output").exists()
+
+
+def test_flags_win_and_empty_variables_are_not_set(project, run):
+    ended = run(
+        "--profile", "small", "--jobs", "1", PROFILE="slow", JOBS="two", ONLY="", CLASSIFIER=""
+    )
+    assert ended.status == 0
+    assert ended.steps == ["draw", "a", "one", "two", "three", "report"]
+
+
+# Signals
+
+DRIVER = """import pathlib, sys
+sys.path.insert(0, sys.argv.pop(1))
+import run_all
+run_all.ROOT = pathlib.Path.cwd()
+run_all.run_cli(run_all.RunAll, run_all.main)
+"""
+
+
+@needs_posix
+@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_running_steps_and_their_workers(project, run, number, jobs):
+    """It is sent to run_all.py alone, which passes it on, waits for what is saved, and ends."""
+    steps = (project / "profiles.toml").read_text().replace("make.py", "wait.py")
+    first, rest = steps.split('name = "one"')  # the data is drawn at once
+    steps = first.replace("wait.py", "make.py") + 'name = "one"' + rest
+    (project / "profiles.toml").write_text(steps)
+    running = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(ROOT), "--jobs", jobs],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    started = {"a.started"} if jobs == "1" else {"a.started", "one.started"}
+    while {path.name for path in project.glob("*.started")} != started:
+        assert running.poll() is None
+        time.sleep(0.02)
+    running.send_signal(number)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 128 + number
+    assert err == "stopped; run again to continue\n"
+    names = sorted(name.removesuffix(".started") for name in started)
+    for name in names:
+        assert (project / f"{name}.saved").read_text() == str(int(number))
+        assert (project / f"{name}.worker").read_text() == str(int(number))  # its whole group
+        prefix = {"a": "letters | ", "one": "numbers | "}[name] if jobs == "2" else ""
+        assert f"{prefix}saved {name}" in out.splitlines()
+        assert not (project / f"output/steps/{name}.txt").exists()
+    results = Ended(0, out, err, []).table()
+    assert results == {"draw": "done"} | dict.fromkeys(names, "stopped")
+
+    (project / "fast").touch()
+    ended = run("--jobs", jobs)
+    assert ended.status == 0
+    expected = ["a", "one", "two", "three", "report"]  # what was stopped, and all after it
+    assert [name for name, result in ended.table().items() if result == "done"] == expected
+
+
+@needs_posix
+def test_a_step_that_a_signal_ends_has_failed(project, run):
+    """Not this program was asked to stop: the other part goes on."""
+    (project / "make.py").write_text(
+        MAKE + "import signal\nif name == 'one':\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    ended = run("--jobs", "1")
+    assert ended.status == 1
+    assert ended.table() == {"draw": "done", "a": "done", "one": "failed"}
+    assert run("--only", "q1").status == 128 + signal.SIGKILL
+
+
+@needs_posix
+def test_run_all_sh_sets_up_and_hands_over(tmp_path):
+    """From any folder, whose relative paths it keeps."""
+    folder = tmp_path / "the project"
+    bin_folder = folder / ".venv/bin"
+    bin_folder.mkdir(parents=True)
+    for name in ("run_all.sh", "setup.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
+    python = bin_folder / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\npwd\nprintf "%s\\n" "$@"\nexit 7\n')
+    python.chmod(0o755)
+    with (folder / "requirements.txt").open() as requirements:
+        checksum = subprocess.check_output(["cksum"], stdin=requirements)
+    (folder / ".venv/requirements.hash").write_bytes(checksum)
+    command = ["bash", "the project/run_all.sh", "my data", "--only", "p1"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (7, "")
+    here, script, *arguments = ended.stdout.splitlines()
+    assert Path(here).samefile(tmp_path)
+    assert tmp_path / script == folder / "run_all.py"
+    assert arguments == ["my data", "--only", "p1"]
+
+
+def test_it_starts_without_torch():
+    command = "import run_all, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=False).returncode == 0
+
+
+# The real profiles.toml
+
+
+def leave_files(script: str, *arguments: str) -> None:
+    """Make the files of a step that run_all.py looks for."""
+
+    def after(flag: str) -> Path:
+        return Path(arguments[arguments.index(flag) + 1])
+
+    for flag in ("--output-dir", "--plots-dir"):
+        if flag in arguments:
+            after(flag).mkdir(parents=True, exist_ok=True)
+    if "--grid" in arguments:
+        after("--grid").touch()
+    match [script, *arguments[:1]]:
+        case ["prepare_data.py", "synthetic"]:
+            for part in (
+                "digits/mnistm",
+                "digits/svhn",
+                "digits/usps",
+                "face/train",
+                "face/val",
+                "face/noise",
+                "clip_zeroshot/train",
+            ):
+                (after("--data-dir") / part).mkdir(parents=True)
+        case ["p2_ddpm_train.py", *_]:
+            (after("--output-dir") / "model.safetensors").touch()
+        case ["p2_ddim.py", "eta-grid"]:
+            (after("--output-dir") / "eta_grid.png").touch()
+        case ["p2_ddim.py", "interpolate"]:
+            (after("--output-dir") / "slerp.png").touch()
+        case ["p3_dann.py", "table"]:
+            (after("--output-dir") / "table.png").touch()
+
+
+@pytest.fixture
+def real(tmp_path, monkeypatch, run) -> Callable[..., Ended]:
+    """Like `run`, with the real profiles.toml and a stand-in for the scripts.
+
+    With fail="WORDS" the commands that contain these words fail, with `status`.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run_real(*arguments: str, fail: str = "", status: int = 3, **environment: str) -> Ended:
+        calls = []
+
+        def stand_in(_: object, command: list[str], prefix: str, environment: object) -> int:
+            calls.append(list(command))
+            if fail and fail in " ".join(command):
+                return status
+            leave_files(*command)
+            return 0
+
+        monkeypatch.setattr(run_all.Processes, "run", stand_in)
+        ended = run(*arguments, **{"JOBS": "1"} | environment)
+        ended.calls = calls
+        return ended
+
+    return run_real
+
+
+def commands_of(calls: list[list[str]]) -> list[str]:
     """Script and sub-command of each call."""
-    return [" ".join(call[: 2 if call[1:] and call[1][0].isalpha() else 1]) for call in calls]
+    found = []
+    for script, *arguments in calls:
+        has_command = bool(arguments) and arguments[0][0].isalpha()
+        found.append(f"{script} {arguments[0]}" if has_command else script)
+    return found
 
 
-def test_a_run_goes_from_data_to_the_report_and_skips_what_is_done(project):
-    ended, calls = run_all("my data", "out put")
-    assert (ended.returncode, ended.stderr) == (0, "")
-    steps = steps_of(calls)
-    assert steps[:2] == ["prepare_data.py synthetic", "prepare_data.py check"]
-    assert calls[-1] == ["report.py", f"{project}/out put"]
-    for step in (
+def make_folders(folder: Path, *parts: str) -> None:
+    for part in parts:
+        (folder / part).mkdir(parents=True, exist_ok=True)
+
+
+def test_the_quick_profile_from_data_to_the_report(real, tmp_path):
+    ended = real("my data", "out put")
+    assert (ended.status, ended.err) == (0, "")
+    commands = commands_of(ended.calls)
+    assert commands[:2] == ["prepare_data.py synthetic", "prepare_data.py check"]
+    assert ended.calls[-1] == ["report.py", f"{tmp_path}/out put"]
+    for command in (
         "p1_dcgan.py train",
         "p1_wgangp.py sample",
-        "score.py faces",
+        "evaluate.py faces",
         "p2_ddpm_infer.py",
         "p2_ddim.py generate",
     ):
-        assert step in steps
-    assert steps.count("p2_ddpm_train.py") == steps.count("score.py digits") == steps.count("p3_dann.py embed") == 2
-    notes = {path.stem: path.read_text().splitlines() for path in (project / "out put" / "steps").iterdir()}
-    assert len(notes) == len(calls) - 1  # the report is made anew each time
-    assert notes["dcgan"][0].startswith("python p1_dcgan.py train")
-    assert r"/my\ data" in notes["dcgan"][0]  # can be pasted
-    assert notes["dcgan"][1].isdigit()
-
-    again, calls = run_all("my data", "out put")
-    assert again.returncode == 0
-    assert [call[0] for call in calls] == ["report.py"]
-    assert again.stdout.count(": done already: ") == len(notes) - 1  # the data is there: no step any more
+        assert command in commands
+    for command in ("p2_ddpm_train.py", "evaluate.py digits", "p3_dann.py embed"):
+        assert commands.count(command) == 2
+    notes = list((tmp_path / "out put/steps").iterdir())
+    assert len(notes) == len(ended.calls) - 1
+    again = real("my data", "out put")
+    assert [call[0] for call in again.calls] == ["report.py"]
+    assert again.out.count(": done already: ") == len(notes) - 1
 
 
-def test_what_follows_a_step_is_done_again_with_it(project):
-    """A net trained anew is sampled and scored anew, though those commands are the same; other problems stay."""
-    run_all()
-    shutil.rmtree(project / "output" / "p2" / "digits")
-    steps = steps_of(run_all()[1])
-    assert steps[:2] == ["p2_ddpm_train.py", "p2_ddpm_infer.py"]
-    assert steps[2:-1] == ["score.py train-classifier", "score.py digits"] * 2  # which returns at once if finished
-    (project / "output" / "p1" / "first32_wgangp.png").unlink()
-    assert steps_of(run_all()[1]) == ["p1_wgangp.py sample", "score.py faces", "score.py fid", "report.py"]
+def test_what_follows_a_real_step(real, tmp_path):
+    """A network that is trained again is sampled and scored again; other problems stay."""
+    real()
+    shutil.rmtree(tmp_path / "output/p2/digits")
+    commands = commands_of(real().calls)
+    assert commands[:2] == ["p2_ddpm_train.py", "p2_ddpm_infer.py"]
+    both = ["evaluate.py train-classifier", "evaluate.py digits"]  # returns at once if finished
+    assert commands[2:-1] == both * 2
+    (tmp_path / "output/p1/first32_wgangp.png").unlink()
+    assert commands_of(real().calls) == [
+        "p1_wgangp.py sample",
+        "evaluate.py faces",
+        "evaluate.py fid",
+        "report.py",
+    ]
 
 
-def test_data_without_some_parts(project):
+def test_data_without_some_parts(real, tmp_path):
     """2024's has no USPS; with faces alone nothing is drawn beside them."""
-    for part in ("mnistm", "svhn"):
-        (project / "data of 2024" / "digits" / part).mkdir(parents=True)
-    ended, calls = run_all("data of 2024")
-    assert ended.returncode == 0
-    (table,) = (call for call in calls if call[:2] == ["p3_dann.py", "table"])
+    make_folders(tmp_path / "data of 2024", "digits/mnistm", "digits/svhn")
+    ended = real("data of 2024")
+    assert ended.status == 0
+    (table,) = (call for call in ended.calls if call[:2] == ["p3_dann.py", "table"])
     assert table[table.index("--targets") + 1 : table.index("--nets")] == ["svhn"]
-    assert not any("usps" in word for call in calls for word in call)
-    (project / "faces" / "face" / "train").mkdir(parents=True)
-    scripts = {call[0] for call in run_all("faces", "out")[1]}
+    assert not any("usps" in word for call in ended.calls for word in call)
+    make_folders(tmp_path / "faces", "face/train")
+    scripts = {call[0] for call in real("faces", "out").calls}
     assert scripts == {
         "prepare_data.py",
         "p1_dcgan.py",
         "p1_wgangp.py",
-        "score.py",
+        "evaluate.py",
         "p2_ddpm_train.py",
         "p2_ddim.py",
         "report.py",
     }
+    make_folders(tmp_path / "course", "clip_zeroshot/val")  # the published weights, which may fail
+    ended = real("course", "out3", fail="p3_clip_zeroshot.py")
+    assert (ended.status, len(ended.calls)) == (0, 3)
+    assert "left out: zero-shot classification\n" in ended.out
 
 
-def test_the_course_net_and_its_images_are_scored(project):
-    for part in ("noise", "GT"):
-        (project / "hw2_data" / "face" / part).mkdir(parents=True)
-    (project / "hw2_data" / "face" / "UNet.pt").touch()
-    calls = run_all(ONLY="p2")[1]
-    assert steps_of(calls)[-2] == "score.py mse"
-    assert calls[-2][2:4] == [f"{project}/output/p2/ddim/generated", f"{project}/hw2_data/face/GT"]
+def test_the_course_network_and_its_images_are_scored(real, tmp_path):
+    data = tmp_path / "hw2_data/face"
+    make_folders(data, "noise", "GT")
+    assert "ddim" not in str(real("--only", "p2").calls)
+    (data / "UNet.pt").touch()
+    calls = real("--only", "p2").calls
+    assert commands_of(calls)[-2] == "evaluate.py mse"
+    assert calls[-2][2:4] == [f"{tmp_path}/output/p2/ddim/generated", f"{data}/GT"]
+    (generate,) = (call for call in calls if call[:2] == ["p2_ddim.py", "generate"])
+    assert generate[2:] == [  # with the defaults, which are made for this network
+        "--noise-dir",
+        f"{data}/noise",
+        "--checkpoint",
+        f"{data}/UNet.pt",
+        "--output-dir",
+        f"{tmp_path}/output/p2/ddim/generated",
+    ]
 
 
-def test_a_failed_step_stops_the_run_with_its_name_and_is_where_the_next_begins(project):
-    ended, calls = run_all(FAIL="p2_ddpm_infer.py")
-    assert ended.returncode == 3
-    assert ended.stderr.startswith("error: the step digits-sample failed; run again to continue: python p2_ddpm_infer")
-    assert calls[-1][0] == "p2_ddpm_infer.py"
-    assert steps_of(run_all()[1])[0] == "p2_ddpm_infer.py"
+def test_faces_without_noises_get_some(real, tmp_path):
+    make_folders(tmp_path / "faces", "face/train")
+    calls = real("faces", "out", "--only", "ddim").calls
+    assert [call[1] for call in calls if call[0] == "prepare_data.py"] == ["check", "noises"]
+    (generate,) = (call for call in calls if call[:2] == ["p2_ddim.py", "generate"])
+    assert generate[2:6] == [
+        "--noise-dir",
+        f"{tmp_path}/out/p2/noises",
+        "--checkpoint",
+        f"{tmp_path}/out/p2/faces/model.safetensors",
+    ]
+    assert generate[6:10] == ["--spacing", "trailing", "--save-range", "fixed"]
 
 
-def test_other_arguments_are_another_step(project):
-    """The quick profile's results do not stand for the smoke profile's."""
-    run_all(ONLY="p1")
-    steps = steps_of(run_all(ONLY="p1", PROFILE="smoke")[1])
-    assert {"p1_dcgan.py train", "p1_wgangp.py train"} <= set(steps)
+def test_a_failed_real_step(real):
+    ended = real("--only", "digits", fail="p2_ddpm_infer.py")
+    assert ended.status == 3
+    assert ended.err.startswith(
+        "error: the step digits-sample failed; run again to continue: python p2_ddpm_infer"
+    )
+    assert ended.calls[-1][0] == "p2_ddpm_infer.py"
+    assert commands_of(real("--only", "digits").calls)[0] == "p2_ddpm_infer.py"
+
+
+def test_the_quick_results_do_not_stand_for_the_smoke_profile(real):
+    real("data", "out", "--only", "p1")
+    commands = commands_of(real("data", "out", "--only", "p1", PROFILE="smoke").calls)
+    assert {"p1_dcgan.py train", "p1_wgangp.py train"} <= set(commands)
+    printed = real("--dry-run", "--profile", "smoke").out.splitlines()
+    drawing = f"prepare_data.py synthetic --data-dir {Path.cwd()}/hw2_data/smoke --mnistm 200 60"
+    assert printed[0].startswith(f"python {drawing}")  # a folder of its own
 
 
 @pytest.mark.parametrize(
@@ -176,26 +757,50 @@ def test_other_arguments_are_another_step(project):
         ("dann ddim", {"p3_dann", "p2_ddpm_train", "p2_ddim"}),
     ],
 )
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_only_some_problems(project, only, scripts, jobs):
-    calls = run_all(ONLY=only, JOBS=jobs)[1]
-    assert {Path(call[0]).stem for call in calls if call[0][0] == "p"} - {"prepare_data"} == scripts
+def test_only_some_real_problems(real, only, scripts):
+    calls = real(ONLY=only).calls
+    methods = {Path(call[0]).stem for call in calls if call[0].startswith(("p1", "p2", "p3"))}
+    assert methods == scripts
 
 
-def test_mistakes_are_one_line_before_any_work(project):
-    for environment in ({"PROFILE": "slow"}, {"ONLY": "p1 p4"}, {"JOBS": "0"}, {"JOBS": "two"}, {"CLASSIFIER": "x"}):
-        ((name, value),) = environment.items()
-        ended, calls = run_all(**environment)
-        assert (ended.returncode, ended.stderr.count("\n"), calls) == (2, 1, [])
-        assert ended.stderr.startswith(f"error: {name}={value}: ")
+def test_full_leaves_out_the_fid_without_its_weights(real):
+    options = ("--profile", "full", "--only", "p1")
+    ended = real(*options, fail="dcgan-fid", status=3)
+    assert ended.status == 0
+    assert "left out: FID of dcgan" in ended.out
+    assert ended.calls[-1][0] == "report.py"
+    assert len(real(*options).calls) == 2  # that step again, and the report
+    ended = real(*options, "--from", "wgangp-random", fail="wgangp-fid", status=130)
+    assert ended.status == 130
+    assert "left out" not in ended.out
+    assert ended.calls[-1][0] == "evaluate.py"
+
+
+def test_the_courses_classifier_is_used_too(real, tmp_path):
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my/Classifier.pth").touch()
+    calls = real("--only", "p2", CLASSIFIER="my/Classifier.pth").calls
+    scored = [call for call in calls if call[:2] == ["evaluate.py", "digits"]]
+    assert len(scored) == 3
+    assert f"{tmp_path}/my/Classifier.pth" in scored[2]
+    course = tmp_path / "output/p2/score/course"
+    real("--only", "p2")
+    assert course.exists()
+    shutil.rmtree(tmp_path / "output/p2/digits")  # its result is not about other digits
+    real("--only", "p2")
+    assert not course.exists()
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_every_command_is_understood(project, monkeypatch, profile):
+def test_every_command_is_understood(real, monkeypatch, profile):
     """The scripts' own command lines read the arguments of each profile."""
-    calls = run_all(PROFILE=profile)[1]
+    calls = real(PROFILE=profile).calls
+    Path("Classifier.pth").touch()
+    calls += real(PROFILE=profile, ONLY="digits", CLASSIFIER="Classifier.pth").calls
     read = []
-    monkeypatch.setattr("common.run.command_line", lambda commands, main: read.append(tyro.cli(commands)))
+    monkeypatch.setattr(
+        common.cli, "run_cli", lambda commands, main: read.append(common.cli.parse(commands))
+    )
     for script, *arguments in calls:
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -206,89 +811,30 @@ def test_every_command_is_understood(project, monkeypatch, profile):
     assert [sum(batch) for batch in batches] == [args.batch_size for args in trainings]
 
 
-def test_problems_at_a_time_make_what_one_after_the_other_makes(project):
-    one_by_one = run_all("data", "out")[1]
-    shutil.rmtree(project / "data")
-    shutil.rmtree(project / "out")
-    failed, _ = run_all("data", "out", JOBS="2", FAIL="p2_ddpm_infer.py")
-    assert (failed.returncode, failed.stderr) == (
-        1,
-        "error: a part was not finished (above); run again to continue\n",
-    )
-    assert "digits | error: the step digits-sample failed; run again to continue: python p2_ddpm_infer" in failed.stdout
-    assert "clip | = clip: " in failed.stdout  # the others go on
-    ended, calls = run_all("data", "out", JOBS="2")
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert steps_of(calls)[0] == "p2_ddpm_infer.py"
-    assert not any(call[0].startswith(("p1_", "p3_", "prepare_data.py")) for call in calls[:-1])
-    shutil.rmtree(project / "data")
-    shutil.rmtree(project / "out")
-    ended, calls = run_all("data", "out", JOBS="2")
-    assert sorted(calls) == sorted(one_by_one)
-    assert calls[0][:2] == ["prepare_data.py", "synthetic"]
-    assert calls[-1][0] == "report.py"
-    for jobs in ("1", "2"):
-        shutil.rmtree(project / "data")  # made again: everything follows it, after a failure too
-        first = run_all("data", "out", JOBS=jobs, FAIL="train")[1]
-        both = first + run_all("data", "out", JOBS=jobs)[1]
-        assert {tuple(call) for call in both} == {tuple(call) for call in one_by_one}
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("data", ["none", "faces", "course"])
+def test_a_dry_run_prints_what_a_run_then_does(real, tmp_path, profile, data):
+    if data == "faces":
+        make_folders(tmp_path / "data", "face/train", "face/val")
+    if data == "course":
+        make_folders(tmp_path / "data", "face/noise", "face/GT", "face/train", "clip_zeroshot/val")
+        (tmp_path / "data/face/UNet.pt").touch()
+    printed = real("data", "--dry-run", "--profile", profile).out
+    assert not (tmp_path / "output").exists()
+    commands = [["python", *call] for call in real("data", "--profile", profile).calls]
+    assert [shlex.split(line) for line in printed.splitlines()] == commands
 
 
-def test_after_ctrl_c_all_parts_are_waited_for(project):
-    """Ctrl-C goes to every process of the terminal; what the parts then say and save is not cut off."""
-    (project / ".venv/bin/python").write_text(
-        '#!/usr/bin/env bash\n[ "$1" = -c ] && exit 0\ncase $1 in prepare_data.py) exit 0 ;; esac\n'
-        'trap "sleep 1; echo stopped; exit 130" INT\necho "$1" >>begun\nwhile :; do sleep 0.05; done\n'
-    )
-    for part in ("digits/mnistm", "digits/svhn", "face/train", "clip_zeroshot"):
-        (project / "hw2_data" / part).mkdir(parents=True)
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    running = subprocess.Popen(
-        ["bash", "run_all.sh"], env=os.environ | {"JOBS": "2"}, start_new_session=True, **streams
-    )
-    begun = project / "begun"
-    while not (begun.exists() and len(begun.read_text().splitlines()) == 2):
-        assert running.poll() is None
-        time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGINT)
-    told = running.communicate(timeout=60)[0]
-    assert running.returncode != 0
-    assert {"digits | stopped", "faces | stopped"} <= set(told.splitlines())
-    assert sorted(begun.read_text().splitlines()) == ["p1_dcgan.py", "p2_ddpm_train.py"]
-
-
-def test_an_interrupted_step_ends_the_run_even_where_a_failed_one_is_left_out(project):
-    for status, ends in ((3, 0), (130, 130)):
-        ended, calls = run_all(PROFILE="full", FAIL="dcgan-fid", STATUS=str(status))
-        assert ended.returncode == ends
-        assert ("left out: FID of dcgan" in ended.stdout) == (status == 3)
-        assert ("report.py" in steps_of(calls)) == (status == 3)
-
-
-def test_the_courses_classifier_judges_too(project):
-    (project / "my").mkdir()
-    (project / "my/Classifier.pth").touch()
-    calls = run_all(ONLY="p2", CLASSIFIER="my/Classifier.pth")[1]
-    judged = [call for call in calls if call[:2] == ["score.py", "digits"]]
-    assert len(judged) == 3
-    assert f"{project}/my/Classifier.pth" in judged[2]
-    course = project / "output/p2/score/course"
-    run_all(ONLY="p2")
-    assert course.exists()
-    shutil.rmtree(project / "output/p2/digits")  # its verdict is not one of other digits
-    run_all(ONLY="p2")
-    assert not course.exists()
-
-
-def test_the_smoke_profile_makes_the_report(project, tmp_path, monkeypatch):
+@pytest.mark.timeout(1200)
+def test_the_smoke_profile_makes_the_report(real, tmp_path, monkeypatch):
     """Every step for real, one after the other, in this process."""
-    calls = run_all("real/data", "real/out", PROFILE="smoke")[1]
-    shutil.rmtree(project / "real")
+    calls = real("real/data", "real/out", PROFILE="smoke").calls
+    shutil.rmtree(tmp_path / "real")
     monkeypatch.setattr(os, "fsync", lambda file: None)  # of thousands of files: most of the time
     for script, *arguments in calls:
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         runpy.run_path(str(ROOT / script), run_name="__main__")
-    page = (project / "real/out/report.html").read_text()
+    page = (tmp_path / "real/out/report.html").read_text()
     assert "Not run: " not in page
     assert page.count('<img src="data:image/') == 42
     assert "Synthetic data." in page

@@ -1,4 +1,4 @@
-"""What zero-shot classification starts from: image files with their classes, and a CLIP from any of its sources."""
+"""What zero-shot classification starts from: labelled image files, and a CLIP from any source."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import open_clip
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from common.checkpoints import load_weights
+from common.cli import UserError
 from common.data import list_images
-from common.run import UserError, load_weights
 
-OPENAI = "ViT-B-32, openai"  # the weights of the course
-OPENAI_KEYS = {"input_resolution", "context_length", "vocab_size"}  # in OpenAI's files only
+OPENAI = "ViT-B-32, openai"  # the weights that the course uses
+# Entries that only OpenAI's own files have.
+OPENAI_KEYS = {"input_resolution", "context_length", "vocab_size"}
 
 
 class Labelled(NamedTuple):
-    """Image files, the class of each (n,), and the classes' names."""
+    """Image files, the class of each, int64 (n,), and the names of the classes."""
 
     paths: list[Path]
     labels: np.ndarray
@@ -32,95 +33,200 @@ class Labelled(NamedTuple):
 
 
 def find_labelled(data_dir: Path, split: str) -> Labelled:
-    """The course's layout, {class id}_{image id}.png beside id2label.json, or a sub-folder for each class.
+    """Find the images of a split with their classes.
 
-    Raises UserError for a missing or empty folder, an id without a label, a broken id2label.json.
+    The layout is the course's ({class id}_{image id}.png beside id2label.json), or one sub-folder
+    for each class. Raises UserError for a missing or empty folder, an id without a label, and a
+    broken id2label.json.
     """
-    root = data_dir / "clip_zeroshot" if (data_dir / "clip_zeroshot").is_dir() else data_dir
-    folder, id_file = root / split if (root / split).is_dir() else root, root / "id2label.json"
+    root = data_dir
+    if (data_dir / "clip_zeroshot").is_dir():
+        root = data_dir / "clip_zeroshot"
+    folder = root / split
+    if not folder.is_dir():
+        if any((root / name).is_dir() for name in ("train", "val", "test")):
+            raise UserError(f"--split {split}: no folder {folder}")
+        folder = root
     if not folder.is_dir():
         raise UserError(f"--data-dir {data_dir}: no such folder")
-    if not (root / split).is_dir() and any((root / name).is_dir() for name in ("train", "val", "test")):
-        raise UserError(f"--split {split}: no folder {root / split}")
-    if not id_file.is_file():
-        classes = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-        if not classes:
-            raise UserError(f"--data-dir {data_dir}: has neither {id_file.name} nor a folder for each class")
-        files = [(path, label) for label, f in enumerate(classes) for path in list_images(f)]
-        return Labelled([p for p, _ in files], np.array([k for _, k in files]), [f.name for f in classes])
+    id_file = root / "id2label.json"
+    if id_file.is_file():
+        return label_by_name(folder, id_file)
+    return label_by_folder(folder, data_dir)
+
+
+def label_by_folder(folder: Path, data_dir: Path) -> Labelled:
+    """Images in one sub-folder for each class, whose name is the class's."""
+    children = sorted(folder.iterdir())
+    classes = [child for child in children if child.is_dir() and not child.name.startswith(".")]
+    if not classes:
+        raise UserError(
+            f"--data-dir {data_dir}: has neither id2label.json nor a folder for each class"
+        )
+    paths = []
+    labels = []
+    for label, child in enumerate(classes):
+        for path in list_images(child):
+            paths.append(path)
+            labels.append(label)
+    return Labelled(paths, np.array(labels), [child.name for child in classes])
+
+
+def label_by_name(folder: Path, id_file: Path) -> Labelled:
+    """Images whose names start with a class id, which `id_file` maps to the class's name."""
     try:
         label_of = json.loads(id_file.read_text())
         ids = sorted(label_of, key=int)
         names = [str(label_of[i]) for i in ids]
     except (ValueError, AttributeError, TypeError, LookupError):
         raise UserError(f'{id_file}: not of the form {{"0": "apple", …}}') from None
-    paths, labels = list_images(folder), []
+    paths = list_images(folder)
+    labels = []
     for path in paths:
-        if (class_id := path.name.split("_")[0]) not in label_of:
+        class_id = path.name.split("_")[0]
+        if class_id not in label_of:
             raise UserError(f"{path}: its class id {class_id!r} is not in {id_file}")
         labels.append(ids.index(class_id))
     return Labelled(paths, np.array(labels), names)
 
 
 class Clip(NamedTuple):
-    """A CLIP in eval mode, with its tokenizer, what it does to an image before, and its name."""
+    """A CLIP in eval mode, its tokenizer, the preparation of an image for it, and its name."""
 
-    net: nn.Module
+    net: Any
     tokenizer: Callable[[list[str]], Tensor]
     preprocess: Callable[[Image.Image], Tensor]
     name: str
 
 
 def load_clip(model: str, pretrained: str, checkpoint: Path | None) -> Clip:
-    """Weights by open_clip's name, or of a file: OpenAI's, `pretrain`'s, else of the architecture `model`.
+    """Load a CLIP: weights by open_clip's names, or those of a file.
 
-    `pretrained` tells what a state file needs besides, too: OpenAI's weights QuickGELU, x · sigmoid(1.702 x), whatever
-    the architecture's own activation is, and others another normalisation of the images.
+    The file is OpenAI's, one of `pretrain`, or one with the weights of the architecture `model`.
+    `pretrained` also says what such weights need besides: OpenAI's were trained with QuickGELU,
+    x · sigmoid(1.702 x), and others with another normalisation of the images. Raises UserError
+    that names the flag or the file, and says what to do without a download.
     """
-    if model not in open_clip.list_models():
-        raise UserError(f"--model {model}: not one of open_clip's (python -c 'import open_clip as o; o.list_models()')")
-    if pretrained not in (tags := open_clip.list_pretrained_tags_by_model(model)):
-        raise UserError(f"--pretrained {pretrained}: {model} has {', '.join(tags) or 'none'}")
-    needs = open_clip.pretrained.get_pretrained_cfg(model, pretrained)
-    options = {"force_quick_gelu": needs.get("quick_gelu", False)}
-    options |= {f"image_{key}": needs[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in needs}
-    weights, config, name = {}, {}, f"{model}, {pretrained}"
+    needs = check_names(model, pretrained)
+    weights: dict[str, Tensor] = {}
+    config: dict[str, Any] = {}
     if checkpoint is not None:
         weights, config = read_weights(checkpoint)
-        name = f"{checkpoint.resolve().parent.name}/{checkpoint.name}"
-    logging.disable(logging.CRITICAL)  # the hub's clients tell every try
     try:
-        if OPENAI_KEYS & weights.keys():
-            net = open_clip.model.build_model_from_openai_state_dict(weights, cast_dtype=torch.float32).float()
-            name = OPENAI if net.visual.conv1.weight.shape == (768, 3, 32, 32) else name
-            options = {}
-        elif config.get("net") == "clip":
-            net, options = open_clip.CLIP(**config["arguments"]), config["preprocess"]
-            net.load_state_dict(weights)
-        else:
-            tag = pretrained if checkpoint is None else None
-            net, _, preprocess = open_clip.create_model_and_transforms(model, tag, **options)
-            if checkpoint is not None:
-                net.load_state_dict(weights)
-            return Clip(net.eval(), open_clip.get_tokenizer(model), preprocess, name)
-    except Exception as error:  # what a hub without network, or another net's weights, raise is anybody's guess
+        with quiet_logging():
+            if OPENAI_KEYS & weights.keys():
+                return build_openai(weights, checkpoint)
+            if config.get("net") == "clip":
+                return build_own(weights, config, checkpoint)
+            return build_named(model, pretrained, weights, needs, checkpoint)
+    except Exception as error:  # a hub without network, or wrong weights, can raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         if checkpoint is not None:
-            raise UserError(f"--checkpoint {checkpoint}: is not a CLIP of --model {model} ({reason})") from None
+            raise UserError(
+                f"--checkpoint {checkpoint}: is not a CLIP of --model {model} ({reason})"
+            ) from None
         raise UserError(
-            f"--pretrained {pretrained}: no weights of {model} and no download ({reason}); fetch them elsewhere "
-            f"(OpenAI's are ViT-B-32.pt) and give the file as --checkpoint, or train a small CLIP by `pretrain`"
+            f"--pretrained {pretrained}: the weights of {model} are not here and cannot be "
+            f"downloaded ({reason}); download them elsewhere (OpenAI's are ViT-B-32.pt) and give "
+            "the file as --checkpoint, or train a small CLIP with `pretrain`"
         ) from None
+
+
+def check_names(model: str, pretrained: str) -> dict[str, Any]:
+    """What open_clip knows about these weights. Raises UserError for names it does not know."""
+    import open_clip
+
+    if model not in open_clip.list_models():
+        raise UserError(
+            f"--model {model}: open_clip has no model of this name "
+            "(python -c 'import open_clip; print(open_clip.list_models())')"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if pretrained not in tags:
+        known = ", ".join(tags) or "none"
+        raise UserError(f"--pretrained {pretrained}: {model} has these weights: {known}")
+    return open_clip.pretrained.get_pretrained_cfg(model, pretrained)
+
+
+@contextlib.contextmanager
+def quiet_logging() -> Iterator[None]:
+    """Switch off logging, because the hub's clients log every attempt to download."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
     finally:
         logging.disable(logging.NOTSET)
-    preprocess = open_clip.image_transform(net.visual.image_size, is_train=False, **options)
+
+
+def file_name(checkpoint: Path | None) -> str:
+    """How a file of weights is called in tables: FOLDER/FILE."""
+    assert checkpoint is not None
+    return f"{checkpoint.resolve().parent.name}/{checkpoint.name}"
+
+
+def build_openai(weights: dict[str, Tensor], checkpoint: Path | None) -> Clip:
+    """A CLIP from OpenAI's own file."""
+    import open_clip
+
+    net = open_clip.model.build_model_from_openai_state_dict(weights, cast_dtype=torch.float32)
+    net = net.float()
+    is_vit_b_32 = net.visual.conv1.weight.shape == (768, 3, 32, 32)
+    name = OPENAI if is_vit_b_32 else file_name(checkpoint)
+    return with_tools(net, {}, name)
+
+
+def build_own(weights: dict[str, Tensor], config: dict[str, Any], checkpoint: Path | None) -> Clip:
+    """A CLIP from a file of `pretrain`."""
+    import open_clip
+
+    net = open_clip.CLIP(**config["arguments"])
+    net.load_state_dict(weights)
+    return with_tools(net, config["preprocess"], file_name(checkpoint))
+
+
+def with_tools(net: nn.Module, image_options: dict[str, Any], name: str) -> Clip:
+    """A CLIP with the preparation of images and the tokenizer that its sizes ask for."""
+    import open_clip
+
+    size = net.visual.image_size
+    preprocess = open_clip.image_transform(size, is_train=False, **image_options)
     tokenizer = open_clip.SimpleTokenizer(context_length=net.context_length)
     return Clip(net.eval(), tokenizer, preprocess, name)
 
 
+def build_named(
+    model: str,
+    pretrained: str,
+    weights: dict[str, Tensor],
+    needs: dict[str, Any],
+    checkpoint: Path | None,
+) -> Clip:
+    """A CLIP of an architecture of open_clip's, with downloaded weights or those of a file."""
+    import open_clip
+
+    options = {"force_quick_gelu": needs.get("quick_gelu", False)}
+    for key in ("mean", "std", "interpolation", "resize_mode"):
+        if key in needs:
+            options[f"image_{key}"] = needs[key]
+    tag = pretrained if checkpoint is None else None
+    net, _, preprocess = open_clip.create_model_and_transforms(model, tag, **options)
+    name = f"{model}, {pretrained}"
+    if checkpoint is not None:
+        net.load_state_dict(weights)
+        name = file_name(checkpoint)
+    return Clip(net.eval(), open_clip.get_tokenizer(model), preprocess, name)
+
+
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and configuration of a file; OpenAI's are TorchScript archives, of which only the weights are taken."""
+    """Weights and configuration of a file.
+
+    OpenAI's files are TorchScript archives, of which only the weights are taken.
+    """
     if path.is_file() and path.suffix != ".safetensors":
-        with warnings.catch_warnings(action="ignore", category=FutureWarning), contextlib.suppress(RuntimeError):
-            return dict(torch.jit.load(path, map_location="cpu").state_dict()), {}  # RuntimeError: not an archive
+        try:
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):
+                archive = torch.jit.load(path, map_location="cpu")
+            return dict(archive.state_dict()), {}
+        except RuntimeError:  # not such an archive
+            pass
     return load_weights(path)

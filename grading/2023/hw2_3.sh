@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# 2023, problem 3: a csv of labels for a folder of SVHN or USPS images, which its path or DOMAIN names.
+# 2023, problem 3: a csv of labels for a folder of SVHN or USPS images; its path or DOMAIN says which.
 source "$(dirname "$(readlink -f "$0")")/../common.sh"
 expect "IMAGE_DIR OUT.csv" "$@"
 domain_of "$1"

@@ -1,0 +1,1 @@
+"""Speed alone, each against a named baseline in one run."""

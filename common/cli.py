@@ -1,0 +1,140 @@
+"""Command lines: options are read into a dataclass, checked there, and mistakes end in one line.
+
+A script has one dataclass for each of its commands. tyro reads the options into it; the dataclass
+checks its own fields in `__post_init__` with the functions at the end of this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+LARGEST_COUNT = 10**9
+LARGEST_SEED = 2**32 - 1  # scikit-learn takes no larger one
+
+
+class UserError(Exception):
+    """A mistake of the user's, reported as one line that names the flag or the file."""
+
+
+def run_cli(commands: Any, main: Callable[[Any], Any]) -> None:
+    """Read the command line into `commands` and call `main` with the result.
+
+    `commands` is a dataclass, or a union of dataclasses, which become sub-commands. A mistake is
+    printed to stderr as one line. Exit status: 0, 2 after a mistake, 130 after Ctrl-C.
+    """
+    try:
+        refuse_empty_values(sys.argv[1:])
+        main(parse(commands))
+    except (UserError, OSError) as error:  # an OSError (a full disk, for example) names its file
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    leave_process_group()
+
+
+def parse(commands: Any) -> Any:
+    """Read sys.argv with tyro. Raises UserError for what tyro refuses."""
+    import tyro
+
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(commands, description=sys.modules["__main__"].__doc__)
+    except SystemExit as end:
+        if end.code == 2:
+            raise UserError(one_line(messages.getvalue())) from None
+        raise  # --help
+
+
+def one_line(box: str) -> str:
+    """Turn the box in which tyro draws an error into one line, without the help texts inside it."""
+    kept = []
+    for line in box.splitlines()[1:-1]:
+        text = line.strip("│").rstrip()
+        if text.startswith(" ──"):  # after the rule come hints on how to get help
+            break
+        is_help_text = text.startswith(" " * 9)
+        if not is_help_text:
+            kept.append(text.strip())
+    sentence = " ".join(kept) or " ".join(box.split())
+    return sentence.removeprefix("Error parsing ")
+
+
+def refuse_empty_values(words: Sequence[str]) -> None:
+    """Raise UserError for an argument that is the empty string, which a path would read as "."."""
+    flag = "the first argument"
+    for word in words:
+        if word == "":
+            raise UserError(f"{flag}: the value is empty")
+        flag = word if word.startswith("-") else f"the argument after {word}"
+
+
+def leave_process_group() -> None:
+    """After distributed training, end the process here.
+
+    DistributedDataParallel keeps the threads of its backend Gloo alive. If one of them is still
+    busy while the interpreter shuts down, the process aborts although all its work is done.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_initialized():
+        return
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+# Checks of option values. `flag` is what the user typed; None stands for "not given" and passes.
+
+
+def at_least(flag: str, value: int | None, low: int) -> None:
+    """Raise UserError unless low ≤ value ≤ 10⁹."""
+    if value is not None and not low <= value <= LARGEST_COUNT:
+        raise UserError(f"{flag} {value}: must be at least {low} and at most {LARGEST_COUNT:,}")
+
+
+def in_range(flag: str, value: float | None, low: float, high: float) -> None:
+    """Raise UserError unless low ≤ value ≤ high; NaN is in no range."""
+    if value is not None and not low <= value <= high:
+        raise UserError(f"{flag} {value}: must be between {low:g} and {high:g}")
+
+
+def above(flag: str, value: float | None, low: float, high: float) -> None:
+    """Raise UserError unless low < value ≤ high; NaN is in no range."""
+    if value is not None and not low < value <= high:
+        raise UserError(f"{flag} {value}: must be above {low:g} and at most {high:g}")
+
+
+def below(flag: str, value: float | None, low: float, high: float) -> None:
+    """Raise UserError unless low ≤ value < high; NaN is in no range."""
+    if value is not None and not low <= value < high:
+        raise UserError(f"{flag} {value}: must be at least {low:g} and below {high:g}")
+
+
+def is_seed(flag: str, value: int) -> None:
+    """Raise UserError unless the value can seed every generator that is used here."""
+    if not 0 <= value <= LARGEST_SEED:
+        raise UserError(f"{flag} {value}: must be between 0 and {LARGEST_SEED:,}")
+
+
+def each_once(flag: str, values: Sequence[Any], at_least_one: bool = True) -> None:
+    """Raise UserError for a list that is empty (unless allowed) or names something twice."""
+    if at_least_one and not values:
+        raise UserError(f"{flag}: needs at least one value")
+    if len(set(values)) < len(values):
+        raise UserError(f"{flag} {' '.join(map(str, values))}: names something twice")
+
+
+def all_finite(flag: str, values: Sequence[float]) -> None:
+    """Raise UserError if one of the values is NaN or infinite."""
+    for value in values:
+        if not math.isfinite(value):
+            raise UserError(f"{flag} {value}: must be a finite number")

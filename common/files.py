@@ -1,0 +1,73 @@
+"""Files that are written whole or not at all, and output directories that are checked first."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from common.cli import UserError
+
+ROOT = Path(__file__).resolve().parent.parent  # of the repository
+
+
+def atomic_write(path: Path, write: bytes | str | Callable[[Path], Any]) -> None:
+    """Write `path` under a temporary name, flush it to disk, then rename it.
+
+    `write` is the content, or a function that writes the content to the path it is given (which has
+    the same suffix). Raises UserError that names the file if it cannot be written; the old file is
+    then still there.
+    """
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if callable(write):
+                write(temporary)
+            elif isinstance(write, str):
+                temporary.write_bytes(write.encode())
+            else:
+                temporary.write_bytes(write)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except Exception as error:
+        if not is_write_error(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason})") from None
+
+
+def is_write_error(error: Exception) -> bool:
+    """Whether an exception is how Python, torch or safetensors report a full or read-only disk."""
+    if isinstance(error, OSError | RuntimeError):
+        return True
+    return type(error).__name__ == "SafetensorError"  # without importing safetensors
+
+
+def make_output_dir(
+    folder: Path, flag: str = "--output-dir", only: Collection[str] | None = None
+) -> Path:
+    """Create `folder` and check that files can be written in it, before any work is done.
+
+    Graders read every file in a folder of images. `only` lists the names that may lie there; any
+    other file that is not hidden is a UserError.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
+    if only is not None:
+        visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        strays = sorted(visible - set(only))
+        if strays:
+            raise UserError(
+                f"{flag} {folder}: contains {strays[0]}, which graders would read too; "
+                "remove it first"
+            )
+    return folder

@@ -1,0 +1,196 @@
+"""The noise schedule of a diffusion model and what follows from it.
+
+Steps t run from 1 to T; t = 0 is the clean image. With ᾱ_t = Π_{s≤t} (1 - β_s),
+
+    x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε        (equation 4 of DDPM)
+
+DDPM: Ho et al., 2020, https://arxiv.org/abs/2006.11239.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["linear", "cosine"]
+Prediction = Literal["eps", "v"]
+Spacing = Literal["leading", "trailing", "beta"]
+
+
+class Schedule:
+    """β_t and ᾱ_t for t = 0 … T.
+
+    `alpha_bar[t]` are Python floats (float64), for the samplers. `betas` and `alpha_bars` are
+    float32 tensors (T + 1,), for training.
+    """
+
+    def __init__(
+        self,
+        timesteps: int = 1_000,
+        kind: Kind = "linear",
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        as_given: bool = False,
+        prediction: Prediction = "eps",
+    ) -> None:
+        """Compute the schedule in float64.
+
+        kind "linear": β rises from beta_start to beta_end. That range belongs to T = 1000. For
+        another T it is scaled by 1000 / T, because otherwise too much signal would be left at T, or
+        all of it gone early; `as_given` takes the range as it is.
+
+        kind "cosine": Nichol and Dhariwal, 2021, https://arxiv.org/abs/2102.09672.
+
+        prediction: what a network learns to return for x_t. "eps" is the noise, "v" the velocity
+        √ᾱ_t ε - √(1-ᾱ_t) x_0, which depends on the image at every noise level (Salimans and Ho,
+        2022, https://arxiv.org/abs/2202.00512).
+
+        Raises ValueError for T < 2 and for a β outside (0, 1).
+        """
+        self.kind = kind
+        self.beta_start = beta_start
+        self.beta_end = beta_end
+        self.as_given = as_given
+        self.prediction = prediction
+        self.T = timesteps
+        if timesteps < 2:
+            raise ValueError(f"a noise schedule needs at least 2 steps, not {timesteps}")
+        betas = self._linear_betas() if kind == "linear" else self._cosine_betas()
+        lowest, highest = betas.min().item(), betas.max().item()
+        if lowest <= 0 or highest >= 1:
+            raise ValueError(
+                f"β would go from {lowest:.3g} to {highest:.3g}, but must lie between 0 and 1"
+            )
+        exact = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
+        self.alpha_bar: list[float] = exact.tolist()
+        self.betas = torch.cat([torch.zeros(1), betas.float()])
+        self.alpha_bars = exact.float()
+
+    def _linear_betas(self) -> Tensor:
+        scale = 1.0 if self.as_given else 1_000 / self.T
+        first, last = scale * self.beta_start, scale * self.beta_end
+        return torch.linspace(first, last, self.T, dtype=torch.float64)
+
+    def _cosine_betas(self) -> Tensor:
+        progress = torch.arange(self.T + 1, dtype=torch.float64) / self.T
+        f = torch.cos((progress + 0.008) / 1.008 * math.pi / 2) ** 2  # ᾱ_t up to a factor
+        return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+    def to_config(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the schedule; `from_config` reads it."""
+        return {
+            "steps": self.T,
+            "kind": self.kind,
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+            "as_given": self.as_given,
+            "prediction": self.prediction,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Schedule:
+        """The schedule that a checkpoint's configuration describes."""
+        options = dict(config)
+        timesteps = options.pop("steps", 1_000)
+        return cls(timesteps, **options)
+
+    # Training
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ_t and √(1-ᾱ_t), each (batch, 1, 1, 1), for steps t (batch,)."""
+        self.alpha_bars = self.alpha_bars.to(t.device)
+        alpha_bar = self.alpha_bars[t].view(-1, 1, 1, 1)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def time(self, t: Tensor, net: nn.Module) -> Tensor:
+        """What a network reads for steps t (batch,).
+
+        t - 1 if it counts the steps from 0 (its attribute `counts_steps`), else t / T.
+        """
+        if getattr(net, "counts_steps", False):
+            return (t - 1).float()
+        return t / self.T
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t of images x0 (batch, channels, height, width) at steps t (batch,): equation 4."""
+        signal, sigma = self.coefficients(t)
+        return signal * x0 + sigma * noise
+
+    def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the network should return for q_sample(x0, t, noise): the noise, or v."""
+        if self.prediction == "eps":
+            return noise
+        signal, sigma = self.coefficients(t)
+        return signal * noise - sigma * x0
+
+    def min_snr_weight(self, t: Tensor, gamma: float = 5.0) -> Tensor:
+        """Weights (batch,) that make the loss min(SNR, γ) times the squared error of the image.
+
+        min(SNR, γ) / SNR if the noise is predicted, min(SNR, γ) / (SNR + 1) for v (Hang et al.,
+        2023, https://arxiv.org/abs/2303.09556). SNR = ᾱ_t / (1 - ᾱ_t).
+        """
+        alpha_bar = self.alpha_bars.to(t.device)[t]
+        weight = (gamma * (1 - alpha_bar) / alpha_bar).clamp(max=1.0)
+        if self.prediction == "v":
+            weight = weight * alpha_bar  # SNR / (SNR + 1) = ᾱ
+        return weight
+
+    # Conversions between what a network predicts
+
+    def eps_from_output(self, x: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """The noise in x_t according to the network's output for steps t (batch,)."""
+        if self.prediction == "eps":
+            return output
+        signal, sigma = self.coefficients(t)
+        return signal * output + sigma * x
+
+    def x0_from_eps(self, x: Tensor, t: int, eps: Tensor) -> Tensor:
+        """The clean image that x_t and its noise imply: equation 15 of DDPM."""
+        alpha_bar = self.alpha_bar[t]
+        return (x - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)
+
+    def score_from_eps(self, t: int, eps: Tensor) -> Tensor:
+        """∇ log q(x_t) ≈ -ε / √(1-ᾱ_t) (Song et al., 2021, https://arxiv.org/abs/2011.13456)."""
+        return -eps / math.sqrt(1 - self.alpha_bar[t])
+
+
+def spaced_steps(
+    timesteps: int, count: int, spacing: Spacing = "trailing", offset: int = 0
+) -> list[int]:
+    """Exactly `count` of the steps 1 … T, falling. A sampler goes from each to the next, then to 0.
+
+    "trailing": evenly spread, starts at T.
+    "leading": evenly spread, ends at 1 + offset, as in DDIM's code (offset 0) and the course's (1).
+    "beta": starts at T and is dense at both ends, where the brightness and the details of an image
+    are settled: quantiles of Beta(0.6, 0.6) (Lee et al., 2024, https://arxiv.org/abs/2407.12173).
+
+    Raises ValueError for a count outside 1 … T, and for an offset that leads beyond T.
+    """
+    if not 1 <= count <= timesteps:
+        raise ValueError(f"the number of steps must be between 1 and {timesteps:,}, not {count}")
+    if spacing == "trailing":
+        return [round(timesteps * number / count) for number in range(count, 0, -1)]
+    if spacing == "beta":
+        return _beta_spaced(timesteps, count)
+    steps = [1 + offset + timesteps * number // count for number in range(count - 1, -1, -1)]
+    if steps[0] > timesteps:
+        raise ValueError(
+            f"{count} steps would start at {steps[0]}, but the last step is {timesteps:,}"
+        )
+    return steps
+
+
+def _beta_spaced(timesteps: int, count: int) -> list[int]:
+    from scipy.special import betaincinv  # the quantile function of the Beta distribution
+
+    steps = []
+    for number in range(1, count + 1):
+        step = round(timesteps * betaincinv(0.6, 0.6, number / count))
+        # Where many steps would coincide near an end, they follow one another there.
+        step = max(step, number)
+        step = min(step, timesteps - count + number)
+        steps.append(step)
+    return steps[::-1]

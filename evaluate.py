@@ -1,0 +1,484 @@
+"""Scores of generated images, those of the graders and more, and a classifier of digits.
+
+    python evaluate.py fid SAMPLES hw2_data/face/val --floor hw2_data/face/train
+    python evaluate.py fid SAMPLES hw2_data/face/val --features random
+    python evaluate.py faces SAMPLES --real hw2_data/face/val
+    python evaluate.py digits SAMPLES --classifier Classifier.pth --data-dir hw2_data
+    python evaluate.py train-classifier --domain svhn --output-dir runs/classifier/svhn
+    python evaluate.py mse SAMPLES hw2_data/face/GT
+
+FID: Heusel et al., 2017, https://arxiv.org/abs/1706.08500, with the network of
+https://github.com/mseitzer/pytorch-fid, whose numbers are met to 1e-3. Where its weights cannot be
+had, `--features random` takes a network with random ones, which separates sets of images too (Naeem
+et al., 2020, https://arxiv.org/abs/2002.09797); its distances have a scale of their own.
+
+Diversity of digits: the Vendi score, Friedman and Dieng, 2022, https://arxiv.org/abs/2210.02410
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from torch.nn import functional as F
+from tyro.conf import Positional
+
+from common.augment import augment_digits
+from common.classification import accuracy
+from common.cli import UserError, above, at_least, below, in_range, is_seed, run_cli
+from common.data import Images, draw_batch, is_grey, labels_of, load_digits, normalise
+from common.device import Device, Precision, make_accelerator, place
+from common.figures import save_curves
+from common.files import atomic_write, make_output_dir
+from common.rng import derive_seed, make_rng
+from common.run import Run, environment
+from common.training import update_ema, warmup_cosine
+from metrics.digits import (
+    evaluate_digits,
+    load_classifier,
+    read_digits,
+    save_confusion,
+    table_of,
+)
+from metrics.faces import face_rate
+from metrics.frechet import (
+    METRICS,
+    Embedding,
+    Source,
+    draw_floor,
+    frechet_distance,
+    inception_features,
+    measure,
+    open_source,
+    random_features,
+    save_statistics,
+)
+from metrics.pairs import squared_errors
+from models.digit_classifier import DigitResNet
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+# Commands
+
+
+@dataclass
+class Fid:
+    """Fréchet distance of two sets of images: FID as in pytorch-fid, or with random features."""
+
+    generated: Positional[Path]
+    """Folder of PNG or JPEG images of one size, with its sub-folders; or statistics (.npz)."""
+    real: Positional[Path]
+    """Images or statistics to compare with."""
+    features: Literal["inception", "random"] = "inception"
+    """Network of FID, or one that needs no weights (not called FID)."""
+    weights: Path | None = None
+    """pt_inception-2015-12-05-6726825d.pth; by default torch's hub cache, or a download."""
+    floor: Path | None = None
+    """Folder of other real images, of which as many as are generated are compared with the real."""
+    save_stats: Path | None = None
+    """File (.npz) for the statistics of the real images, which can take their place next time."""
+    batch_size: int = 50
+    """Images at a time."""
+    device: Device = "auto"
+    """Where the inception network computes; the random one always uses the CPU."""
+    seed: int = 0
+    """Seed of the choice of the images of --floor."""
+    output_dir: Path | None = None
+    """Folder for result.json; without it the result is only printed."""
+
+    def __post_init__(self) -> None:
+        at_least("--batch-size", self.batch_size, 1)
+        is_seed("--seed", self.seed)
+        if self.save_stats is not None and self.save_stats.suffix != ".npz":
+            raise UserError(f"--save-stats {self.save_stats}: must end in .npz")
+
+
+@dataclass
+class Faces:
+    """Rate of images with exactly one face, by dlib's frontal HOG detector, upsampled once."""
+
+    images: Positional[Path]
+    """Folder of PNG or JPEG images, with its sub-folders."""
+    real: Path | None = None
+    """Folder of real images, whose rate is printed beside it."""
+    num_workers: int = os.cpu_count() or 1
+    """Threads that look for faces."""
+    output_dir: Path | None = None
+    """Folder for result.json; without it the result is only printed."""
+
+    def __post_init__(self) -> None:
+        in_range("--num-workers", self.num_workers, 1, 1_024)
+
+
+@dataclass
+class Digits:
+    """Accuracy of generated digits before a classifier, and how diverse they are."""
+
+    images: Positional[Path]
+    """Folder with 28x28 images DIGIT_NAME.png and nothing else, as the graders read it."""
+    classifier: Path
+    """The course's Classifier.pth, or model.safetensors of train-classifier."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(aliases=["--real"])] = None
+    """Data folder whose validation images' accuracy and diversity are printed too."""
+    domain: str = "mnistm"
+    """Digit domain of --data-dir to compare with."""
+    seed: int = 0
+    """Seed of the choice of real images."""
+    device: Device = "auto"
+    """Where to compute."""
+    output_dir: Path | None = None
+    """Folder for result.json and confusion.png; without it the result is only printed."""
+
+    def __post_init__(self) -> None:
+        is_seed("--seed", self.seed)
+
+
+@dataclass(kw_only=True)
+class TrainClassifier:
+    """Train a residual network on a domain's digits: a classifier independent of the course's.
+
+    The last epoch is the result.
+    """
+
+    output_dir: Path
+    """Run directory. The same command again continues an interrupted run."""
+    data_dir: Path = Path("hw2_data")
+    """Data folder, with digits/DOMAIN in it."""
+    domain: str = "mnistm"
+    """Digit domain to learn."""
+    width: int = 32
+    """Channels of the network's first stage; half of them cost a quarter."""
+    epochs: int = 20
+    """Epochs of --images-per-epoch images."""
+    images_per_epoch: int = 16_000
+    """Images of an epoch, whatever the size of the data."""
+    batch_size: int = 128
+    """Images of a step, over all processes."""
+    lr: float = 3e-3
+    """Peak learning rate of AdamW."""
+    augmentation: float = 0.5
+    """Strength of the augmentation; 0 is none."""
+    label_smoothing: float = 0.05
+    """Label smoothing of the loss."""
+    ema_decay: float = 0.998
+    """Decay of the averaged network, which is the one that is evaluated and saved."""
+    seed: int = 0
+    """Seed of initialisation, order and augmentation."""
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "auto"
+    """bf16 autocast where the hardware is fast at it, or fp32."""
+
+    def __post_init__(self) -> None:
+        in_range("--width", self.width, 1, 4_096)
+        at_least("--epochs", self.epochs, 1)
+        at_least("--images-per-epoch", self.images_per_epoch, 1)
+        at_least("--batch-size", self.batch_size, 2)
+        above("--lr", self.lr, 0, 1)
+        in_range("--augmentation", self.augmentation, 0, 1)
+        below("--label-smoothing", self.label_smoothing, 0, 1)
+        below("--ema-decay", self.ema_decay, 0, 1)
+        is_seed("--seed", self.seed)
+
+
+@dataclass
+class Mse:
+    """Mean squared error of images, 0 to 255, from others of the same names.
+
+    This is the graders' measure of DDIM.
+    """
+
+    predicted: Positional[Path]
+    """Folder of PNG or JPEG images."""
+    truth: Positional[Path]
+    """Folder with the images to compare with."""
+    output_dir: Path | None = None
+    """Folder for result.json; without it the result is only printed."""
+
+
+# Scores
+
+
+class Score(NamedTuple):
+    """What result.json keeps of a score, and the text that is printed."""
+
+    result: dict[str, Any]
+    text: str
+
+
+def score_fid(args: Fid, accelerator: Accelerator) -> Score:
+    """The distance, and beside it the floor: that of other real images.
+
+    No generator can honestly get below the floor.
+    """
+    sources = {"generated": open_source(args.generated), "real": open_source(args.real)}
+    if args.floor is not None:
+        sources["floor"] = draw_floor(args.floor, sources["generated"], args.seed)
+    embedding = None
+    if any(source.files is not None for source in sources.values()):
+        embedding = embedding_of(args, accelerator.device)
+    measured = measure(sources, embedding, args.batch_size)
+    real = measured["real"]
+    if args.save_stats is not None:
+        save_statistics(args.save_stats, real)
+    distances: dict[str, float] = {}
+    for name in ("generated", "floor"):
+        if name in measured:
+            some = measured[name]
+            distances[name] = frechet_distance(
+                some.mean, some.covariance, real.mean, real.covariance
+            )
+
+    metric = METRICS.get(real.features, f"Fréchet distance of {real.features} features")
+    text = (
+        f"{metric} {distances['generated']:.3f}: {describe(sources['generated'])} "
+        f"against {describe(sources['real'])} ({real.features})"
+    )
+    if "floor" in sources:
+        text += f"; floor {distances['floor']:.3f}: {describe(sources['floor'])}"
+    result = {
+        "metric": metric,
+        "distance": distances["generated"],
+        "floor": distances.get("floor"),
+        "features": real.features,
+        "images": {name: source.count for name, source in sources.items()},
+    }
+    return Score(result, text)
+
+
+def embedding_of(args: Fid, device: torch.device) -> Embedding:
+    """The network of --features."""
+    if args.features == "random":
+        return random_features()
+    return inception_features(args.weights, device)
+
+
+def describe(source: Source) -> str:
+    """Number and place of a set of images."""
+    count = "unknown" if source.count is None else f"{source.count:,}"
+    return f"{count} images of {source.path}"
+
+
+def score_faces(args: Faces) -> Score:
+    """The rate of images with exactly one face, and that of real images beside it."""
+    rate = face_rate(args.images, args.num_workers)
+    text = f"exactly one face in {describe_rate(args.images, rate)}"
+    real_rate = None
+    if args.real is not None:
+        real_rate = face_rate(args.real, args.num_workers)
+        text += f", in {describe_rate(args.real, real_rate)}"
+    return Score({"metric": "exactly one face", **rate, "real": real_rate}, text)
+
+
+def describe_rate(folder: Path, rate: dict[str, Any]) -> str:
+    """What `face_rate` found, in words."""
+    return (
+        f"{rate['one_face_percent']:.2f} % of {rate['images']:,} images of {folder} "
+        f"(none in {rate['none']:,}, several in {rate['several']:,}; "
+        f"{len(rate['unreadable']):,} unreadable)"
+    )
+
+
+def score_digits(args: Digits, accelerator: Accelerator) -> Score:
+    """Accuracy and diversity, beside those of real images. Also draws the confusion matrix."""
+    net = load_classifier(args.classifier, accelerator.device)
+    images = read_digits(args.images)
+    real = None
+    if args.data_dir is not None:
+        real = load_digits(args.data_dir, args.domain, "val")
+    found = evaluate_digits(net, images, real, accelerator, args.seed)
+    network = type(net).__name__
+    title = f"accuracy {found['accuracy']:.2f} % of {len(images.names):,} images"
+    text = f"{title} of {args.images} ({network})"
+    if real is not None:
+        text += beside_real(found, real, args.domain)
+    if args.output_dir is not None:
+        save_confusion(found["confusion"], args.output_dir / "confusion.png", title)
+    result = {"metric": "accuracy", "net": network, **found}
+    return Score(result, f"{text}\n{table_of(found['digits'])}")
+
+
+def beside_real(found: dict[str, Any], real: Images, domain: str) -> str:
+    """The accuracy of real images and the diversity beside theirs, in words."""
+    name = domain_name(domain, real)
+    text = f", {found['real_accuracy']:.2f} % of {len(real.names):,} real ones ({name}, val)"
+    share = found["diversity_percent_of_real"]
+    deviation = found["real_diversity_sd"]
+    if share is None:
+        text += "; diversity undefined"
+    else:
+        text += f"; diversity {share:.1f} % of real images'"
+    if deviation is not None:
+        text += f" (which vary by ± {deviation:.1f} %)"
+    return text
+
+
+def domain_name(domain: str, images: Images) -> str:
+    """The domain's name, after "grey" if its images have no colour."""
+    return f"grey {domain}" if is_grey(images.pixels) else domain
+
+
+def score_mse(args: Mse) -> Score:
+    """The error of each image, and their mean."""
+    errors = squared_errors(args.predicted, args.truth)
+    mean = float(np.mean(list(errors.values())))
+    lines = [f"{name} {error:.3f}" for name, error in errors.items()]
+    lines.append(
+        f"mean squared error {mean:.3f} (0-255) of {len(errors):,} images of {args.predicted}"
+    )
+    result = {"metric": "mean squared error, 0-255", "mse": mean, "images": errors}
+    return Score(result, "\n".join(lines))
+
+
+def evaluate(args: Fid | Faces | Digits | Mse) -> dict[str, Any]:
+    """Compute a score, print it and write result.json; returns what is in there."""
+    started = time.monotonic()
+    name = type(args).__name__.lower()
+    file = None
+    if args.output_dir is not None:
+        if isinstance(args, Digits):
+            refuse_inside(args.output_dir, args.images)
+        file = claim_result(args.output_dir, name)
+    match args:
+        case Fid():
+            device: Device = "cpu" if args.features == "random" else args.device
+            accelerator = make_accelerator(device, "fp32")
+            score = score_fid(args, accelerator)
+        case Faces():
+            accelerator = make_accelerator("cpu", "fp32")
+            score = score_faces(args)
+        case Digits():
+            accelerator = make_accelerator(args.device, "fp32")
+            score = score_digits(args, accelerator)
+        case Mse():
+            accelerator = make_accelerator("cpu", "fp32")
+            score = score_mse(args)
+    print(score.text)
+    result = {"score": name, **score.result}
+    result["seconds"] = round(time.monotonic() - started, 1)
+    result["arguments"] = asdict(args)
+    result |= environment(accelerator)
+    if file is not None:
+        atomic_write(file, json.dumps(result, indent=1, default=str) + "\n")
+    return result
+
+
+def refuse_inside(output_dir: Path, images: Path) -> None:
+    """Raise UserError for an output directory in a folder where only digits may lie."""
+    output = output_dir.resolve()
+    if images.resolve() in (output, *output.parents):
+        raise UserError(
+            f"--output-dir {output_dir}: lies in {images}, where nothing but digits may lie; "
+            "choose another"
+        )
+
+
+def claim_result(folder: Path, name: str) -> Path:
+    """The place of result.json, before any work.
+
+    Raises UserError if the folder holds a run or another score.
+    """
+    file = make_output_dir(folder) / "result.json"
+    is_run = (folder / "config.json").exists()
+    if is_run or (file.exists() and f'"score": "{name}"' not in file.read_text()):
+        raise UserError(
+            f"--output-dir {folder}: holds a run or another score; choose a folder of its own"
+        )
+    return file
+
+
+# Training of a classifier
+
+
+def train_classifier(args: TrainClassifier) -> dict[str, Any]:
+    """Train one classifier; returns the content of result.json (on the main process)."""
+    accelerator = make_accelerator(args.device, args.precision)
+    device = accelerator.device
+    run = Run(args, accelerator)
+    if run.result is not None:
+        return run.result if run.is_main else {}
+    cache = args.output_dir.parent / "cache"
+    images = load_digits(args.data_dir, args.domain, "train", cache)
+    validation = load_digits(args.data_dir, args.domain, "val", cache)
+    pixels = images.pixels.to(device)
+    labels = labels_of(images).to(device)
+
+    torch.manual_seed(derive_seed(args.seed, "init"))
+    bare_net = place(DigitResNet(width=args.width), device)
+    ema = copy.deepcopy(bare_net)
+    adam = torch.optim.AdamW(bare_net.parameters(), weight_decay=0.05, fused=True)
+    net, adam = accelerator.prepare(bare_net, adam)
+    parts = {"net": bare_net, "ema": ema, "optimizer": adam}
+
+    steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
+    last = args.epochs * steps_per_epoch
+    first = run.load_state(parts)
+    for step in run.steps(first, last, args.batch_size):
+        net.train()
+        learning_rate = args.lr * warmup_cosine(step / last, warm_up=0.1)
+        adam.param_groups[0]["lr"] = learning_rate
+        rng = make_rng(args.seed, "augment", step, accelerator.process_index, device=device)
+        rows = draw_batch(len(pixels), step, args.batch_size, accelerator, args.seed, "order")
+        # Inverted digits stay digits: MNIST-M contains the inverse of each, and house numbers may
+        # be dark or bright.
+        batch = augment_digits(normalise(pixels[rows]), rng, args.augmentation)
+        batch = batch.contiguous(memory_format=torch.channels_last)
+
+        logits = net(batch)
+        loss = F.cross_entropy(logits, labels[rows], label_smoothing=args.label_smoothing)
+        adam.zero_grad()
+        accelerator.backward(loss)
+        adam.step()
+        update_ema(ema, bare_net, args.ema_decay, step)
+
+        correct = logits.argmax(1) == labels[rows]
+        run.add_losses(step, {"loss": loss, "accuracy": 100 * correct.float().mean()})
+        epoch, rest = divmod(step + 1, steps_per_epoch)
+        epoch_ends = rest == 0
+        if epoch_ends:
+            row = {"step": step + 1, "epoch": epoch, "learning_rate": learning_rate}
+            row |= run.epoch_means(steps_per_epoch)
+            run.log_metrics(row)
+            run.log(
+                f"epoch {epoch}/{args.epochs}: loss {row['loss']:.4f}, "
+                f"accuracy {row['accuracy']:.2f} %"
+            )
+        if run.save_due() or epoch_ends:
+            run.save_state(step + 1, parts)
+    if run.is_main:
+        finish_classifier(run, args, ema, validation)
+    return run.result or {}
+
+
+def finish_classifier(
+    run: Run, args: TrainClassifier, ema: DigitResNet, validation: Images
+) -> None:
+    """Evaluate the averaged network; write it, the curves and result.json."""
+    percent = accuracy(ema, validation, run.accelerator)
+    panels = {"loss": ["loss"], "accuracy of the augmented images, %": ["accuracy"]}
+    save_curves(run.history(), panels, run.dir / "figures" / "curves.png")
+    run.save_model(ema, ema.config | {"domain": args.domain, "seed": args.seed})
+    name = domain_name(args.domain, validation)
+    run.log(f"{run.dir}: {percent:.2f} % of {len(validation.names):,} val images of {name}")
+    run.finish({"accuracy": percent, "grey": is_grey(validation.pixels)})
+
+
+def main(args: Fid | Faces | Digits | TrainClassifier | Mse) -> dict[str, Any]:
+    """Run one sub-command; returns the content of its result.json."""
+    if isinstance(args, TrainClassifier):
+        return train_classifier(args)
+    return evaluate(args)
+
+
+if __name__ == "__main__":
+    run_cli(Fid | Faces | Digits | TrainClassifier | Mse, main)

@@ -1,0 +1,1 @@
+"""Tables of quality: samplers, guidance, numbers of steps."""

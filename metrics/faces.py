@@ -1,0 +1,56 @@
+"""The graders' rule for faces: dlib's frontal HOG detector must find exactly one."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.cli import UserError
+from common.data import decode_image, list_images
+from common.progress import show_progress
+
+LOCAL = threading.local()  # each thread's own face detector
+
+
+def count_faces(path: Path) -> int | None:
+    """The number of faces in an image that is upsampled once; None for an unreadable file."""
+    if not hasattr(LOCAL, "detector"):
+        import dlib
+
+        # It releases Python's global lock while it looks, but it can serve only one thread.
+        LOCAL.detector = dlib.get_frontal_face_detector()
+    try:
+        image = decode_image(path).transpose(1, 2, 0)  # → (height, width, 3)
+    except UserError:
+        return None
+    return len(LOCAL.detector(np.ascontiguousarray(image), 1))
+
+
+def face_rate(folder: Path, workers: int) -> dict[str, Any]:
+    """How many images of a folder (and its sub-folders) show no, one and several faces.
+
+    "one_face_percent" is the rate of images with exactly one. Unreadable files are listed and are
+    not part of it. Raises UserError if no file can be read.
+    """
+    paths = list_images(folder, recursive=True)
+    with ThreadPoolExecutor(workers) as pool:
+        counts = pool.map(count_faces, paths)
+        found = list(show_progress(counts, len(paths), f"{folder}, images"))
+    readable = [count for count in found if count is not None]
+    unreadable = [str(path) for path, count in zip(paths, found, strict=True) if count is None]
+    if not readable:
+        raise UserError(f"{folder}: none of its {len(paths):,} images can be read")
+    none = readable.count(0)
+    one = readable.count(1)
+    return {
+        "one_face_percent": 100 * one / len(readable),
+        "images": len(readable),
+        "none": none,
+        "one": one,
+        "several": len(readable) - none - one,
+        "unreadable": unreadable,
+    }

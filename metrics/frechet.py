@@ -1,0 +1,297 @@
+"""Fréchet distance of two sets of images: features, their statistics, the distance.
+
+FID: Heusel et al., 2017, https://arxiv.org/abs/1706.08500, with the network of
+https://github.com/mseitzer/pytorch-fid, whose numbers are met to 1e-3. Or a network with random
+weights, after Naeem et al., 2020, https://arxiv.org/abs/2002.09797.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.checkpoints import load_weights
+from common.cli import UserError
+from common.data import decode_images, list_images, normalise
+from common.files import atomic_write
+from common.progress import show_progress
+from common.rng import make_rng
+
+PUBLISHED_HASH = "6726825d"  # first digits of the SHA-256 of the published weights
+# Names of features.
+PUBLISHED = f"inception-{PUBLISHED_HASH}"
+RANDOM = "random-1"  # raise the number when the random network changes
+PUBLISHED_FEATURES = 2048
+METRICS = {PUBLISHED: "FID", RANDOM: "random-feature Fréchet distance"}
+
+
+class Embedding(NamedTuple):
+    """A network that turns images into features, and the name of these features."""
+
+    name: str
+    embed: Callable[[Tensor], Tensor]  # uint8 (n, 3, height, width) → float32 (n, features)
+
+
+class Statistics(NamedTuple):
+    """What the distance needs of a set of images."""
+
+    mean: np.ndarray  # of the features, float64 (d,)
+    covariance: np.ndarray  # float64 (d, d)
+    features: str  # the name of the features
+    count: int | None  # of images, if known
+
+
+class Source(NamedTuple):
+    """A set of images: the files of a folder, or statistics that were kept in a file."""
+
+    path: Path
+    files: list[Path] | None
+    statistics: Statistics | None
+    count: int | None  # of images, if known
+
+
+# The distance
+
+
+def frechet_distance(
+    mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray
+) -> float:
+    """Squared Fréchet distance (≥ 0) of two Gaussians: means (d,), covariances (d, d), float64.
+
+    |m1 - m2|² + tr S1 + tr S2 - 2 tr √(S1 S2) (Dowson and Landau, 1982). With S = W Wᵀ for both,
+    the last trace is the sum of the singular values of W1ᵀ W2, so no square root of an asymmetric
+    matrix is needed.
+    """
+    root1 = root_of(cov1)
+    root2 = root_of(cov2)
+    trace = np.linalg.svd(root1.T @ root2, compute_uv=False).sum()
+    between_means = np.square(mean1 - mean2).sum()
+    return max(0.0, float(between_means + np.trace(cov1) + np.trace(cov2) - 2 * trace))
+
+
+def root_of(covariance: np.ndarray) -> np.ndarray:
+    """W (d, rank) with W Wᵀ = S.
+
+    Directions in which S is zero but for rounding are left out, so that fewer images than features
+    do no harm.
+    """
+    values, vectors = np.linalg.eigh(covariance)  # ascending
+    kept = values > values[-1] * len(values) * np.finfo(float).eps
+    return vectors[:, kept] * np.sqrt(values[kept])
+
+
+# Features
+
+
+def random_features() -> Embedding:
+    """A fixed random network: four strided convolutions, of which each layer's means are taken.
+
+    480 features, float32 on the CPU. Initialised as in He et al., 2015. The first filters keep 0.3
+    of their means, because otherwise brightness would drown all other differences. The factor 10
+    brings the distances to the order of FID's.
+    """
+    rng = torch.Generator().manual_seed(0)
+    filters = []
+    for before, after in itertools.pairwise([3, 64, 96, 128, 192]):
+        weight = torch.randn(after, before, 3, 3, generator=rng)
+        filters.append(weight * math.sqrt(2 / (9 * before)))
+    filters[0] -= 0.7 * filters[0].mean((2, 3), keepdim=True)
+
+    def embed(pixels: Tensor) -> Tensor:
+        x = normalise(pixels)
+        features = []
+        for weight in filters:
+            x = F.relu(F.conv2d(x, weight, stride=2, padding=1))
+            features.append(10 * x.mean((2, 3)))  # (n, channels, h, w) → (n, channels)
+        return torch.cat(features, 1)
+
+    return Embedding(RANDOM, embed)
+
+
+def inception_features(weights: Path | None, device: torch.device) -> Embedding:
+    """pytorch-fid's InceptionV3 with its own resize: 2,048 features.
+
+    Without `weights`, the published file is looked for in torch's hub cache, then downloaded.
+    Raises UserError if it cannot be had.
+    """
+    path = find_weights() if weights is None else weights
+    net = load_inception(path).to(device)
+    name = f"inception-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+    if name != PUBLISHED:
+        print(
+            f"warning: {path}: not the published weights, so the distance is not FID",
+            file=sys.stderr,
+        )
+
+    def embed(pixels: Tensor) -> Tensor:
+        # Without TF32, so that a GPU gives the numbers of the CPU.
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            features = net(pixels.to(device).float() / 255)[0]  # (n, 2048, 1, 1)
+        return features.flatten(1)
+
+    return Embedding(name, embed)
+
+
+def find_weights() -> Path:
+    """The published weights in torch's hub cache; downloads them if they are not there."""
+    from pytorch_fid import inception
+
+    url = inception.FID_WEIGHTS_URL
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    if path.is_file():
+        return path
+    print(f"downloading {url}", file=sys.stderr)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        progress = sys.stderr.isatty()
+        torch.hub.download_url_to_file(url, str(path), PUBLISHED_HASH, progress=progress)
+    except Exception:  # the network can raise anything
+        raise UserError(
+            "--features inception: the weights are missing and cannot be downloaded; "
+            f"put {url} at {path} or give it as --weights; --features random needs none"
+        ) from None
+    return path
+
+
+def load_inception(path: Path) -> nn.Module:
+    """pytorch-fid's network with the weights of a file, in eval mode."""
+    from pytorch_fid import inception
+
+    state, _ = load_weights(path, "--weights")
+    try:
+        # The constructor downloads its weights. Here it gets those of the file instead.
+        with mock.patch.object(inception, "load_state_dict_from_url", return_value=state):
+            return inception.InceptionV3().eval()
+    except RuntimeError:
+        expected = Path(inception.FID_WEIGHTS_URL).name
+        raise UserError(
+            f"--weights {path}: is not pytorch-fid's InceptionV3 ({expected})"
+        ) from None
+
+
+# Sets of images
+
+
+def open_source(path: Path) -> Source:
+    """The images of a folder and its sub-folders, or the statistics in a .npz file.
+
+    Raises UserError if it is missing or broken.
+    """
+    if path.suffix == ".npz":
+        statistics = load_statistics(path)
+        return Source(path, None, statistics, statistics.count)
+    files = list_images(path, recursive=True)
+    return Source(path, files, None, len(files))
+
+
+def draw_floor(folder: Path, generated: Source, seed: int) -> Source:
+    """As many images of `folder`, drawn at random, as there are generated ones.
+
+    If it has fewer, all of them, with a warning.
+    """
+    if generated.count is None:
+        raise UserError(
+            f"--floor: the number of images in {generated.path} is unknown; give their folder"
+        )
+    found = list_images(folder, recursive=True)
+    order = torch.randperm(len(found), generator=make_rng(seed, "floor"))
+    files = [found[row] for row in order[: generated.count]]
+    if len(files) < generated.count:
+        print(
+            f"warning: --floor {folder}: has {len(files):,} images, not {generated.count:,}",
+            file=sys.stderr,
+        )
+    return Source(folder, files, None, len(files))
+
+
+def load_statistics(path: Path) -> Statistics:
+    """Statistics of --save-stats, or of pytorch-fid, whose files have mu and sigma alone.
+
+    Raises UserError for a broken file, and for another number of features than FID's.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with np.load(path) as file:
+            mean = file["mu"].astype(np.float64)
+            covariance = file["sigma"].astype(np.float64)
+            features = str(file["features"]) if "features" in file else PUBLISHED
+            count = int(file["count"]) if "count" in file else 0  # 0 is unknown
+        whole = mean.ndim == 1 and covariance.shape == (len(mean), len(mean))
+        if not whole or not np.isfinite(mean.sum() + covariance.sum()):
+            raise ValueError
+    except Exception:  # a damaged archive can raise anything
+        raise UserError(f"{path}: not a whole file of statistics (finite mu and sigma)") from None
+    if features == PUBLISHED and len(mean) != PUBLISHED_FEATURES:
+        raise UserError(
+            f"{path}: has {len(mean)} features, but FID has {PUBLISHED_FEATURES} "
+            "(pytorch-fid's --dims)"
+        )
+    return Statistics(mean, covariance, features, count or None)
+
+
+def save_statistics(path: Path, kept: Statistics) -> None:
+    """Write a file that `load_statistics` and pytorch-fid can read."""
+    arrays = {
+        "mu": kept.mean,
+        "sigma": kept.covariance,
+        "features": kept.features,
+        "count": kept.count or 0,
+    }
+    atomic_write(path, lambda file: np.savez(file, **arrays))
+
+
+@torch.inference_mode()
+def measure_images(source: Source, embedding: Embedding, batch_size: int) -> Statistics:
+    """Statistics of images, all of one size. Raises UserError that names a broken or odd one."""
+    assert source.files is not None
+    if len(source.files) < 2:
+        raise UserError(f"{source.path}: has one image, but a covariance needs at least 2")
+    batches = decode_images(source.files).split(batch_size)
+    shown = show_progress(batches, len(batches), f"{source.path}, batches")
+    features = torch.cat([embedding.embed(batch).cpu().double() for batch in shown])  # (n, d)
+    if len(features) < features.shape[1]:
+        print(
+            f"warning: {source.path}: {len(features):,} images are fewer than the "
+            f"{features.shape[1]:,} features; compare only distances of equally many images",
+            file=sys.stderr,
+        )
+    mean = features.mean(0).numpy()
+    covariance = np.cov(features.numpy(), rowvar=False)
+    return Statistics(mean, covariance, embedding.name, len(features))
+
+
+def measure(
+    sources: dict[str, Source], embedding: Embedding | None, batch_size: int
+) -> dict[str, Statistics]:
+    """Statistics of all sources, one of which is "real", under the same keys.
+
+    `embedding` computes the features; it may be None if all sources are statistics already. Raises
+    UserError for statistics of other features.
+    """
+    measured = {}  # those that are statistics already
+    for key, source in sources.items():
+        if source.statistics is not None:
+            measured[key] = source.statistics
+    name = embedding.name if embedding is not None else measured["real"].features
+    for key, statistics in measured.items():
+        if statistics.features != name:
+            raise UserError(
+                f"{sources[key].path}: has features {statistics.features}, "
+                f"which cannot be compared with {name}"
+            )
+    for key, source in sources.items():
+        if embedding is not None and key not in measured:
+            measured[key] = measure_images(source, embedding, batch_size)
+    return measured

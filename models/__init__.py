@@ -1,0 +1,1 @@
+"""The networks. They know no command line, path, device or print."""

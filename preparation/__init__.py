@@ -1,0 +1,1 @@
+"""What prepare_data.py does: drawing, downloading, checking and laying out the data."""

@@ -1,0 +1,341 @@
+"""What a data folder holds and what is wrong with it, for the layouts of all years."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from common.checkpoints import load_weights
+from common.cli import UserError
+from common.data import DIGIT_SIZE, list_images, read_labels
+
+CSV_NAMES = ("train.csv", "val.csv", "test.csv")
+NOISE_SHAPES = ((1, 3, 256, 256), (1, 3, 64, 64))  # the course's, and that of our 64x64 network
+MOST_NAMES = 5  # file names in a message
+MOST_KINDS = 3  # sizes, or numbers of channels, in a row of the table
+
+
+@dataclass
+class Report:
+    """What was found: rows of the table, problems that make the folder unusable, and notes."""
+
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Look(NamedTuple):
+    """Size and number of channels of one image."""
+
+    width: int
+    height: int
+    channels: int
+
+
+class Found(NamedTuple):
+    """The images of a folder: their names, and their sizes and channels in words."""
+
+    names: list[str]
+    sizes: str
+    channels: str
+
+
+# Words
+
+
+def some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    text = ", ".join(names[:MOST_NAMES])
+    if len(names) > MOST_NAMES:
+        text += f" and {len(names) - MOST_NAMES:,} more"
+    return text
+
+
+def kinds(values: Iterable[str]) -> str:
+    """The most frequent values, and how many others there are; "-" if there are none.
+
+    Photographs may be of hundreds of sizes.
+    """
+    by_frequency = [value for value, _ in Counter(values).most_common()]
+    text = " ".join(by_frequency[:MOST_KINDS])
+    if len(by_frequency) > MOST_KINDS:
+        text += f" and {len(by_frequency) - MOST_KINDS:,} more"
+    return text or "-"
+
+
+def each(counts: Iterable[int]) -> str:
+    """The smallest and the largest of the numbers of images of a class."""
+    numbers = list(counts)
+    return f"{min(numbers):,}-{max(numbers):,} each"
+
+
+def channel_name(channels: int) -> str:
+    """The number of channels in words, as RGB for 3."""
+    names = {1: "grey", 3: "RGB", 4: "RGBA"}
+    return names.get(channels, str(channels))
+
+
+# Images
+
+
+def look_at(path: Path) -> Look | None:
+    """Size and channels of an image that decodes whole; None for a broken one."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return Look(image.width, image.height, len(image.getbands()))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def inspect_images(folder: Path, size: tuple[int, int] | None, report: Report) -> Found:
+    """Decode every image of a folder.
+
+    Problems are a missing or empty folder, broken images and, where `size` (width, height) is
+    given, images of another size.
+    """
+    try:
+        paths = list_images(folder)
+    except UserError as error:
+        report.problems.append(str(error))
+        return Found([], "-", "-")
+    with ThreadPoolExecutor() as pool:
+        looks = list(pool.map(look_at, paths, chunksize=256))
+    broken = []
+    odd = []
+    whole = []
+    for path, look in zip(paths, looks, strict=True):
+        if look is None:
+            broken.append(path.name)
+            continue
+        whole.append(look)
+        if size is not None and (look.width, look.height) != size:
+            odd.append(path.name)
+    if broken:
+        report.problems.append(f"{folder}: {len(broken):,} broken images: {some(broken)}")
+    if odd and size is not None:
+        width, height = size
+        report.problems.append(
+            f"{folder}: {len(odd):,} images are not {width}x{height}: {some(odd)}"
+        )
+    sizes = kinds(f"{look.width}x{look.height}" for look in whole)
+    channels = kinds(channel_name(look.channels) for look in whole)
+    return Found([path.name for path in paths], sizes, channels)
+
+
+# Digits
+
+
+def inspect_digits(folder: Path, report: Report) -> None:
+    """One digit domain: data/ and its csv files.
+
+    Without val.csv (2024) the scripts split train.csv 80/20.
+    """
+    height, width = DIGIT_SIZE
+    found = inspect_images(folder / "data", (width, height), report)
+    listed: set[str] = set()  # the images in the csv files so far
+    for csv_name in CSV_NAMES:
+        file = folder / csv_name
+        if file.exists():
+            inspect_csv(file, found, listed, report)
+        elif csv_name == "train.csv":
+            report.problems.append(f"{file}: missing")
+        elif csv_name == "val.csv":
+            report.notes.append(f"{folder}: no val.csv; train.csv is split 80/20")
+    left = [name for name in found.names if name not in listed]
+    if left and listed:
+        report.notes.append(
+            f"{folder / 'data'}: {len(left):,} images are listed in no csv: {some(left)}"
+        )
+
+
+def inspect_csv(file: Path, found: Found, listed: set[str], report: Report) -> None:
+    """One csv of a digit domain; adds its images to `listed`."""
+    # 2022's test.csv is only a sample of the format to hand in. No script reads it.
+    is_sample = file.name == "test.csv"
+    try:
+        paths, labels = read_labels(file, file.parent / "data")
+    except UserError as error:
+        messages = report.notes if is_sample else report.problems
+        messages.append(str(error))
+        return
+    counts = torch.bincount(labels, minlength=10).tolist()
+    classes = f"{labels.min()}-{labels.max()}, {each(counts)}"
+    part = f"digits/{file.parent.name}"
+    report.rows.append((part, file.stem, f"{len(paths):,}", found.sizes, found.channels, classes))
+
+    times = Counter(path.name for path in paths)
+    twice = [name for name in times if name in listed or times[name] > 1]
+    if twice and not is_sample:
+        report.problems.append(f"{file}: {len(twice):,} images are listed twice: {some(twice)}")
+    listed.update(times)
+
+
+# Faces
+
+
+def inspect_faces(folder: Path, report: Report) -> None:
+    """2022's faces: train/, val/ and their attributes."""
+    for split in ("train", "val"):
+        found = inspect_images(folder / split, (64, 64), report)
+        report.rows.append(
+            ("face", split, f"{len(found.names):,}", found.sizes, found.channels, "")
+        )
+    attributes = folder / "list_attr_celeba.txt"
+    if attributes.is_file():
+        inspect_attributes(attributes, report)
+    else:
+        report.notes.append(f"{attributes}: missing, so there are no attributes")
+
+
+def inspect_attributes(file: Path, report: Report) -> None:
+    """CelebA's list_attr_celeba.txt: the number of rows, the names, then a row for each image."""
+    lines = file.read_text().splitlines()
+    columns = len(lines[1].split()) if len(lines) > 1 else 0
+    rows = max(len(lines) - 2, 0)
+    bad = []  # line numbers
+    for number, line in enumerate(lines[2:], 3):
+        values = line.split()[1:]
+        if len(values) != columns or set(values) - {"1", "-1"}:
+            bad.append(number)
+    if rows == 0 or lines[0].strip() != str(rows):
+        report.problems.append(f"{file}: line 1 is not the number of rows, {rows}")
+    if bad:
+        report.problems.append(f"{file}: {len(bad):,} bad rows, the first in line {bad[0]}")
+    report.rows.append(("face", "attributes", f"{rows:,}", "", "", f"{columns} of each image"))
+
+
+# What DDIM starts from
+
+
+def inspect_inversion(folder: Path, report: Report) -> None:
+    """2023's and 2024's DDIM problem: noise/*.pt, GT/*.png and UNet.pt."""
+    noises = sorted((folder / "noise").glob("*.pt"))
+    if noises:
+        inspect_noises(noises, report)
+    if (folder / "GT").is_dir():
+        found = inspect_images(folder / "GT", (256, 256), report)
+        report.rows.append(("face", "GT", f"{len(found.names)}", found.sizes, found.channels, ""))
+        stems = {Path(name).stem for name in found.names}
+        alone = sorted({path.stem for path in noises} ^ stems)
+        if alone:
+            report.problems.append(
+                f"{folder}: these are in only one of noise/ and GT/: {some(alone)}"
+            )
+    weights = folder / "UNet.pt"
+    if weights.is_file():
+        try:
+            tensors, _ = load_weights(weights)
+            report.rows.append(("face", "UNet.pt", "1", "", "", f"{len(tensors)} tensors"))
+        except UserError as error:
+            report.problems.append(str(error).removeprefix("--checkpoint "))
+
+
+def inspect_noises(paths: list[Path], report: Report) -> None:
+    """Noise files, each one a tensor of the course's shape or of ours."""
+    sizes = set()
+    for path in paths:
+        try:
+            noise = torch.load(path, map_location="cpu", weights_only=True)
+            shape = tuple(noise.shape)
+        except Exception:  # a damaged pickle can raise anything
+            report.problems.append(f"{path}: not a whole tensor")
+            continue
+        if shape in NOISE_SHAPES:
+            sizes.add(f"{shape[3]}x{shape[2]}")
+        else:
+            report.problems.append(f"{path}: shape {shape}, expected {NOISE_SHAPES[0]}")
+    words = " ".join(sorted(sizes)) or "-"
+    report.rows.append(("face", "noise", f"{len(paths)}", words, "", ""))
+
+
+# Zero-shot classification
+
+
+def inspect_zero_shot(folder: Path, report: Report) -> None:
+    """clip_zeroshot/: id2label.json, and {class_id}_{image_id}.png in val/ and perhaps train/."""
+    labels = read_class_names(folder / "id2label.json", report)
+    splits = ("train", "val") if (folder / "train").is_dir() else ("val",)
+    for split in splits:
+        found = inspect_images(folder / split, None, report)
+        odd = []
+        counts: Counter[str] = Counter()  # images of each class id
+        for name in found.names:
+            class_id = name.split("_")[0]
+            well_formed = re.match(r"\d+_\d+\.", name) is not None
+            if well_formed and (labels is None or class_id in labels):
+                counts[class_id] += 1
+            else:
+                odd.append(name)
+        if odd:
+            report.problems.append(
+                f"{folder / split}: {len(odd):,} names without a known class id: {some(odd)}"
+            )
+        classes = f"{len(counts)} classes"
+        if counts:
+            classes += f", {each(counts.values())}"
+        images = f"{len(found.names):,}"
+        row = ("clip_zeroshot", split, images, found.sizes, found.channels, classes)
+        report.rows.append(row)
+
+
+def read_class_names(file: Path, report: Report) -> dict[str, Any] | None:
+    """The content of id2label.json; None, and a problem, if it is missing or something else."""
+    try:
+        labels = json.loads(file.read_text())
+    except (OSError, ValueError):
+        labels = None
+    if isinstance(labels, dict):
+        return labels
+    report.problems.append(f"{file}: missing, or not a json dictionary of class ids and names")
+    return None
+
+
+# The whole folder
+
+
+def inspect_folder(data_dir: Path) -> Report:
+    """Everything known under `data_dir`. Raises UserError if there is no such folder."""
+    if not data_dir.is_dir():
+        raise UserError(f"{data_dir}: no such folder")
+    report = Report()
+    digits = data_dir / "digits"
+    face = data_dir / "face"
+    zero_shot = data_dir / "clip_zeroshot"
+    if digits.is_dir():
+        for domain in sorted(digits.iterdir()):
+            if domain.is_dir():
+                inspect_digits(domain, report)
+    if any((face / name).exists() for name in ("train", "val", "list_attr_celeba.txt")):
+        inspect_faces(face, report)
+    if face.is_dir():
+        inspect_inversion(face, report)
+    if zero_shot.is_dir():
+        inspect_zero_shot(zero_shot, report)
+    if not report.rows and not report.problems:
+        report.problems.append(f"{data_dir}: holds neither digits/ nor face/ nor clip_zeroshot/")
+    return report
+
+
+def print_report(report: Report) -> None:
+    """Print the table, then notes, then problems."""
+    table = [("part", "split", "images", "size", "channels", "labels"), *report.rows]
+    columns = range(len(table[0]))
+    widths = [max(len(row[column]) for row in table) for column in columns]
+    for row in table:
+        cells = [row[column].ljust(widths[column]) for column in columns]
+        print("  ".join(cells).rstrip())
+    for note in report.notes:
+        print(f"note: {note}")
+    for problem in report.problems:
+        print(f"wrong: {problem}")
+    print("something is wrong" if report.problems else "all fine")

@@ -1,0 +1,240 @@
+"""The course's 2022 layout from public data sets: how many images, which ones, and at what size.
+
+The course's digit counts follow one rule. Of a data set's training and test images together, 80 %
+are handed out (the rest is the graders' own test set), and of these 80 % are for training and 20 %
+for validation. Which image went where is not known; here a permutation with a fixed seed decides.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from common.cli import UserError
+from common.data import list_images
+from common.files import atomic_write
+from preparation.archive import first_line
+from preparation.layout import image_name, save_image, write_attributes, write_labels
+from preparation.synthetic.digits import SIZE, SPLITS, mnistm_blend, random_patch
+
+COURSE_FACES = (38464, 2025)  # train, val
+BSDS_URL = "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/BSR/BSR_bsds500.tgz"
+FACE_CROP = 160  # pixels, the central square of CelebA's aligned images of 178x218
+FACE_SIZE = 64
+
+
+# Which images, and how they are changed
+
+
+def split_rows(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows for train and val of a data set of `count` images, training and test images together.
+
+    MNIST's 70,000 give 44,800 and 11,200, SVHN's 99,289 give 63,544 and 15,887, USPS's 9,298 give
+    5,950 and 1,488.
+    """
+    used = count * 4 // 5
+    train = used * 4 // 5
+    order = np.random.default_rng(seed).permutation(count)
+    return order[:train], order[train:used]
+
+
+def make_mnistm(
+    digits: np.ndarray, rows: np.ndarray, photos: Sequence[np.ndarray], seed: int
+) -> Iterator[np.ndarray]:
+    """MNIST-M from MNIST: |patch − digit| with a random 28x28 patch of a random photograph.
+
+    Any ink of a digit counts as full ink. `digits` is uint8 (n, 28, 28), of which `rows` are made;
+    `photos` are uint8 (height, width, 3) each, those of BSDS500 in the paper. Yields uint8
+    (28, 28, 3) in the order of `rows`; the patch of a row depends on (seed, row) only.
+    """
+    for row in rows:
+        patch = random_patch(photos, np.random.default_rng([seed, row]))
+        ink = np.where(digits[row] > 0, np.uint8(255), np.uint8(0))
+        yield mnistm_blend(ink, patch)
+
+
+def resize_digits(images: np.ndarray) -> Iterator[np.ndarray]:
+    """SVHN (n, 32, 32, 3) or USPS (n, 16, 16), uint8 → the same at 28x28, antialiased bicubic."""
+    for image in images:
+        yield np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+
+
+def crop_face(image: Image.Image) -> np.ndarray:
+    """The central square of an aligned CelebA image, resized to uint8 (64, 64, 3)."""
+    left = (image.width - FACE_CROP) // 2
+    top = (image.height - FACE_CROP) // 2
+    square = image.convert("RGB").crop((left, top, left + FACE_CROP, top + FACE_CROP))
+    return np.asarray(square.resize((FACE_SIZE, FACE_SIZE), Image.Resampling.LANCZOS))
+
+
+# Writing the parts
+
+
+def fill_part(folder: Path, part: str, raw_dir: Path, textures: Path | None, seed: int) -> None:
+    """Write a part of the layout from torchvision's data sets in `raw_dir`.
+
+    `textures` is the folder of photographs, which digits/mnistm alone needs.
+    """
+    if part == "face":
+        files, names, values = load_celeba(raw_dir, seed)
+        fill_faces(folder, files, names, values, COURSE_FACES)
+        return
+    domain = part.removeprefix("digits/")
+    images, labels = load_digits(domain, raw_dir)
+    photos = []
+    if domain == "mnistm" and textures is not None:
+        photos = read_photos(textures)
+    splits = []
+    for rows in split_rows(len(labels), seed):
+        if domain == "mnistm":
+            made = make_mnistm(images, rows, photos, seed)
+        else:
+            made = resize_digits(images[rows])
+        splits.append((made, labels[rows].tolist()))
+    fill_digits(folder, splits)
+
+
+def fill_digits(folder: Path, splits: Sequence[tuple[Iterable[np.ndarray], Sequence[int]]]) -> None:
+    """Write data/, train.csv and val.csv.
+
+    `splits` are the images (uint8, grey or RGB) and the labels of train and of val.
+    """
+    (folder / "data").mkdir()
+    first = 0
+    for split, (images, labels) in zip(SPLITS, splits, strict=True):
+        bar = tqdm(images, f"{folder.name} {split}", len(labels), leave=False, disable=None)
+        for number, image in enumerate(bar, first):
+            save_image(image, folder / "data" / image_name(number))
+        write_labels(folder, split, first, labels)
+        first += len(labels)
+
+
+def fill_faces(
+    folder: Path,
+    files: Sequence[Path],
+    names: Sequence[str],
+    values: np.ndarray,
+    counts: Sequence[int],
+) -> None:
+    """Crop aligned CelebA images: the first counts[0] to train/, the next counts[1] to val/.
+
+    `values` are the attributes (len(files), len(names)), 1 or -1.
+    """
+    rows = []
+    for number, path in enumerate(tqdm(files[: sum(counts)], "face", leave=False, disable=None)):
+        split = "train" if number < counts[0] else "val"
+        target = folder / split / image_name(number)
+        target.parent.mkdir(exist_ok=True)
+        with Image.open(path) as image:
+            save_image(crop_face(image), target)
+        rows.append((target.name, values[number].tolist()))
+    write_attributes(folder, names, rows)
+
+
+# Reading the data sets
+
+
+def read_photos(folder: Path) -> list[np.ndarray]:
+    """The photographs in a folder, uint8 (height, width, 3).
+
+    Raises UserError for one that is smaller than a digit.
+    """
+    photos = []
+    for path in list_images(folder):
+        photo = np.asarray(Image.open(path).convert("RGB"))
+        if min(photo.shape[:2]) < SIZE:
+            raise UserError(f"{path}: a texture needs at least {SIZE}x{SIZE} pixels; remove it")
+        photos.append(photo)
+    return photos
+
+
+def load_digits(domain: str, raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Training and test images of MNIST (for mnistm), SVHN or USPS, read with torchvision.
+
+    They are downloaded if they are not in `raw_dir`. Returns uint8 (n, height, width[, 3]) and
+    labels int64 (n,). Raises UserError that says what to fetch by hand if the download fails.
+    """
+    try:
+        if domain == "mnistm":
+            return load_mnist(raw_dir)
+        if domain == "usps":
+            return load_usps(raw_dir)
+        return load_svhn(raw_dir)
+    except (OSError, EOFError, RuntimeError) as error:
+        raise UserError(how_to_fetch(domain, raw_dir, error)) from None
+
+
+def load_mnist(raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """MNIST's images uint8 (70000, 28, 28) and their labels."""
+    from torchvision import datasets  # takes two seconds to import
+
+    # Some mirrors compress the files again. torchvision would refuse their checksums, but it takes
+    # the files inside.
+    for packed in (raw_dir / "MNIST" / "raw").glob("*-ubyte.gz"):
+        unpacked = packed.with_suffix("")
+        if not unpacked.exists():
+            atomic_write(unpacked, gzip.decompress(packed.read_bytes()))
+    train = datasets.MNIST(raw_dir, train=True, download=True)
+    test = datasets.MNIST(raw_dir, train=False, download=True)
+    images = np.concatenate([np.asarray(train.data), np.asarray(test.data)])
+    return images, np.concatenate([np.asarray(train.targets), np.asarray(test.targets)])
+
+
+def load_usps(raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """USPS's images uint8 (9298, 16, 16) and their labels."""
+    from torchvision import datasets
+
+    train = datasets.USPS(raw_dir / "usps", train=True, download=True)
+    test = datasets.USPS(raw_dir / "usps", train=False, download=True)
+    images = np.concatenate([np.asarray(train.data), np.asarray(test.data)])
+    return images, np.concatenate([np.asarray(train.targets), np.asarray(test.targets)])
+
+
+def load_svhn(raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """SVHN's images uint8 (99289, 32, 32, 3) and their labels."""
+    from torchvision import datasets
+
+    train = datasets.SVHN(raw_dir / "svhn", "train", download=True)
+    test = datasets.SVHN(raw_dir / "svhn", "test", download=True)
+    images = np.concatenate([train.data, test.data])  # (n, 3, 32, 32)
+    return images.transpose(0, 2, 3, 1), np.concatenate([train.labels, test.labels])
+
+
+def load_celeba(raw_dir: Path, seed: int) -> tuple[list[Path], list[str], np.ndarray]:
+    """CelebA's image files in an order fixed by the seed, and their attributes.
+
+    Returns the files, the names of the attributes, and their values (n, 40), 1 or -1.
+    """
+    from torchvision import datasets
+
+    try:
+        celeba = datasets.CelebA(raw_dir, split="all", target_type="attr", download=True)
+    except Exception as error:  # it downloads with gdown, which passes on what its libraries raise
+        raise UserError(how_to_fetch("face", raw_dir, error)) from None
+    order = np.random.default_rng(seed).permutation(len(celeba.filename))
+    folder = raw_dir / "celeba" / "img_align_celeba"
+    files = [folder / celeba.filename[row] for row in order]
+    names = [name for name in celeba.attr_names if name]
+    values = celeba.attr.numpy()[order] * 2 - 1  # 0 or 1 → -1 or 1
+    return files, names, values
+
+
+def how_to_fetch(part: str, raw_dir: Path, error: Exception) -> str:
+    """One line that says what to fetch by hand and where to put it."""
+    needed = {
+        "mnistm": "MNIST's four *-ubyte.gz files into MNIST/raw",
+        "svhn": "train_32x32.mat and test_32x32.mat of "
+        "http://ufldl.stanford.edu/housenumbers into svhn",
+        "usps": "usps.bz2 and usps.t.bz2 of "
+        "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets into usps",
+        "face": "CelebA's img_align_celeba.zip and the five *_celeba.txt files into celeba",
+    }
+    return (
+        f"{part}: the download failed ({first_line(error)}); "
+        f"put {needed[part]} under --raw-dir {raw_dir}"
+    )

@@ -1,0 +1,1 @@
+"""Drawn data: digits, faces and objects that need no network and no download."""

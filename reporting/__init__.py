@@ -1,0 +1,1 @@
+"""What report.py reads and the templates it fills."""

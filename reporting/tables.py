@@ -1,0 +1,336 @@
+"""The tables of the report, from what run_all.sh wrote."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.gan import GENERATORS, Critic, Discriminator
+from reporting.output import Output, Row, Table
+from reporting.verdicts import BARS, HEADER, NO_BAR, Measure, number
+
+METHODS = {"dcgan": "DCGAN", "wgangp": "WGAN-GP"}
+NAMES = {"mnistm": "MNIST-M", "svhn": "SVHN", "usps": "USPS"}
+RANDOM_DISTANCE = "random-feature Fréchet distance"
+
+
+def all_tables(output: Output) -> dict[str, Table]:
+    """Every table of the page by its name."""
+    return {
+        "p1_gan": gan_table(output),
+        "p1_differences": gan_differences(output),
+        "p2_ddpm": digits_table(output),
+        "p2_ddim": ddim_table(output),
+        "p3_dann": dann_table(output),
+        "p3_dann_methods": output.table(
+            "p3/table.csv",
+            "Trained on source, adapted, trained on target, beside three course reports",
+        ),
+        "p3_clip": clip_table(output),
+        "p3_clip_prompts": output.table(
+            "p3/clip/table.csv", "Zero-shot classification with all sets of prompts"
+        ),
+        "steps": steps_table(output),
+        "runs": runs_table(output),
+        "versions": versions_table(output),
+        "data": data_table(output),  # the last: the tables before it look at the data
+    }
+
+
+# Problem 1: faces with GANs
+
+
+def gan_table(output: Output) -> Table:
+    """FID and face rate of both GANs."""
+    rows = [HEADER]
+    for method, name in METHODS.items():
+        scores = {}
+        for path in sorted(output.folder.glob(f"p1/score/{method}-*/result.json")):
+            score = output.json(path)
+            scores[score.get("metric")] = score
+        random = scores.get(RANDOM_DISTANCE, {})
+        fid = distance(output, scores.get("FID", {}), f"FID, {name}")
+        fid.bar = BARS["fid"]
+        if random:
+            fid.why = "PROFILE=full runs it, with the weights of its Inception network"
+        rows.append(fid.row())
+        label = f"random-feature distance (not FID), {name}"
+        rows.append(distance(output, random, label).row())
+        rows.append(face_rate(output, scores.get("exactly one face", {}), name).row())
+    return Table("Generated faces", rows)
+
+
+def distance(output: Output, score: dict[str, Any], label: str) -> Measure:
+    """A Fréchet distance, beside its floor."""
+    images = score.get("images") or {}
+    return Measure(
+        name=label,
+        value=score.get("distance"),
+        origin=output.origin_of(score, "real"),
+        beside=number(score.get("floor"), "other real images "),
+        images=images.get("generated"),
+    )
+
+
+def face_rate(output: Output, score: dict[str, Any], name: str) -> Measure:
+    """The rate of images with exactly one face, beside that of real images."""
+    real = score.get("real") or {}
+    return Measure(
+        name=f"exactly one face, {name}, %",
+        value=score.get("one_face_percent"),
+        origin=output.origin_of(score, "real"),
+        bar=BARS["faces"],
+        beside=number(real.get("one_face_percent"), "real images "),
+        images=score.get("images"),
+    )
+
+
+def gan_differences(output: Output) -> Table:
+    """The options in which the two runs differ."""
+    title = "Settings in which the two runs differ"
+    dcgan, wgangp = (output.arguments(f"p1/{method}") for method in METHODS)
+    if not (dcgan and wgangp):
+        return Table(title, [])
+    rows = [["option", *METHODS.values()]]
+    for option in sorted({**dcgan, **wgangp}.keys() - {"output_dir"}):
+        cells = [str(arguments.get(option, "no such option")) for arguments in (dcgan, wgangp)]
+        if cells[0] != cells[1]:
+            rows.append([option, *cells])
+    return Table(title, rows)
+
+
+def architectures(output: Output) -> list[tuple[str, str]]:
+    """The networks of both GANs as PyTorch prints them, with a title for each."""
+    import torch
+
+    printed = []
+    for method, name in METHODS.items():
+        arguments = output.arguments(f"p1/{method}")
+        if not arguments:
+            continue
+        width = arguments["width"]
+        with torch.device("meta"):  # no memory for the weights
+            generator = GENERATORS[arguments.get("net", "generator")](width=width)
+            if method == "dcgan":
+                opponent = Discriminator(width)
+            else:
+                options = {key: arguments[key] for key in ("norm", "spectral") if key in arguments}
+                opponent = Critic(width, **options)
+        for net in (generator, opponent):
+            count = sum(parameter.numel() for parameter in net.parameters())
+            printed.append((f"{type(net).__name__} of {name}: {count:,} parameters", str(net)))
+    return printed
+
+
+# Problem 2: diffusion
+
+
+def digits_table(output: Output) -> Table:
+    """Accuracy and diversity of the generated digits of each domain."""
+    arguments = output.arguments("p2/digits")
+    data_dir = arguments.get("data_dir")
+    domains = arguments.get("domains", ["mnistm", "svhn"])
+    rows = [HEADER]
+    scores = []
+    for domain in domains:
+        score = digit_score(output, domain)
+        scores.append(score)
+        name = NAMES.get(domain, domain)
+        origin = output.origin(data_dir, f"digits/{domain}/data")
+        accuracy = Measure(
+            name=f"accuracy, {name}, %",
+            value=score.get("accuracy"),
+            origin=origin,
+            bar=BARS["mnistm"] if domain == "mnistm" else NO_BAR,
+            beside=number(score.get("real_accuracy"), "real images "),
+            classifier=classifier_of(score),
+            images=score.get("images"),
+        )
+        diversity = Measure(
+            name=f"diversity, {name}, % of real images'",
+            value=score.get("diversity_percent_of_real"),
+            origin=origin,
+            beside=number(score.get("real_diversity_sd"), "sets of real images 100 ± "),
+        )
+        rows += [accuracy.row(), diversity.row()]
+    if len(domains) > 1:
+        parts = [f"digits/{domain}/data" for domain in domains]
+        rows.append(mean_accuracy(scores, output.origin(data_dir, *parts)).row())
+    return Table("Generated digits before their classifiers", rows)
+
+
+def digit_score(output: Output, domain: str) -> dict[str, Any]:
+    """The score of a domain's digits; the one by the course's classifier if there is one."""
+    course = output.json("p2/score/course/result.json")  # of MNIST-M only
+    if domain == "mnistm" and course:
+        return course
+    return output.json(f"p2/score/{domain}/result.json")
+
+
+def classifier_of(score: dict[str, Any]) -> str:
+    """What a verdict says of the classifier: nothing if it is the course's."""
+    return "" if score.get("net") == "DigitClassifier" else "independent classifier"
+
+
+def mean_accuracy(scores: list[dict[str, Any]], origin: str) -> Measure:
+    """The mean of the domains' accuracies, if all were measured."""
+    accuracies = [score.get("accuracy") for score in scores]
+    measured = [value for value in accuracies if value is not None]
+    return Measure(
+        name="mean accuracy of the domains, %",
+        value=sum(measured) / len(measured) if len(measured) == len(scores) else None,
+        origin=origin,
+        bar=BARS["digits"],
+        classifier=max(classifier_of(score) for score in scores),
+        images=min(score.get("images", 0) for score in scores),
+    )
+
+
+def ddim_table(output: Output) -> Table:
+    """The graders' error of the faces from given noises, if their images are there."""
+    score: dict[str, Any] = {}
+    for path in sorted(output.folder.glob("p2/score/*/result.json")):
+        found = output.json(path)
+        if found.get("score") == "mse":
+            score = found
+            break
+    error = Measure(
+        name="mean squared error to the given images, 0 to 255",
+        value=score.get("mse"),
+        origin=output.origin_of(score, "truth"),
+        bar=BARS["mse"],
+        why="needs the course's UNet.pt and face/GT",
+        images=len(score.get("images", ())),
+    )
+    return Table("Faces from the given noises", [HEADER, error.row()])
+
+
+# Problem 3: domain adaptation and zero-shot classification
+
+
+def dann_table(output: Output) -> Table:
+    """Mean accuracy of DANN over all seeds, beside training on the source and on the target."""
+    found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    data_dir = None
+    for path in sorted(output.folder.glob("p3/*-seed*/config.json")):  # those of p3_dann.py table
+        arguments = output.json(path).get("arguments", {})
+        if "method" not in arguments:
+            continue
+        data_dir = arguments.get("data_dir")
+        result = output.json(path.with_name("result.json"))
+        for domain, accuracy in result.get("accuracy", {}).items():
+            found[arguments.get("net"), domain, arguments["method"]].append(accuracy)
+    nets = sorted({net for net, *_ in found}) or ["deep"]
+    rows = [HEADER]
+    for net, target in itertools.product(nets, ("svhn", "usps")):
+        adapted = found[net, target, "dann"]
+        beside = [
+            number(mean(found[net, target, "source"]), "source only "),
+            number(mean(found[net, target, "target"]), "trained on target "),
+        ]
+        measure = Measure(
+            name=f"DANN, MNIST-M → {NAMES[target]}, {net} net, runs: {len(adapted)}, %",
+            value=mean(adapted),
+            origin=output.origin(data_dir, "digits/mnistm/data", f"digits/{target}/data"),
+            bar=BARS[target],
+            beside="; ".join(filter(None, beside)),
+            spread=f" ± {np.std(adapted, ddof=1):.2f}" if len(adapted) > 1 else "",
+        )
+        rows.append(measure.row())
+    return Table("Domain adaptation", rows)
+
+
+def mean(values: list[float]) -> float | None:
+    """The mean; None of nothing."""
+    return float(np.mean(values)) if values else None
+
+
+def clip_table(output: Output) -> Table:
+    """Accuracy of zero-shot classification."""
+    result = output.json("p3/clip/result.json")
+    low, high = result.get("interval", (None, None))
+    beside = number(result.get("chance"), "chance ")
+    beside += number(low, "; 95 % interval ") + number(high, " to ")
+    model = result.get("model", "CLIP")
+    prompts = result.get("templates", "course")
+    data_dir = result.get("arguments", {}).get("data_dir")
+    measure = Measure(
+        name=f"accuracy, {model}, prompts: {prompts}, %",
+        value=result.get("accuracy"),
+        origin=output.origin(data_dir, "clip_zeroshot/val"),
+        bar=BARS["clip"],
+        beside=beside,
+    )
+    return Table("Zero-shot classification", [HEADER, measure.row()])
+
+
+# The record
+
+
+def steps_table(output: Output) -> Table:
+    """The commands in the order in which they ended, with their seconds."""
+    notes = list((output.folder / "steps").glob("*.txt"))
+    notes.sort(key=lambda path: path.stat().st_mtime_ns)
+    rows = [["step", "command", "seconds of the last sitting"]]
+    for path in notes:
+        command, seconds = [*path.read_text().splitlines(), "", ""][:2]
+        rows.append([path.stem, command, seconds])
+    return Table("Commands, in order", rows)
+
+
+def recorded_runs(output: Output) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The config.json of each run and the result.json of each score, with their contents."""
+    paths = []
+    for level in ("*/*", "*/*/*"):
+        paths += output.folder.glob(f"{level}/config.json")
+        paths += output.folder.glob(f"{level}/result.json")
+    for path in sorted(paths):
+        content = output.json(path)
+        if content.get("hardware"):
+            yield path, content
+
+
+def runs_table(output: Output) -> Table:
+    """Seed, hardware, commit and time of every run and score."""
+    rows = [["run", "seed", "hardware", "commit", "seconds"]]
+    for path, content in recorded_runs(output):
+        result = output.json(path.with_name("result.json"))
+        seconds = content.get("seconds", result.get("seconds"))
+        name = str(path.parent.relative_to(output.folder))
+        seed = str(content.get("arguments", {}).get("seed", ""))
+        commit = str(content.get("git_commit"))[:10]
+        hardware = hardware_in_words(content["hardware"])
+        rows.append([name, seed, hardware, commit, number(seconds) or "unfinished"])
+    return Table("Runs and scores", rows)
+
+
+def hardware_in_words(hardware: dict[str, Any]) -> str:
+    """Device, precision, processes and threads of a run."""
+    device = f"{hardware['device']} ({hardware['name']})"
+    counts = f"processes: {hardware['processes']}, threads: {hardware['threads']}"
+    return f"{device}, {hardware['precision']}, {counts}"
+
+
+def versions_table(output: Output) -> Table:
+    """The versions of Python and of the packages in all runs."""
+    versions = defaultdict(set)
+    for _, content in recorded_runs(output):
+        for package, version in content.get("versions", {}).items():
+            versions[package].add(version)
+    rows = [["package", "version"]]
+    for package, found in versions.items():
+        rows.append([package, " / ".join(sorted(found))])
+    return Table("Versions", rows)
+
+
+def data_table(output: Output) -> Table:
+    """Where each part of the data came from."""
+    rows: list[Row] = [["part", "origin", "made.json", "folder"]]
+    for (folder, part), (origin, made) in output.origins.items():
+        rows.append([part, origin, str(made or ""), folder])
+    return Table("Data", rows)

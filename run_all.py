@@ -1,0 +1,554 @@
+"""Run everything: make the data if there is none, train, sample, evaluate, write the report page.
+
+    bash run_all.sh                                  # sets up .venv first, then runs this script
+    python run_all.py DATA_DIR OUTPUT_DIR --profile full
+    python run_all.py --only p1 clip                 # some problems, or parts of them
+    python run_all.py --from-step digits-sample      # this step and what follows it again
+    python run_all.py --dry-run                      # print the commands, run nothing
+
+The steps are in profiles.toml. A step is skipped if the same command made its file before and no
+step before it in its part has run again since, so the same command again continues where the last
+run stopped. Parts run side by side. PROFILE, ONLY, JOBS and CLASSIFIER in the environment stand for
+the options of these names. New data need a new OUTPUT_DIR.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from common.cli import UserError, at_least, run_cli
+from common.files import ROOT, atomic_write
+
+POSIX = os.name == "posix"
+POLL_SECONDS = 0.1  # how soon a signal is passed on
+
+
+@dataclass
+class RunAll:
+    """Run the steps of profiles.toml that are not done yet, then write the report page."""
+
+    data_dir: Annotated[Positional[Path | None], arg(metavar="DATA_DIR")] = None
+    """The data folder. By default hw2_data, and hw2_data/smoke for the profile smoke."""
+    output_dir: Annotated[Positional[Path], arg(metavar="OUTPUT_DIR")] = Path("output")
+    """Where everything is written."""
+    profile: Annotated[str | None, arg(metavar="NAME")] = None
+    """quick (the default): small networks, minutes. full: for a GPU. smoke: each step, shortest."""
+    only: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
+    """Problems (p1, p2, p3) or parts of them (faces; digits, ddim; dann, clip); by default all."""
+    jobs: Annotated[int | None, arg(metavar="INT")] = None
+    """Parts that run side by side, each on its share of the cores: by default 2, for full 1."""
+    classifier: Annotated[Path | None, arg(metavar="FILE")] = None
+    """The course's Classifier.pth, to classify the MNIST-M digits too."""
+    from_step: Annotated[str | None, arg(metavar="STEP", aliases=["--from"])] = None
+    """Run this step, and those after it in its part, again although they are done."""
+    dry_run: bool = False
+    """Print the commands that would run, and run nothing."""
+
+    def __post_init__(self) -> None:
+        at_least("--jobs", self.jobs, 1)
+
+
+# ------------------------------------------------------------ what to run: options, profiles.toml
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of profiles.toml, which explains the fields."""
+
+    name: str
+    part: str
+    script: str
+    arguments: str
+    makes: str
+    needs: Sequence[str] = ()
+    unless: Sequence[str] = ()
+    options: dict[str, str] = field(default_factory=dict)  # profile → what {options} stands for
+    profiles: Sequence[str] = ()
+    optional: str = ""
+    leaves: Sequence[str] = ()
+    draws_data: bool = False
+    remove_outdated: bool = False
+    always: bool = False
+
+
+@dataclass
+class Plan:
+    """What the command line, the environment and profiles.toml ask for, checked."""
+
+    steps: list[Step]  # of this profile
+    parts: list[str]  # those that are wanted, in the order in which they start
+    profile: str
+    data_dir: Path
+    output_dir: Path
+    classifier: Path | None
+    alternatives: dict[str, list[dict[str, Any]]]
+    jobs: int
+    from_step: str | None
+    dry_run: bool
+
+    def of_part(self, part: str) -> list[Step]:
+        """The steps of a part, in order."""
+        return [step for step in self.steps if step.part == part]
+
+
+def make_plan(args: RunAll) -> Plan:
+    """Read profiles.toml and check the options against it. Raises UserError."""
+    file = tomllib.loads((ROOT / "profiles.toml").read_text(encoding="utf-8"))
+    profile, settings = choose_profile(args, file["profiles"])
+    parts = choose_parts(args, file["problems"], file["parts"])
+    steps = [Step(**table) for table in file["steps"]]
+    plan = Plan(
+        steps=[step for step in steps if not step.profiles or profile in step.profiles],
+        parts=parts,
+        profile=profile,
+        data_dir=Path.cwd() / (args.data_dir or settings["data"]),
+        output_dir=Path.cwd() / args.output_dir,
+        classifier=choose_classifier(args),
+        alternatives=file["alternatives"],
+        jobs=choose_jobs(args, settings["jobs"]),
+        from_step=args.from_step,
+        dry_run=args.dry_run,
+    )
+    check_from_step(plan)
+    return plan
+
+
+def check_from_step(plan: Plan) -> None:
+    """Raise UserError if --from-step names none of the steps that may run."""
+    names = []
+    for part in plan.parts:
+        names += [step.name for step in plan.of_part(part)]
+    if plan.from_step is not None and plan.from_step not in names:
+        has_long_name = any(word.startswith("--from-step") for word in sys.argv)
+        flag = "--from-step" if has_long_name else "--from"
+        known = ", ".join(dict.fromkeys(names))
+        raise UserError(f"{flag} {plan.from_step}: no such step; {known}")
+
+
+def given(option: str, value: object) -> tuple[str, str]:
+    """An option's value from the command line, else from the environment, else "".
+
+    The second string is what the user typed, for an error message.
+    """
+    if value is not None:
+        return str(value), f"--{option} {value}"
+    variable = option.upper()
+    text = os.environ.get(variable, "")
+    return text, f"{variable}={text}"
+
+
+def choose_profile(args: RunAll, profiles: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name and the settings of the profile; the first one is the default."""
+    default, *_ = profiles
+    name, typed = given("profile", args.profile)
+    name = name or default
+    if name not in profiles:
+        raise UserError(f"{typed}: no such profile; {', '.join(profiles)}")
+    return name, profiles[name]
+
+
+def choose_parts(args: RunAll, problems: dict[str, list[str]], order: list[str]) -> list[str]:
+    """The parts that are wanted, in the order of profiles.toml."""
+    names, typed = given("only", " ".join(args.only) or None)
+    wanted = set()
+    for name in names.split() or problems:
+        if name in problems:
+            wanted.update(problems[name])
+        elif name in order:
+            wanted.add(name)
+        else:
+            known = [f"{problem} ({', '.join(parts)})" for problem, parts in problems.items()]
+            raise UserError(f"{typed}: no such problem or part; {', '.join(known)}")
+    return [part for part in order if part in wanted]
+
+
+def choose_jobs(args: RunAll, default: int) -> int:
+    """How many parts run side by side."""
+    text, typed = given("jobs", args.jobs)
+    if not text:
+        return default
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{typed}: how many parts run side by side, at least 1")
+    return int(text)
+
+
+def choose_classifier(args: RunAll) -> Path | None:
+    """The course's classifier, if one is given."""
+    text, typed = given("classifier", args.classifier)
+    if not text:
+        return None
+    if not Path(text).is_file():
+        raise UserError(f"{typed}: no such file")
+    return Path.cwd() / text
+
+
+# -------------------------------------------------------------------------- the command of a step
+
+
+class Places:
+    """Puts folders and files in the place of the names in braces, and knows what exists."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.paths = {
+            "data": str(plan.data_dir),
+            "output": str(plan.output_dir),
+            "classifier": str(plan.classifier or ""),
+        }
+        self.assumed: set[str] = set()  # in a dry run: what the steps so far would have made
+
+    def path(self, template: str) -> str:
+        """A path of profiles.toml, without braces."""
+        return template.format_map(self.paths)
+
+    def exists(self, template: str) -> bool:
+        """Whether a path of profiles.toml is there."""
+        path = self.path(template)
+        return path in self.assumed or (path != "" and Path(path).exists())
+
+    def assume(self, step: Step) -> None:
+        """Treat what a step makes as if it was there."""
+        for template in (step.makes, *step.leaves):
+            self.assumed.add(self.path(template))
+
+    def applies(self, needs: Sequence[str], unless: Sequence[str]) -> bool:
+        """Whether all `needs` exist and none of `unless` does."""
+        for path in needs:
+            if not self.exists(path):
+                return False
+        return not any(self.exists(path) for path in unless)
+
+    def alternative(self, name: str) -> str | None:
+        """The words that {name} stands for; None if no alternative applies."""
+        for entry in self.plan.alternatives[name]:
+            if self.applies(entry.get("needs", ()), entry.get("unless", ())):
+                return entry["words"]
+        return None
+
+    def command(self, step: Step) -> list[str] | None:
+        """The words of a step's command after "python"; None if the step does not apply here."""
+        if not self.applies(step.needs, step.unless):
+            return None
+        text = step.arguments.replace("{options}", step.options.get(self.plan.profile, ""))
+        text = text.replace("{makes}", step.makes)
+        for name in self.plan.alternatives:
+            if "{" + name + "}" in text:
+                words = self.alternative(name)
+                if words is None:
+                    return None
+                text = text.replace("{" + name + "}", words)
+        # Only now the paths, which may have spaces.
+        return [step.script, *(self.path(word) for word in shlex.split(text))]
+
+
+def as_text(command: Sequence[str]) -> str:
+    """A command as it is printed and noted, to be pasted into a shell."""
+    return shlex.join(["python", *command])
+
+
+def data_is_missing(data_dir: Path) -> bool:
+    """Whether there is no data, or synthetic data whose drawing was interrupted."""
+    if (data_dir / "clip_zeroshot").is_dir():  # drawn last
+        return False
+    if not (data_dir / "digits").is_dir() and not (data_dir / "face").is_dir():
+        return True
+    made = (data_dir / "digits").glob("*/made.json")
+    return any('"synthetic"' in file.read_text(encoding="utf-8") for file in made)
+
+
+# -------------------------------------------------------------------------------------- processes
+
+
+class Processes:
+    """The programs that run now. A signal to this program reaches each of them, and is waited for.
+
+    Each program is started in a process group of its own, so that the signal reaches the workers
+    that it started too, and comes once. Windows has no such groups: there the console sends Ctrl-C
+    to all programs in it.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.running: set[subprocess.Popen[str]] = set()
+        self.received: list[int] = []  # the signals that came
+        self.passed_on = 0  # how many of them the programs have
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal asked to stop."""
+        return bool(self.received)
+
+    def run(self, command: Sequence[str], prefix: str, environment: dict[str, str]) -> int | None:
+        """Run a Python script; returns its exit status, or None if it was not started any more.
+
+        With a prefix each line that the script prints is printed after it. A script that a signal
+        ended has the status 128 + signal, as in a shell.
+        """
+        with self.lock:  # it is either not started, or there for `pass_on`
+            if self.stopping:
+                return None
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdout=subprocess.PIPE if prefix else None,
+                stderr=subprocess.STDOUT if prefix else None,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=POSIX,
+            )
+            self.running.add(process)
+        try:
+            with process:
+                for line in process.stdout or ():
+                    say(line.rstrip("\n"), prefix)
+        finally:
+            with self.lock:
+                self.running.discard(process)
+        status = process.returncode
+        return 128 - status if status < 0 else status
+
+    @contextlib.contextmanager
+    def signals_noted(self) -> Iterator[None]:
+        """Note SIGINT, SIGTERM and the end of the terminal instead of ending at once."""
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if POSIX and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored after nohup
+            numbers.append(signal.SIGHUP)
+        before = {}
+        for number in numbers:
+            before[number] = signal.signal(number, self.note_signal)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def note_signal(self, number: int, frame: Any) -> None:
+        """Remember a signal; `wait` passes it on."""
+        self.received.append(number)
+
+    def wait(self, parts: Sequence[Future[list[Result]]]) -> None:
+        """Wait for all parts; pass on the signals that come meanwhile."""
+        pending = set(parts)
+        while pending:
+            _, pending = wait(pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+            for number in self.received[self.passed_on :]:
+                self.pass_on(number)
+                self.passed_on += 1
+
+    def pass_on(self, number: int) -> None:
+        """Send a signal to the process group of every running program."""
+        with self.lock:
+            for process in self.running:
+                if POSIX:
+                    sent = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+                    with contextlib.suppress(ProcessLookupError, PermissionError):  # just ended
+                        os.killpg(process.pid, sent)
+                elif number != signal.SIGINT:
+                    process.terminate()
+
+
+PRINTING = threading.Lock()
+
+
+def say(text: str, prefix: str = "", error: bool = False) -> None:
+    """Print a line; beside other parts all lines go to stdout, each after the name of its part."""
+    file = sys.stderr if error and not prefix else sys.stdout
+    with PRINTING:
+        print(prefix + text, file=file, flush=True)
+
+
+# ---------------------------------------------------------------------------------------- the run
+
+
+@dataclass
+class Result:
+    """How a step ended."""
+
+    step: str
+    result: str  # done, already done, left out, failed or stopped
+    seconds: int
+    status: int = 0  # of its program
+
+
+class Runner:
+    """Runs parts, each in its order, and keeps OUTPUT_DIR/steps/NAME.txt: command and seconds."""
+
+    def __init__(self, plan: Plan, processes: Processes) -> None:
+        self.plan = plan
+        self.processes = processes
+        self.places = Places(plan)
+        self.everything_again = False  # the data is new
+        self.results: list[Result] = []
+
+    def run_parts(self, parts: Sequence[str]) -> int:
+        """Run some parts, up to --jobs of them side by side; returns the exit status so far.
+
+        It is 0, or 128 + signal, or the status of the step that failed; 1 if there are more parts.
+        """
+        together = self.plan.jobs > 1 and len(parts) > 1 and not self.plan.dry_run
+        environment = {}
+        if together:
+            threads = max(1, cores() // self.plan.jobs)
+            environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(threads)
+            environment["PYTHONUNBUFFERED"] = "1"
+        with ThreadPoolExecutor(self.plan.jobs if together else 1) as pool:
+            futures = []
+            for part in parts:
+                prefix = f"{part} | " if together else ""
+                futures.append(pool.submit(self.run_part, part, prefix, environment))
+            self.processes.wait(futures)
+        for future in futures:
+            self.results += future.result()
+        if self.processes.stopping:
+            return 128 + self.processes.received[0]
+        failed = [result for result in self.results if result.result == "failed"]
+        if not failed:
+            return 0
+        return failed[0].status if len(parts) == 1 else 1
+
+    def run_part(self, part: str, prefix: str, environment: dict[str, str]) -> list[Result]:
+        """Run the steps of a part up to the first that fails."""
+        again = self.everything_again  # a step ran, so those after it have to run too
+        results = []
+        for step in self.plan.of_part(part):
+            again = again or step.name == self.plan.from_step
+            command = self.places.command(step)
+            if step.draws_data and not data_is_missing(self.plan.data_dir):
+                continue
+            if command is None:
+                if step.remove_outdated and again:
+                    self.remove(step)
+                continue
+            if not again and not step.always and self.is_done(step, command):
+                if not self.plan.dry_run:  # which prints commands alone
+                    say(f"= {step.name}: done already: {self.places.path(step.makes)}", prefix)
+                results.append(Result(step.name, "already done", self.noted_seconds(step)))
+                continue
+            again = again or not step.optional  # nothing builds on an optional step
+            result = self.run_step(step, command, prefix, environment)
+            if result is None:
+                break
+            results.append(result)
+            if result.result in ("failed", "stopped"):
+                break
+        return results
+
+    def run_step(
+        self, step: Step, command: list[str], prefix: str, environment: dict[str, str]
+    ) -> Result | None:
+        """Run one step and note it; None if a signal came before it."""
+        if self.plan.dry_run:
+            print(as_text(command))
+            self.places.assume(step)
+            self.everything_again = self.everything_again or step.draws_data
+            return Result(step.name, "done", 0)
+        if self.processes.stopping:
+            return None
+        self.forget(step)
+        start = time.monotonic()
+        say(f"+ {as_text(command)}", prefix)
+        status = self.processes.run(command, prefix, environment)
+        if status is None:
+            return None
+        seconds = round(time.monotonic() - start)
+        if status == 0:
+            if not step.always:
+                atomic_write(self.note(step), f"{as_text(command)}\n{seconds}\n")
+            say(f"= {step.name}: {seconds} s: {self.places.path(step.makes)}", prefix)
+            return Result(step.name, "done", seconds)
+        if self.processes.stopping:
+            return Result(step.name, "stopped", seconds, status)
+        if step.optional and status < 128:  # a signal ends more than this step
+            say(f"left out: {step.optional}", prefix)
+            return Result(step.name, "left out", seconds, status)
+        line = f"error: the step {step.name} failed; run again to continue: {as_text(command)}"
+        say(line, prefix, error=True)
+        return Result(step.name, "failed", seconds, status)
+
+    # Notes
+
+    def note(self, step: Step) -> Path:
+        """The file with the command that made a step's file, and its seconds."""
+        return self.plan.output_dir / "steps" / f"{step.name}.txt"
+
+    def is_done(self, step: Step, command: Sequence[str]) -> bool:
+        """Whether this very command made what the step makes."""
+        note = self.note(step)
+        if not self.places.exists(step.makes) or not note.is_file():
+            return False
+        return note.read_text(encoding="utf-8").splitlines()[:1] == [as_text(command)]
+
+    def noted_seconds(self, step: Step) -> int:
+        """The seconds of a step that is done."""
+        lines = self.note(step).read_text(encoding="utf-8").splitlines()
+        return int(lines[1]) if lines[1:] and lines[1].isdecimal() else 0
+
+    def forget(self, step: Step) -> None:
+        """Remove the note of a step that runs again; all notes if the data is drawn."""
+        if step.draws_data:
+            self.everything_again = True
+            shutil.rmtree(self.plan.output_dir / "steps", ignore_errors=True)
+        self.note(step).unlink(missing_ok=True)
+
+    def remove(self, step: Step) -> None:
+        """Remove the note and the results of a step that does not run any more."""
+        if not self.plan.dry_run:
+            self.note(step).unlink(missing_ok=True)
+            shutil.rmtree(self.places.path(step.makes), ignore_errors=True)
+
+
+def cores() -> int:
+    """The processor cores that this program may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def print_table(results: Sequence[Result]) -> None:
+    """Print step, seconds and result of each step in columns."""
+    width = max([len("step"), *(len(result.step) for result in results)])
+    print(f"\n{'step':{width}}  {'seconds':>7}  result")
+    for result in results:
+        print(f"{result.step:{width}}  {result.seconds:7}  {result.result}")
+
+
+def main(args: RunAll) -> None:
+    """Run the data's steps, then all parts, then the report."""
+    plan = make_plan(args)
+    processes = Processes()
+    runner = Runner(plan, processes)
+    with processes.signals_noted():
+        status = runner.run_parts(["data"])
+        if status == 0:
+            status = runner.run_parts(plan.parts)
+        if status == 0:
+            status = runner.run_parts(["report"])
+    if plan.dry_run:
+        return
+    print_table(runner.results)
+    if processes.stopping:
+        print("stopped; run again to continue", file=sys.stderr)
+    elif status != 0 and len(plan.parts) > 1:
+        print("error: a part was not finished (above); run again to continue", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    run_cli(RunAll, main)

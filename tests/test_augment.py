@@ -1,0 +1,105 @@
+"""common/augment.py: shapes, ranges and randomness of both kinds of augmentation."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.augment import augment_digits, augment_faces, diff_augment, of_3x3
+from common.rng import make_rng
+
+# Digits
+
+
+def test_digits_keep_their_shape_and_depend_on_the_rng():
+    images = torch.rand(16, 3, 28, 28) * 2 - 1
+    first = augment_digits(images, make_rng(0), 1.0)
+    again = augment_digits(images, make_rng(0), 1.0)
+    other = augment_digits(images, make_rng(1), 1.0)
+    assert first.shape == images.shape
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_strength_of_0_changes_nothing():
+    images = torch.rand(16, 3, 28, 28) * 2 - 1
+    assert augment_digits(images, make_rng(0), 0.0) is images
+
+
+def test_3x3_neighbourhoods_agree_with_pooling():
+    images = torch.randn(5, 3, 28, 28)
+    wide = F.pad(images, (1, 1, 1, 1), mode="replicate")
+    assert torch.equal(of_3x3(images, torch.maximum), F.max_pool2d(wide, 3, 1))
+    torch.testing.assert_close(of_3x3(images, torch.add) / 9, F.avg_pool2d(wide, 3, 1))
+
+
+# Faces
+
+
+def test_about_half_of_the_faces_are_mirrored():
+    images = torch.randn(400, 1, 2, 3)
+    augmented = augment_faces(images, make_rng(0), flip=True)
+    changed = (augmented != images).flatten(1).any(1)
+    torch.testing.assert_close(augmented[changed], images[changed].flip(3))
+    assert 150 < changed.sum() < 250
+    assert augment_faces(images, make_rng(0), flip=False) is images
+
+
+@pytest.fixture
+def images() -> Tensor:
+    torch.manual_seed(0)
+    return torch.rand(64, 3, 16, 16) * 2 - 1
+
+
+EVERYTHING = ("color", "translation", "cutout")
+
+
+def test_no_policy_changes_nothing_and_the_rng_decides_the_rest(images):
+    assert torch.equal(diff_augment(images, make_rng(0), ()), images)
+    first = diff_augment(images, make_rng(1), EVERYTHING)
+    again = diff_augment(images, make_rng(1), EVERYTHING)
+    assert torch.equal(first, again)
+
+
+def test_translation_shifts_by_up_to_two_pixels_with_zeros_outside(images):
+    moved = diff_augment(images, make_rng(0), ("translation",))
+    all_shifts = set()
+    for before, after in zip(images, moved, strict=True):
+        padded = F.pad(before, (2, 2, 2, 2))
+        shifts = [
+            (y, x)
+            for y, x in itertools.product(range(5), repeat=2)
+            if torch.equal(padded[:, y : y + 16, x : x + 16], after)
+        ]
+        assert len(shifts) == 1
+        all_shifts.update(shifts)
+    assert len(all_shifts) > 10
+
+
+def test_cutout_hides_at_most_a_quarter(images):
+    cut = diff_augment(images, make_rng(0), ("cutout",))
+    hidden = (cut == 0).float().mean((1, 2, 3))
+    assert hidden.max() == 0.25
+    assert hidden.min() > 0.02
+
+
+def test_colour_is_linear_in_the_image_its_grey_version_and_a_constant(images):
+    coloured = diff_augment(images, make_rng(0), ("color",)).flatten(1)
+    for before, after in zip(images, coloured, strict=True):
+        grey = before.mean(0, keepdim=True).expand(3, -1, -1)
+        constant = torch.ones(3 * 16 * 16)
+        terms = torch.stack([before.flatten(), grey.flatten(), constant], dim=1)
+        weights = torch.linalg.lstsq(terms, after[:, None]).solution
+        assert (terms @ weights - after[:, None]).abs().max() < 1e-4
+        contrast = (weights[0] + weights[1]).item()
+        saturation = weights[0].item() / contrast
+        assert 0.5 <= contrast <= 1.5
+        assert -1e-4 <= saturation <= 2
+
+
+def test_gradients_reach_every_image(images):
+    images.requires_grad_(True)
+    diff_augment(images, make_rng(0), EVERYTHING).sum().backward()
+    assert images.grad.abs().flatten(1).sum(1).min() > 0

@@ -1,0 +1,88 @@
+"""common/cli.py: every mistake on a command line ends in one line and exit status 2."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from common.cli import (
+    UserError,
+    above,
+    all_finite,
+    at_least,
+    below,
+    each_once,
+    in_range,
+    is_seed,
+    run_cli,
+)
+
+
+@dataclass(kw_only=True)
+class Options:
+    output_dir: Path
+    """Folder."""
+    steps: int = 5
+    """Number of steps."""
+
+
+def do_nothing(args: Options) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--output-dir", ""], "--output-dir: the value is empty"),
+        ([""], "the first argument: the value is empty"),
+        (["x", ""], "the argument after x: the value is empty"),
+        (["--output-dir", "x", "--steps", "many"], "--steps"),
+        (["--output-dir", "x", "--stepz", "3"], "--stepz"),
+        ([], "--output-dir"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_argument(error_of, words, expected):
+    assert expected in error_of(Options, do_nothing, *words)
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(error_of):
+    def write(args: Options) -> None:
+        raise OSError(28, "No space left on device", "x/last.pt")
+
+    error = error_of(Options, write, "--output-dir", "x")
+    assert error == "error: [Errno 28] No space left on device: 'x/last.pt'\n"
+
+
+def test_ctrl_c_ends_with_status_130(monkeypatch, capsys):
+    def interrupted(args: Options) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["script.py", "--output-dir", "x"])
+    with pytest.raises(SystemExit) as ended:
+        run_cli(Options, interrupted)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+NAN = float("nan")
+INFINITE = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("check", "arguments", "good", "bad"),
+    [
+        (at_least, (2,), (2, 10**9, None), (1, -1, 10**9 + 1)),
+        (in_range, (0, 1), (0, 0.5, 1, None), (-0.1, 1.1, NAN, INFINITE, -INFINITE, 1e300)),
+        (above, (0, 1), (0.1, 1, None), (0, -1, 1.1, NAN, INFINITE, -INFINITE, 1e300)),
+        (below, (0, 1), (0, 0.9, None), (1, -0.1, NAN, INFINITE, -INFINITE, 1e300)),
+        (is_seed, (), (0, 2**32 - 1), (-1, 2**32, 2**64)),
+        (each_once, (), (["a"], ["a", "b"]), ([], ["a", "a"])),
+        (all_finite, (), ([], [0.0, -1.0]), ([0.0, NAN], [INFINITE], [-INFINITE])),
+    ],
+)
+def test_checks_pass_good_values_and_name_the_flag_of_bad_ones(check, arguments, good, bad):
+    for value in good:
+        check("--flag", value, *arguments)
+    for value in bad:
+        with pytest.raises(UserError, match=r"^--flag"):
+            check("--flag", value, *arguments)
