@@ -81,7 +81,7 @@ class Options:
     """Graders compare pixels, so the default is fp32 without TF32."""
 
     def __post_init__(self) -> None:
-        at_least("--timesteps", self.timesteps, 2)
+        in_range("--timesteps", self.timesteps, 2, 1_000_000)
         for beta in self.betas:
             above("--betas", beta, 0, 0.999)
         at_least("--steps", self.steps, 1)

@@ -118,7 +118,7 @@ class Generate:
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise UserError(f"--interval {low:g} {high:g}: must rise and lie between 0 and 1")
-        at_least("--timesteps", self.timesteps, 2)
+        in_range("--timesteps", self.timesteps, 2, 1_000_000)
         for guidance in self.guidance_sweep:
             in_range("--guidance-sweep", guidance, -LARGEST_GUIDANCE, LARGEST_GUIDANCE)
         if self.guidance_sweep and self.plots_dir is None:

@@ -1,0 +1,1 @@
+"""Tests: a file for each script, and one for each module that has tests of its own."""

@@ -1,4 +1,4 @@
-"""Zero-shot classification: templates, ensembles, weights, evidence, pretraining, errors."""
+"""Zero-shot classification: prompts, weights of every source, evidence, pretraining, mistakes."""
 
 import csv
 import dataclasses
@@ -16,19 +16,20 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 
-import p3_clip_zeroshot as script
+import p3_clip_zeroshot
 from common.cli import UserError
 from common.device import make_accelerator
-from p3_clip_zeroshot import Pretrain, Zeroshot
+from p3_clip_zeroshot import Zeroshot, class_vectors, encode_images, encode_texts
 from zeroshot.evidence import measure
 from zeroshot.loading import Clip, find_labelled, load_clip
-from zeroshot.pretrain import contrastive_loss, pretrain
+from zeroshot.pretrain import Pretrain, contrastive_loss, pretrain
 from zeroshot.prompts import prompts_of, template_sets
 
 NAMES = ["apple", "traffic_light", "key"]
-# The smallest network of the right form: OpenAI's heads are 64 wide.
-SMALL = {
+SMALL = {  # OpenAI's attention heads are 64 wide
     "embed_dim": 32,
     "vision_cfg": {"layers": 1, "width": 64, "patch_size": 8, "image_size": 16},
     "text_cfg": {"context_length": 16, "width": 64, "heads": 1, "layers": 2},
@@ -37,7 +38,7 @@ SMALL = {
 
 @pytest.fixture
 def clip_dir(tmp_path: Path) -> Path:
-    """The course's layout: 8 images of each class in train, 4 in val; the colour is the class."""
+    """The course's layout: 8 images a class in train and 4 in val, of a colour for each class."""
     folder = tmp_path / "hw2_data" / "clip_zeroshot"
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 4)):
@@ -47,8 +48,8 @@ def clip_dir(tmp_path: Path) -> Path:
                 pixels = rng.integers(0, 60, (20, 24, 3), dtype=np.uint8)
                 pixels[..., label] += 150
                 Image.fromarray(pixels).save(folder / split / f"{label}_{k}.png")
-    names = {str(k): name for k, name in enumerate(NAMES)}
-    (folder / "id2label.json").write_text(json.dumps(names))
+    ids = {str(label): name for label, name in enumerate(NAMES)}
+    (folder / "id2label.json").write_text(json.dumps(ids))
     return tmp_path / "hw2_data"
 
 
@@ -60,120 +61,122 @@ def small_clip(seed: int = 0, **options: Any) -> open_clip.CLIP:
     return net
 
 
-def save_ours(net: open_clip.CLIP, path: Path) -> Path:
-    config = {
-        "net": "clip",
-        "arguments": SMALL,
-        "preprocess": {"mean": [0.5] * 3, "std": [0.5] * 3},
-    }
-    metadata = {"config": json.dumps(config)}
-    safetensors.torch.save_file(net.state_dict(), path, metadata)
-    return path
-
-
 @pytest.fixture
 def arguments(clip_dir: Path, tmp_path: Path) -> Zeroshot:
-    checkpoint = save_ours(small_clip(), tmp_path / "small.safetensors")
+    """Arguments that classify with a small CLIP, from a file as `pretrain` writes it."""
+    checkpoint = tmp_path / "small.safetensors"
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    config = json.dumps({"net": "clip", "arguments": SMALL, "preprocess": half})
+    safetensors.torch.save_file(small_clip().state_dict(), checkpoint, {"config": config})
     return Zeroshot(
         data_dir=clip_dir,
         checkpoint=checkpoint,
         output_dir=tmp_path / "out" / "clip",
+        batch_size=5,
         device="cpu",
         precision="fp32",
-        batch_size=5,
     )
 
 
-@pytest.fixture
-def clip(arguments: Zeroshot) -> Clip:
-    """The small CLIP, loaded from its file."""
+def load(arguments: Zeroshot) -> Clip:
     return load_clip("ViT-B-32", "openai", arguments.checkpoint)
 
 
-def test_numbers_of_templates() -> None:
-    sets = template_sets()
-    numbers = {name: len(set(templates)) for name, templates in sets.items()}
-    assert numbers == {"course": 1, "article": 1, "cifar18": 18, "imagenet80": 80}
+def read_csv(file: Path) -> list[dict[str, str]]:
+    with file.open() as content:
+        return list(csv.DictReader(content))
 
 
-def test_names_in_templates() -> None:
+# Prompts
+
+
+def test_there_are_four_sets_of_templates() -> None:
+    sizes = {name: len(set(templates)) for name, templates in template_sets().items()}
+    assert sizes == {"course": 1, "article": 1, "cifar18": 18, "imagenet80": 80}
+
+
+def test_names_are_filled_into_the_templates() -> None:
     sets = template_sets()
-    assert prompts_of("traffic_light", sets["course"], "spaces") == ["A photo of traffic light."]
-    assert prompts_of("traffic_light", sets["course"], "underscores") == [
-        "A photo of traffic_light."
-    ]
+    course = sets["course"]
+    assert prompts_of("traffic_light", course, "spaces") == ["A photo of traffic light."]
+    assert prompts_of("traffic_light", course, "underscores") == ["A photo of traffic_light."]
     assert prompts_of("apple", sets["article"], "spaces") == ["A photo of an apple."]
     assert prompts_of("key", sets["article"], "spaces") == ["A photo of a key."]
     cifar = prompts_of("key", sets["cifar18"], "spaces")
-    assert "a photo of a key." in cifar
-    assert "a bad photo of the key." in cifar
-    assert "a photo of the small key." in cifar
+    for prompt in ("a photo of a key.", "a bad photo of the key.", "a photo of the small key."):
+        assert prompt in cifar
     assert "a tattoo of a key." in prompts_of("key", sets["imagenet80"], "spaces")
 
 
-def test_class_vectors_are_open_clips(arguments: Zeroshot, clip: Clip) -> None:
-    """To 1e-6, for sums of float32 in another order.
+# The method. Sums of float32 in another order agree to 1e-6.
 
-    Without the first normalisation the difference would be larger than that.
-    """
+
+def test_class_vectors_are_those_of_open_clip(arguments: Zeroshot) -> None:
+    clip = load(arguments)
     accelerator = make_accelerator("cpu", "fp32")
-    names = [name.replace("_", " ") for name in NAMES]
     templates = template_sets()["cifar18"]
-    expected = open_clip.build_zero_shot_classifier(clip.net, clip.tokenizer, names, templates).T
-    texts = [template.format(name) for name in names for template in templates]
-    features = script.encode_texts(clip, texts, accelerator, arguments)
-    ours = script.class_vectors(NAMES, templates, "spaces", features)
-    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+    texts = []
+    for name in NAMES:
+        texts += prompts_of(name, templates, "spaces")
+    features = encode_texts(clip, texts, accelerator, arguments)
+    ours = class_vectors(NAMES, templates, "spaces", features)
+
+    names = [name.replace("_", " ") for name in NAMES]
+    theirs = open_clip.build_zero_shot_classifier(clip.net, clip.tokenizer, names, templates).T
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+    # The test would see it if the vectors of the prompts were not normalised before their mean.
     with torch.no_grad():
         raw = clip.net.encode_text(clip.tokenizer(texts)).view(3, 18, -1)
     assert raw.norm(dim=-1).std() > 0.01
-    wrong = torch.nn.functional.normalize(raw.mean(1), dim=-1)
-    assert (wrong - expected).abs().max() > 1e-4
+    wrong = F.normalize(raw.mean(1), dim=-1)
+    assert (wrong - theirs).abs().max() > 1e-4
 
 
-def test_logits_of_images_are_open_clips(arguments: Zeroshot, clip: Clip) -> None:
-    """Images are encoded in batches here, and one at a time there."""
-    accelerator = make_accelerator("cpu", "fp32")
-    templates = template_sets()["cifar18"]
-    vectors = open_clip.build_zero_shot_classifier(clip.net, clip.tokenizer, NAMES, templates).T
+def test_image_vectors_are_those_of_open_clip(arguments: Zeroshot) -> None:
+    clip = load(arguments)
     paths = find_labelled(arguments.data_dir, "val").paths
-    images = script.encode_images(clip, paths, accelerator, arguments)
-    alone = []
-    with torch.no_grad():
-        for path in paths:
-            image = clip.preprocess(Image.open(path).convert("RGB"))
-            alone.append(clip.net.encode_image(image[None], normalize=True))
-        scale = clip.net.logit_scale.exp()
-        expected = scale * torch.cat(alone) @ vectors.T
-        torch.testing.assert_close(scale * images @ vectors.T, expected, atol=1e-4, rtol=0)
+    ours = encode_images(clip, paths, make_accelerator("cpu", "fp32"), arguments)
+    theirs = []
+    for path in paths:
+        image = clip.preprocess(Image.open(path).convert("RGB"))
+        with torch.no_grad():
+            theirs.append(clip.net.encode_image(image[None], normalize=True))
+    torch.testing.assert_close(ours, torch.cat(theirs), atol=1e-6, rtol=0)
 
 
-def test_texts_are_encoded_once(
-    arguments: Zeroshot, clip: Clip, monkeypatch: pytest.MonkeyPatch
+def test_texts_are_encoded_once_for_each_network(
+    arguments: Zeroshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    clip = load(arguments)
     accelerator = make_accelerator("cpu", "fp32")
 
-    def encode(net: torch.nn.Module) -> dict[str, torch.Tensor]:
-        return script.encode_texts(clip._replace(net=net), ["a", "b"], accelerator, arguments)
+    def encode(net: open_clip.CLIP) -> dict[str, Tensor]:
+        return encode_texts(clip._replace(net=net), ["a", "b"], accelerator, arguments)
 
     first = encode(clip.net)
-    with_quick_gelu = small_clip(0, quick_gelu=True)  # the same weights
-    assert not torch.equal(encode(with_quick_gelu)["a"], first["a"])
-    assert not torch.equal(encode(small_clip(1))["a"], first["a"])
+    same_weights_other_activation = encode(small_clip(quick_gelu=True))
+    assert not torch.equal(same_weights_other_activation["a"], first["a"])
+    other_weights = encode(small_clip(seed=1))
+    assert not torch.equal(other_weights["a"], first["a"])
     monkeypatch.setattr(type(clip.net), "encode_text", None)  # what is cached needs no network
-    again = encode(clip.net)
-    assert all(torch.equal(first[text], again[text]) for text in first)
+    cached = encode(clip.net)
+    for text, vector in first.items():
+        assert torch.equal(cached[text], vector)
+
+
+# Weights of every source
 
 
 def openai_file(net: open_clip.CLIP, path: Path, archive: bool) -> Path:
-    """A file like OpenAI's: half precision, three numbers beside the weights.
+    """Write a file like OpenAI's: half precision, and three numbers beside the weights.
 
-    It is a TorchScript archive, or a pickle.
+    It is a TorchScript archive or a pickle.
     """
     weights = {key: value.half() for key, value in net.state_dict().items()}
-    weights["input_resolution"] = torch.tensor(16)
-    weights["context_length"] = torch.tensor(16)
-    weights["vocab_size"] = torch.tensor(49408)
+    numbers = {"input_resolution": 16, "context_length": 16, "vocab_size": 49408}
+    for key, number in numbers.items():
+        weights[key] = torch.tensor(number)
     if not archive:
         torch.save(weights, path)
         return path
@@ -197,18 +200,19 @@ def test_openai_weights_get_quickgelu(tmp_path: Path, archive: bool) -> None:
         for parameter in net.parameters():
             parameter.copy_(parameter.half())  # so that the file loses nothing
     clip = load_clip("ViT-B-32", "openai", openai_file(net, tmp_path / "ViT-B-32.pt", archive))
-    other = open_clip.CLIP(**SMALL).eval()
-    other.load_state_dict(net.state_dict())
+    assert clip.preprocess(Image.new("RGB", (40, 20))).shape == (3, 16, 16)
+
+    with_gelu = open_clip.CLIP(**SMALL).eval()
+    with_gelu.load_state_dict(net.state_dict())
     images = torch.randn(2, 3, 16, 16)
     tokens = clip.tokenizer(["a photo", "of a key"])
     with torch.no_grad():
-        expected = net.encode_image(images)
-        torch.testing.assert_close(clip.net.encode_image(images), expected, atol=1e-6, rtol=0)
-        expected = net.encode_text(tokens)
-        torch.testing.assert_close(clip.net.encode_text(tokens), expected, atol=1e-6, rtol=0)
-        with_gelu = other.encode_text(tokens)
-        assert (with_gelu - expected).abs().max() > 1e-3  # so GELU would be seen
-    assert clip.preprocess(Image.new("RGB", (40, 20))).shape == (3, 16, 16)
+        expected_image = net.encode_image(images)
+        expected_text = net.encode_text(tokens)
+        torch.testing.assert_close(clip.net.encode_image(images), expected_image, atol=1e-6, rtol=0)
+        torch.testing.assert_close(clip.net.encode_text(tokens), expected_text, atol=1e-6, rtol=0)
+        # The test would see it if GELU were used.
+        assert (with_gelu.encode_text(tokens) - expected_text).abs().max() > 1e-3
 
 
 def test_named_weights_get_the_activation_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +230,10 @@ def test_named_weights_get_the_activation_they_need(monkeypatch: pytest.MonkeyPa
     assert asked == {"openai": True, "laion2b_s34b_b79k": False}
 
 
-def test_a_state_file_of_open_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_checkpoint_of_open_clip_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets QuickGELU because of --pretrained openai."""
     net = small_clip()
     weights = {f"module.{key}": value for key, value in net.state_dict().items()}
     torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "e.pt")
@@ -237,72 +244,10 @@ def test_a_state_file_of_open_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
     clip = load_clip("ViT-B-32", "openai", tmp_path / "e.pt")
     assert torch.equal(clip.net.visual.proj, net.visual.proj)
-    assert "QuickGELU" in repr(clip.net)  # because of --pretrained openai
+    assert "QuickGELU" in repr(clip.net)
 
 
-def test_accuracy_its_interval_and_top_5() -> None:
-    labels = torch.arange(40) % 10
-    scores = torch.eye(10)[labels] + 0.1 * torch.linspace(1, 0, 10)  # always correct …
-    labels[:8] = 9  # … except for eight, none of which is predicted as 9
-    measured = measure(scores, labels)
-    assert measured["accuracy"] == 100 * 32 / 40
-    # Wilson's interval.
-    p = 32 / 40
-    n = 40
-    z = 1.959964
-    middle = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 100 / (1 + z * z / n)
-    expected = [scale * (middle - half), scale * (middle + half)]
-    assert measured["interval"] == pytest.approx(expected, abs=1e-4)
-    assert measured["top5"] == 80  # class 9 has the smallest of the other scores
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a csv by its header."""
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def test_zeroshot_writes_its_evidence(arguments: Zeroshot) -> None:
-    result = script.main(dataclasses.replace(arguments, templates="cifar18", prompt=None))
-    out = arguments.output_dir
-    assert json.loads((out / "result.json").read_text())["accuracy"] == result["accuracy"]
-
-    rows = read_csv(out / "predictions.csv")
-    names = [f"{label}_{k}.png" for label in range(3) for k in range(4)]
-    assert [row["image_name"] for row in rows] == names
-    correct = sum(row["right"] == "1" for row in rows)
-    assert sum(row["label"] == row["predicted"] for row in rows) == correct
-    assert result["accuracy"] == pytest.approx(100 * correct / 12)
-    for row in rows:
-        assert row["name1"] == row["predicted"]
-        assert float(row["p1"]) >= float(row["p2"])
-        total = sum(float(row[f"p{k}"]) for k in (1, 2, 3))
-        assert total == pytest.approx(1, abs=2e-4)
-
-    classes = read_csv(out / "per_class.csv")
-    assert [(row["class"], row["images"]) for row in classes] == [(name, "4") for name in NAMES]
-    table = read_csv(out / "table.csv")
-    assert [row["accuracy, %"] for row in table[:2]] == ["56.64", "not measured"]
-    ours = {(row["prompts"], row["names"]): float(row["accuracy, %"]) for row in table[2:]}
-    ways = ("spaces", "underscores")
-    assert set(ours) == {(kind, way) for kind in template_sets() for way in ways}
-    assert ours["cifar18", "spaces"] == pytest.approx(result["accuracy"], abs=0.005)
-    for name in ("cases.png", "confusion.png", "similarity.png", "table.png"):
-        with Image.open(out / name) as image:
-            assert min(image.size) > 100
-            assert np.asarray(image.convert("L")).std() > 1
-
-
-def test_a_prompt_of_ones_own(arguments: Zeroshot) -> None:
-    changed = dataclasses.replace(arguments, prompt="{} seen from afar", names="underscores")
-    result = script.main(changed)
-    assert (result["templates"], result["names"]) == ("prompt", "underscores")
-    assert "| prompt | underscores |" in (arguments.output_dir / "table.md").read_text()
-
-
-def test_a_folder_for_each_class(tmp_path: Path) -> None:
+def test_images_in_a_folder_for_each_class_are_found(tmp_path: Path) -> None:
     for name in ("cat", "ant"):
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "0.jpg")
@@ -313,15 +258,91 @@ def test_a_folder_for_each_class(tmp_path: Path) -> None:
     assert [path.name for path in found.paths] == ["0.jpg", "0.jpg", "1.png"]
 
 
-def test_contrastive_loss() -> None:
+# Results
+
+
+def test_accuracy_its_interval_and_top_5_accuracy() -> None:
+    """40 predictions, of which eight are wrong; their class 9 is not even among the best five."""
+    predicted = torch.arange(40) % 10
+    scores = torch.eye(10)[predicted] + 0.1 * torch.linspace(1, 0, 10)
+    labels = predicted.clone()
+    labels[:8] = 9
+    measured = measure(scores, labels)
+    assert measured["accuracy"] == 100 * 32 / 40
+    assert measured["top5"] == 80
+
+    # Wilson's interval.
+    p = 32 / 40
+    n = 40
+    z = 1.959964  # 95 %
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 100 / (1 + z * z / n)
+    expected = [scale * (middle - half), scale * (middle + half)]
+    assert measured["interval"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_zeroshot_writes_its_evidence(arguments: Zeroshot) -> None:
+    args = dataclasses.replace(arguments, templates="cifar18", prompt=None)
+    result = p3_clip_zeroshot.main(args)
+    out = args.output_dir
+    assert json.loads((out / "result.json").read_text())["accuracy"] == result["accuracy"]
+
+    rows = read_csv(out / "predictions.csv")
+    names = [f"{label}_{k}.png" for label in range(3) for k in range(4)]
+    assert [row["image_name"] for row in rows] == names
+    right = 0
+    for row in rows:
+        is_right = row["label"] == row["predicted"]
+        assert row["right"] == str(int(is_right))
+        right += is_right
+        assert row["name1"] == row["predicted"]
+        assert float(row["p1"]) >= float(row["p2"])
+        total = sum(float(row[f"p{rank}"]) for rank in (1, 2, 3))
+        assert total == pytest.approx(1, abs=2e-4)
+    assert result["accuracy"] == pytest.approx(100 * right / 12)
+
+    classes = read_csv(out / "per_class.csv")
+    assert [(row["class"], row["images"]) for row in classes] == [(name, "4") for name in NAMES]
+
+    for name in ("cases.png", "confusion.png", "similarity.png", "table.png"):
+        with Image.open(out / name) as image:
+            assert min(image.size) > 100
+            assert np.asarray(image.convert("L")).std() > 1
+
+
+def test_the_table_has_every_set_of_prompts_in_both_spellings(arguments: Zeroshot) -> None:
+    args = dataclasses.replace(arguments, templates="cifar18")
+    result = p3_clip_zeroshot.main(args)
+    table = read_csv(args.output_dir / "table.csv")
+    assert [row["accuracy, %"] for row in table[:2]] == ["56.64", "not measured"]
+    ours = {(row["prompts"], row["names"]): float(row["accuracy, %"]) for row in table[2:]}
+    expected = {(name, way) for name in template_sets() for way in ("spaces", "underscores")}
+    assert set(ours) == expected
+    assert ours["cifar18", "spaces"] == pytest.approx(result["accuracy"], abs=0.005)
+
+
+def test_a_prompt_of_ones_own(arguments: Zeroshot) -> None:
+    args = dataclasses.replace(arguments, prompt="{} seen from afar", names="underscores")
+    result = p3_clip_zeroshot.main(args)
+    assert result["templates"] == "prompt"
+    assert result["names"] == "underscores"
+    assert "| prompt | underscores |" in (args.output_dir / "table.md").read_text()
+
+
+# Pretraining
+
+
+def test_contrastive_loss_shares_the_weight_among_images_of_one_caption() -> None:
+    """Three images and two captions; the first and the third image have the first caption."""
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     same = torch.tensor([[True, False], [False, True], [True, False]])
-    # Each image over the captions: -log softmax of its own.
-    of_images = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(-1)), math.log(2)]
-    # Each caption over the images; the two positive images of the first share the weight.
+    # -log softmax over the captions, for each image.
+    images = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(-1)), math.log(2)]
+    # -log softmax over the images, for each caption.
     first = math.log(math.e**2 + 1 + math.e) - (2 + 1) / 2
     second = math.log(1 + 2 * math.e) - 1
-    expected = (np.mean(of_images) + np.mean([first, second])) / 2
+    expected = (np.mean(images) + np.mean([first, second])) / 2
     assert contrastive_loss(logits, same).item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -341,54 +362,58 @@ def pretraining(clip_dir: Path, tmp_path: Path) -> Pretrain:
 def test_pretraining_resumes_bit_for_bit_and_serves_zeroshot(
     pretraining: Pretrain, arguments: Zeroshot, stop_in_step_1: Callable
 ) -> None:
-    result = script.main(pretraining)
+    result = p3_clip_zeroshot.main(pretraining)
     assert result["epoch"] == 2
-    other_dir = pretraining.output_dir.parent / "stopped"
-    stopped = dataclasses.replace(pretraining, output_dir=other_dir)
-    stop_in_step_1(pretrain, stopped)
-    script.main(stopped)
+    cut = dataclasses.replace(pretraining, output_dir=pretraining.output_dir.parent / "cut")
+    stop_in_step_1(pretrain, cut)
+    p3_clip_zeroshot.main(cut)
     checkpoint = pretraining.output_dir / "model.safetensors"
-    first = safetensors.torch.load_file(checkpoint)
-    second = safetensors.torch.load_file(other_dir / "model.safetensors")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    result = script.main(dataclasses.replace(arguments, checkpoint=checkpoint))
-    assert result["images"] == 12
+    weights = safetensors.torch.load_file(checkpoint)
+    others = safetensors.torch.load_file(cut.output_dir / "model.safetensors")
+    assert weights.keys() == others.keys()
+    for key, value in weights.items():
+        assert torch.equal(value, others[key])
+    args = dataclasses.replace(arguments, checkpoint=checkpoint)
+    assert p3_clip_zeroshot.main(args)["images"] == 12
 
 
 def test_pretraining_learns(pretraining: Pretrain, arguments: Zeroshot) -> None:
-    script.main(dataclasses.replace(pretraining, epochs=12, augment=(), lr=2e-3))
+    p3_clip_zeroshot.main(dataclasses.replace(pretraining, epochs=12, augment=(), lr=2e-3))
     checkpoint = pretraining.output_dir / "model.safetensors"
-    result = script.main(dataclasses.replace(arguments, checkpoint=checkpoint))
-    assert result["accuracy"] == 100  # chance is 33
+    args = dataclasses.replace(arguments, checkpoint=checkpoint)
+    assert p3_clip_zeroshot.main(args)["accuracy"] == 100  # chance is 33
 
 
-@pytest.mark.parametrize(
-    ("flag", "change"),
-    [("--vision", {"vision": "resnet17"}), ("--image-size", {"image_size": 16})],
-)
-def test_pretraining_refuses(pretraining: Pretrain, flag: str, change: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=flag):
-        script.main(dataclasses.replace(pretraining, **change))
+def test_pretraining_refuses_an_unknown_network_and_small_images(pretraining: Pretrain) -> None:
+    with pytest.raises(UserError, match="--vision"):
+        p3_clip_zeroshot.main(dataclasses.replace(pretraining, vision="resnet17"))
+    with pytest.raises(UserError, match="--image-size"):
+        dataclasses.replace(pretraining, image_size=16)
     assert not pretraining.output_dir.exists()
+
+
+# Mistakes
 
 
 @pytest.fixture
 def mistake(arguments: Zeroshot) -> Callable[..., str]:
-    """`mistake(**changes)` is the error of a run with these arguments; nothing may be written."""
+    """`mistake(**changes)` classifies with these arguments; returns the error, which is one line.
 
-    def run(**changes: Any) -> str:
+    Nothing may have been written.
+    """
+
+    def mistake(**changes: Any) -> str:
         with pytest.raises(UserError) as caught:
-            script.main(dataclasses.replace(arguments, **changes))
+            p3_clip_zeroshot.main(dataclasses.replace(arguments, **changes))
         assert "\n" not in str(caught.value)
-        out = arguments.output_dir
-        assert not out.exists() or not any(out.iterdir())
+        folder = arguments.output_dir
+        assert not folder.exists() or not any(folder.iterdir())
         return str(caught.value)
 
-    return run
+    return mistake
 
 
-def test_mistakes_in_options(mistake: Callable[..., str], tmp_path: Path) -> None:
+def test_bad_options_are_named(mistake: Callable[..., str], tmp_path: Path) -> None:
     assert "--data-dir" in mistake(data_dir=tmp_path / "none")
     (tmp_path / "empty").mkdir()
     assert "--data-dir" in mistake(data_dir=tmp_path / "empty")
@@ -402,15 +427,7 @@ def test_mistakes_in_options(mistake: Callable[..., str], tmp_path: Path) -> Non
     assert "--pretrained" in mistake(pretrained="opnai", checkpoint=None)
 
 
-def test_missing_and_broken_weights(
-    mistake: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError("no route to the hub\nmore")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(open_clip, "create_model_and_transforms", refuse)
-        assert "no route to the hub more); download" in mistake(checkpoint=None)
+def test_bad_checkpoints_are_named(mistake: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "noise.pt").write_bytes(b"nothing")
     assert "noise.pt" in mistake(checkpoint=tmp_path / "noise.pt")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
@@ -418,7 +435,17 @@ def test_missing_and_broken_weights(
     assert "--checkpoint" in mistake(checkpoint=tmp_path / "none.pt")
 
 
-def test_broken_data(mistake: Callable[..., str], clip_dir: Path) -> None:
+def test_a_failed_download_says_what_to_do(
+    mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no route to the hub\nmore")
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", refuse)
+    assert "no route to the hub more); download them elsewhere" in mistake(checkpoint=None)
+
+
+def test_bad_data_is_named(mistake: Callable[..., str], clip_dir: Path) -> None:
     val = clip_dir / "clip_zeroshot" / "val"
     ids = clip_dir / "clip_zeroshot" / "id2label.json"
     (val / "1_9.png").write_bytes((val / "1_0.png").read_bytes()[:50])
@@ -430,11 +457,12 @@ def test_broken_data(mistake: Callable[..., str], clip_dir: Path) -> None:
     for path in val.iterdir():
         path.unlink()
     ids.write_text('{"0": "apple"}')
-    assert "no PNG or JPEG image" in mistake()
+    assert "contains no PNG or JPEG image" in mistake()
 
 
 def test_zeroshot_is_the_command_if_none_is_named(tmp_path: Path) -> None:
-    command = [sys.executable, script.__file__, "--data-dir", str(tmp_path / "none")]
+    folder = tmp_path / "none"
+    command = [sys.executable, p3_clip_zeroshot.__file__, "--data-dir", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == f"error: --data-dir {tmp_path / 'none'}: no such folder\n"
+    assert done.stderr == f"error: --data-dir {folder}: no such folder\n"

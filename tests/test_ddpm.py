@@ -168,7 +168,7 @@ def test_balanced_classes_are_drawn_as_often_as_the_most_frequent_one():
 
 
 def test_a_run_is_initialised_from_another_and_takes_the_shares_asked_for(data_dir, monkeypatch):
-    first = small(data_dir, "first", net="ddim", epochs=1)
+    first = small(data_dir, "first", net="ddim", epochs=1, timesteps=2)
     train(first)
     init = first.output_dir / "model.safetensors"
     seen = []
@@ -179,7 +179,8 @@ def test_a_run_is_initialised_from_another_and_takes_the_shares_asked_for(data_d
         return noise_losses(net, schedule, x0, labels, rng, args)
 
     monkeypatch.setattr(p2_ddpm_train, "noise_losses", spy)
-    train(small(data_dir, "second", net="ddim", epochs=1, init=init, shares=(1, 3)))
+    second = small(data_dir, "second", net="ddim", epochs=1, timesteps=2)
+    train(dataclasses.replace(second, init=init, shares=(1, 3)))
     weight, labels = seen[0]
     initial = load_weights(init)[0]["out.2.weight"]
     assert torch.equal(weight, initial)
@@ -206,8 +207,9 @@ def test_weights_of_another_kind_of_run_are_refused(data_dir, tmp_path, changes,
 
 @pytest.mark.parametrize("net", ["context", "attention", "ddim"])
 def test_training_resumes_bit_for_bit_within_an_epoch(net, data_dir, stop_in_step_1):
-    whole = small(data_dir, "whole", net=net)
-    cut = small(data_dir, "cut", net=net)
+    # Two steps of noise: the grids of samples are most of the time.
+    whole = small(data_dir, "whole", net=net, timesteps=2)
+    cut = small(data_dir, "cut", net=net, timesteps=2)
     train(whole)
     stop_in_step_1(train, cut)
     assert torch.load(cut.output_dir / "last.pt", weights_only=True)["step"] == 2

@@ -232,7 +232,8 @@ def test_dpm_solver_is_that_of_diffusers(count):
 def test_dpm_solver_is_of_second_order():
     """On ε = x, an ODE with a closed form, twice the steps leave about a quarter of the error."""
     schedule = Schedule(1000, "cosine")
-    first, last = 900, 100
+    first = 900
+    last = 100
 
     def reached(count: int) -> float:
         """The state at t = 100 after `count` steps."""
@@ -273,7 +274,8 @@ def test_steps_far_apart_follow_the_posterior_of_bayes_rule(sampler):
     x = starting_noise()
     draw = Noise()
     for number, (t, s) in enumerate(itertools.pairwise(steps)):
-        a_t, a_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
+        a_t = schedule.alpha_bar[t]
+        a_s = schedule.alpha_bar[s]
         x0 = (x - (1 - a_t) ** 0.5 * toy_eps(x, t / 1000)) / a_t**0.5
         between = a_t / a_s
         precision = 1 / (1 - a_s) + between / (1 - between)
@@ -308,7 +310,8 @@ def test_dpm_solver_extrapolates_the_image_along_log_sigma():
     h_before = math.inf  # the first step has no memory
     x0_before = scaled
     for number in range(len(steps) - 1):
-        sigma, following = sigmas[number], sigmas[number + 1]
+        sigma = sigmas[number]
+        following = sigmas[number + 1]
         h = math.log(sigma / following)
         x0 = scaled - sigma * toy_eps(scaled * scales[number], steps[number] / 1000)
         extrapolated = x0 + h / (2 * h_before) * (x0 - x0_before)

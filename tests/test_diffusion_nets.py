@@ -213,8 +213,7 @@ def test_time_enters_the_ddim_unet_as_published():
     assert net.counts_steps
     x = image(2, 16, 8)
     t = torch.tensor([21.0, 981.0])
-    linear1, linear2 = net.time[1], net.time[3]
-    time = linear2(F.silu(linear1(Sinusoid(16)(t))))
+    time = net.time[3](F.silu(net.time[1](Sinusoid(16)(t))))
     block = net.down2.resblocks
     h = block.conv1(F.silu(F.group_norm(x, 4, block.norm1.weight, block.norm1.bias)))
     h = h + block.time[1](F.silu(time))[:, :, None, None]

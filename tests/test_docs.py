@@ -3,7 +3,6 @@
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -125,15 +124,9 @@ def test_the_short_commands_of_readme_run(tmp_path, monkeypatch):
     chosen = [c for c in commands if "prepare_data.py noises" in c or "p2_ddim.py generate" in c]
     assert len(chosen) == 2
     monkeypatch.chdir(tmp_path)
-    for name in ("checkpoints", "prepare_data.py", "p2_ddim.py"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     for command in chosen:
-        words = words_of(command)
-        done = subprocess.run(
-            [sys.executable, str(ROOT / words[1]), *words[2:]],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        _, script, *arguments = words_of(command)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
     assert len(list((tmp_path / "ddim").glob("*.png"))) == 10

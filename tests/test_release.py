@@ -1,4 +1,4 @@
-"""tools/release.py: what it stores, what its card says; the released weights and their cards."""
+"""tools/release.py: what it stores, what its card says, and the weights that are released here."""
 
 import hashlib
 import json
@@ -13,56 +13,66 @@ from common.cli import UserError
 from common.files import ROOT
 from models.gan import GENERATORS, Generator
 from tests.conftest import save_net
-from tests.test_grading import fingerprint
 from tools import release
 from tools.release import Release
 
 
 def make_run(folder: Path, net: torch.nn.Module, **config: object) -> Path:
-    """A finished run of p1_dcgan.py from another machine, beside the data that it names."""
-    data = folder.parent / "secret place" / "data"
-    (data / "face").mkdir(parents=True, exist_ok=True)
-    folder.mkdir()
+    """A finished run of p1_dcgan.py, as it lies on another machine, and the data that it names."""
+    data_dir = folder.parent / "secret place" / "data"
+    (data_dir / "face").mkdir(parents=True)
     save_net(net, folder / "model.safetensors", **config)
-    command = (
-        "/secret/p1_dcgan.py train --data-dir /secret/data --output-dir=/secret/runs/dcgan --seed 7"
-    )
-    content = {
-        "arguments": {
-            "data_dir": str(data),
-            "batch_size": 64,
-            "seed": 7,
-            "output_dir": "/secret/runs/dcgan",
-        },
-        "command": command,
+    arguments = {
+        "data_dir": str(data_dir),
+        "batch_size": 64,
+        "seed": 7,
+        "output_dir": "/secret/runs/dcgan",
+    }
+    hardware = {
+        "device": "cuda",
+        "name": "Some GPU",
+        "precision": "bf16",
+        "processes": 2,
+        "threads": 4,
+    }
+    flags = "--data-dir /secret/data --output-dir=/secret/runs/dcgan --seed 7"
+    about = {
+        "arguments": arguments,
+        "command": f"/secret/p1_dcgan.py train {flags}",
         "versions": {"torch": "2.0"},
         "git_commit": "abc",
-        "hardware": {
-            "device": "cuda",
-            "name": "Some GPU",
-            "precision": "bf16",
-            "processes": 2,
-            "threads": 4,
-        },
+        "hardware": hardware,
     }
-    (folder / "config.json").write_text(json.dumps(content))
-    rows = '{"step": 10, "epoch": 1}\n{"step": 2000, "epoch": 20}\n'
-    (folder / "metrics.jsonl").write_text(rows)
-    (folder / "result.json").write_text('{"epoch": 20, "d_loss": 1.5, "seconds": 5400.0}')
+    (folder / "config.json").write_text(json.dumps(about))
+    rows = [{"step": 10, "epoch": 1}, {"step": 2000, "epoch": 20}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = {"epoch": 20, "d_loss": 1.5, "seconds": 5400.0}
+    (folder / "result.json").write_text(json.dumps(result))
     return folder
 
 
-def test_release(tmp_path):
+@pytest.fixture
+def net() -> Generator:
+    """A generator with weights that float16 cannot hold."""
     torch.manual_seed(0)
     net = Generator(4, 4)
     with torch.no_grad():
-        net.main[0].weight *= 1e-7 / 0.02  # all of it near or below float16's smallest number
-        net.main[3].weight.view(-1)[0] = 1e5  # above its largest
-        net.main[6].weight.view(-1)[0] = 1e-9  # one number that does not matter
+        net.main[0].weight *= 1e-7 / 0.02  # all of it is near or below float16's smallest number
+        net.main[3].weight.view(-1)[0] = 1e5  # is above its largest number
+        net.main[6].weight.view(-1)[0] = 1e-9  # one small number does not matter
         net.main[1].running_var.fill_(1 / 3)
+    return net
+
+
+@pytest.fixture
+def released(net, tmp_path) -> Path:
+    """faces.safetensors beside its card, with the results of full and of half precision.
+
+    The same run is also released to the folder `again`.
+    """
     run = make_run(tmp_path / "run", net, method="dcgan", seed=7)
-    scores = {"full": 16.884, "half": 16.889}
-    for label, distance in scores.items():
+    results = []
+    for label, distance in (("full", 16.884), ("half", 16.889)):
         score = {
             "score": "fid",
             "metric": "FID",
@@ -71,34 +81,47 @@ def test_release(tmp_path):
             "images": {"generated": 9},
             "command": "/secret/evaluate.py fid /secret/faces --features inception",
         }
-        (tmp_path / f"{label}.json").write_text(json.dumps(score))
-    results = tuple(f"{label}={tmp_path / label}.json" for label in scores)
-    note = ("Of the seventh seed.",)
-    for out in ("a", "b"):
-        release.main(Release(run, "faces", results=results, note=note, output_dir=tmp_path / out))
-    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+        file = tmp_path / f"{label}.json"
+        file.write_text(json.dumps(score))
+        results.append(f"{label}={file}")
+    options = {"results": tuple(results), "note": ("A run with the seed 7.",)}
+    for folder in ("released", "again"):
+        release.main(Release(run, "faces", output_dir=tmp_path / folder, **options))
+    return tmp_path / "released" / "faces.safetensors"
 
-    file = tmp_path / "a" / "faces.safetensors"
-    stored = safetensors.torch.load_file(file)
+
+def test_the_same_run_gives_the_same_bytes_again(released, tmp_path):
+    for file in (released, released.with_suffix(".md")):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_parameters_are_halved_where_float16_can_hold_them(net, released):
+    stored = safetensors.torch.load_file(released)
     parameters = dict(net.named_parameters())
-    whole = {"main.0.weight", "main.3.weight"}
+    too_wide = {"main.0.weight", "main.3.weight"}
     for key, value in net.state_dict().items():
-        if key in parameters and key not in whole:
+        if key in parameters and key not in too_wide:
             assert stored[key].dtype == torch.float16
             assert torch.equal(stored[key], value.half())
         else:
-            assert torch.equal(stored[key], value)
             assert stored[key].dtype == value.dtype
-    loaded, config = load_net(file, GENERATORS)
-    assert config == net.config | {"method": "dcgan", "seed": 7}
-    for key, value in loaded.named_parameters():
-        assert value.dtype == torch.float32
-        assert torch.equal(value, stored[key].float())
+            assert torch.equal(stored[key], value)
 
-    card = (tmp_path / "a" / "faces.md").read_text()
-    assert hashlib.sha256(file.read_bytes()).hexdigest() in card
+
+def test_what_is_released_loads_in_float32(net, released):
+    stored = safetensors.torch.load_file(released)
+    loaded, config = load_net(released, GENERATORS)
+    assert config == net.config | {"method": "dcgan", "seed": 7}
+    for key, parameter in loaded.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, stored[key].float())
+
+
+def test_the_card_says_what_was_done_and_no_folder_of_that_machine(released):
+    card = released.with_suffix(".md").read_text()
     for text in (
-        f"{file.stat().st_size:,} bytes",
+        hashlib.sha256(released.read_bytes()).hexdigest(),
+        f"{released.stat().st_size:,} bytes",
         "11 tensors in float16 (1 of their numbers, below 3e-8, became 0); unchanged: 12 buffers",
         "2 too wide for float16",
         "CelebA: non-commercial research",
@@ -107,14 +130,17 @@ def test_release(tmp_path):
         "1.50 hours on device: cuda, name: Some GPU",
         "| full | FID | distance 16.88 | 9 | `python evaluate.py fid faces --features inception` |",
         "| half | FID | distance 16.89 | 9 | `python evaluate.py fid faces --features inception` |",
-        "Of the seventh seed.",
+        "A run with the seed 7.",
     ):
         assert text in card
     assert "secret" not in card
 
 
-def test_release_names_the_data(tmp_path):
-    """Drawn data is not under the terms of what it imitates; DANN saw two domains."""
+# The data
+
+
+def test_the_card_names_the_data_and_its_terms(tmp_path):
+    """Drawn data is not under the terms of what it imitates; DANN has seen two domains."""
     for domain in ("mnistm", "usps"):
         (tmp_path / "digits" / domain).mkdir(parents=True)
     (tmp_path / "digits" / "usps" / "made.json").write_text('{"made_by": "synthetic"}')
@@ -126,12 +152,16 @@ def test_release_names_the_data(tmp_path):
             "USPS-like images: drawn by prepare_data.py synthetic"
         ),
     }
-    assert "USPS" not in str(release.describe_data(about | {"method": "source"}, tmp_path))
+    source_only = release.describe_data(about | {"method": "source"}, tmp_path)
+    assert "USPS" not in str(source_only)
     with pytest.raises(UserError, match="digits/svhn: no such folder; --data-dir"):
         release.describe_data({"domains": ["mnistm", "svhn"]}, tmp_path)
 
 
-def test_release_refuses(tmp_path, monkeypatch):
+# Mistakes
+
+
+def test_mistakes_are_named_and_nothing_is_written(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", Generator(4, 2))
     out = tmp_path / "out"
     with pytest.raises(UserError, match="--results half: must be LABEL=FILE"):
@@ -145,23 +175,32 @@ def test_release_refuses(tmp_path, monkeypatch):
     assert not out.exists()
 
 
-def test_results_of_every_score():
-    row = release.result_row
-    dann = {
+# Rows of results
+
+
+def test_a_row_for_a_run_of_dann():
+    result = {
         "accuracy": {"svhn": 82.871, "mnistm": 99.0},
         "oracle_best_accuracy": {"svhn": 90.0},
         "seconds": 3.0,
     }
     numbers = "accuracy svhn 82.87, accuracy mnistm 99.00"
-    assert row("full", dann) == f"| full |  | {numbers} |  | its own |"
-    faces = {
+    assert release.result_row("full", result) == f"| full |  | {numbers} |  | its own |"
+
+
+def test_a_row_for_a_rate_of_faces():
+    result = {
         "metric": "exactly one face",
         "one_face_percent": 96.2,
         "real": {"one_face_percent": 95.31},
     }
     numbers = "one face percent 96.20, real one face percent 95.31"
-    assert row("x", faces) == f"| x | exactly one face | {numbers} |  | its own |"
-    digits = {
+    expected = f"| x | exactly one face | {numbers} |  | its own |"
+    assert release.result_row("x", result) == expected
+
+
+def test_a_row_for_digits():
+    result = {
         "metric": "accuracy",
         "net": "DigitResNet",
         "accuracy": 99.5,
@@ -171,22 +210,29 @@ def test_results_of_every_score():
         "images": 1000,
     }
     numbers = "accuracy 99.50, diversity percent of real 81.04"
-    assert row("half", digits) == f"| half | accuracy, DigitResNet | {numbers} | 1000 | its own |"
-    assert row("x", {"epoch": 3, "d_loss": 1.0}) == ""
+    expected = f"| half | accuracy, DigitResNet | {numbers} | 1000 | its own |"
+    assert release.result_row("half", result) == expected
 
 
-def test_folders_of_another_machine_are_removed_from_a_command():
+def test_no_row_without_a_result():
+    assert release.result_row("x", {"epoch": 3, "d_loss": 1.0}) == ""
+
+
+def test_commands_lose_the_folders_of_another_machine():
     command = (
-        "evaluate.py fid /a/b/faces /d/data/face/val --weights /w/run/net.pt --data-dir=/d/data x/y"
+        "evaluate.py fid /a/b/faces /d/data/face/val --weights /w/classifier/net.pt "
+        "--data-dir=/d/data x/y"
     )
-    short = "evaluate.py fid faces data/face/val --weights run/net.pt --data-dir=data x/y"
+    short = "evaluate.py fid faces data/face/val --weights classifier/net.pt --data-dir=data x/y"
     assert release.strip_folders(command) == short
 
 
-def test_released_weights_load_and_agree_with_their_cards():
-    released = sorted((ROOT / "checkpoints").glob("*.safetensors"))
-    names = {path.stem for path in released}
-    assert names >= {
+# What is released here
+
+
+def test_the_released_weights_load_and_are_those_of_their_cards():
+    files = sorted((ROOT / "checkpoints").glob("*.safetensors"))
+    expected = {
         "dann_svhn",
         "dann_usps",
         "dcgan_faces",
@@ -194,12 +240,13 @@ def test_released_weights_load_and_agree_with_their_cards():
         "ddpm_digits",
         "wgangp_faces",
     }
-    for path in released:
-        net, _ = load_net(path, release.NETS)
+    assert {file.stem for file in files} >= expected
+    for file in files:
+        net, _ = load_net(file, release.NETS)
         assert all(weight.isfinite().all() for weight in net.parameters())
-        content = path.read_bytes()
-        card = path.with_suffix(".md").read_text()
+        content = file.read_bytes()
+        assert len(content) <= release.MOST_BYTES
+        card = file.with_suffix(".md").read_text()
         digest = hashlib.sha256(content).hexdigest()
         assert f"{len(content):,} bytes, sha256 `{digest}`" in card
-        assert len(content) <= release.MOST_BYTES
-    assert sum(path.stat().st_size for path in released) <= 60e6
+    assert sum(file.stat().st_size for file in files) <= 60e6

@@ -113,7 +113,8 @@ def test_v_is_the_derivative_of_x_t_by_the_angle():
     h = 1e-4
     for row, t in enumerate(steps):
         angle = math.acos(math.sqrt(schedule.alpha_bar[t]))
-        image, eps = x0[row].double(), noise[row].double()
+        image = x0[row].double()
+        eps = noise[row].double()
         ahead = math.cos(angle + h) * image + math.sin(angle + h) * eps
         behind = math.cos(angle - h) * image + math.sin(angle - h) * eps
         derivative = (ahead - behind) / (2 * h)
