@@ -75,16 +75,16 @@ if TYPE_CHECKING:
 class Fid:
     """Fréchet distance of two sets of images: FID as in pytorch-fid, or with random features."""
 
-    generated: Positional[Path]
+    generated: Annotated[Positional[Path], tyro.conf.arg(metavar="GENERATED")]
     """Folder of PNG or JPEG images of one size, with its sub-folders; or statistics (.npz)."""
-    real: Positional[Path]
+    real: Annotated[Positional[Path], tyro.conf.arg(metavar="REAL")]
     """Images or statistics to compare with."""
     features: Literal["inception", "random"] = "inception"
     """Network of FID, or one that needs no weights (not called FID)."""
     weights: Path | None = None
     """pt_inception-2015-12-05-6726825d.pth; by default torch's hub cache, or a download."""
     floor: Path | None = None
-    """Folder of other real images, of which as many as are generated are compared with the real."""
+    """Other real images: a random subset, as large as the generated set, gives the floor."""
     save_stats: Path | None = None
     """File (.npz) for the statistics of the real images, which can take their place next time."""
     batch_size: int = 50
@@ -107,7 +107,7 @@ class Fid:
 class Faces:
     """Rate of images with exactly one face, by dlib's frontal HOG detector, upsampled once."""
 
-    images: Positional[Path]
+    images: Annotated[Positional[Path], tyro.conf.arg(metavar="IMAGES")]
     """Folder of PNG or JPEG images, with its sub-folders."""
     real: Path | None = None
     """Folder of real images, whose rate is printed beside it."""
@@ -122,9 +122,9 @@ class Faces:
 
 @dataclass
 class Digits:
-    """Accuracy of generated digits before a classifier, and how diverse they are."""
+    """Classification accuracy and diversity of generated digits."""
 
-    images: Positional[Path]
+    images: Annotated[Positional[Path], tyro.conf.arg(metavar="IMAGES")]
     """Folder with 28x28 images DIGIT_NAME.png and nothing else, as the graders read it."""
     classifier: Path
     """The course's Classifier.pth, or model.safetensors of train-classifier."""
@@ -198,9 +198,9 @@ class Mse:
     This is the graders' measure of DDIM.
     """
 
-    predicted: Positional[Path]
+    predicted: Annotated[Positional[Path], tyro.conf.arg(metavar="PREDICTED")]
     """Folder of PNG or JPEG images."""
-    truth: Positional[Path]
+    truth: Annotated[Positional[Path], tyro.conf.arg(metavar="TRUTH")]
     """Folder with the images to compare with."""
     output_dir: Path | None = None
     """Folder for result.json; without it the result is only printed."""

@@ -182,6 +182,7 @@ def train(args: Train) -> dict[str, Any]:
         discriminator_adam.step()
 
         # Generator: minimise -log D(G(z)), whose gradient does not vanish where D is sure.
+        # Its own gradients are not needed, so torchrun need not average them: `bare`.
         bare_discriminator.requires_grad_(False)
         with accelerator.autocast():
             _, logits = discriminate(bare_discriminator, real, fake, rng, noise, args)

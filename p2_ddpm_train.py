@@ -66,16 +66,15 @@ class Train:
     domains: tuple[str, ...] = ("mnistm",)
     """Digit domains for one network with classes, or "faces" for one without."""
     net: Literal["context", "attention", "ddim"] = "context"
-    """The U-Net."""
+    """U-Net: the reports' two for 28x28 digits, or the course's (ddim) for any size."""
     width: int = 128
     """Channels of the U-Net's first level."""
     blocks: int = 2
     """Residual blocks of each level of the ddim network."""
     patch: int = 1
-    """Side of the squares of pixels that the ddim network takes as one position; 2 makes a step
-    about four times as fast."""
+    """Side of the squares of pixels that the ddim network sees as one position; 2 is faster."""
     init: Path | None = None
-    """model.safetensors of such a network, whose weights the training starts from."""
+    """model.safetensors of the same architecture, whose weights the training starts from."""
     shares: tuple[int, ...] = ()
     """Ratio of the domains' images in a batch, such as 1 3; equal shares if not given."""
     balance_classes: bool = False

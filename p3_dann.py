@@ -110,8 +110,7 @@ class Recipe:
     lambda_max: float | None = None
     """Weight λ of the reversed gradient at the end of its ramp."""
     prior: float | None = None
-    """How far source images are weighted by the class frequencies predicted on the target, from 0
-    (not at all) to 1."""
+    """How far source images are weighted by the target's predicted class frequencies, 0 to 1."""
     augmentation: float | None = None
     """Strength of the augmentation, the same for both domains; 0 switches it off."""
     forward: Literal["joint", "separate"] | None = None

@@ -25,9 +25,9 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from common.cli import UserError, at_least, each_once, in_range, is_seed, run_cli
 from common.data import list_images
@@ -44,7 +44,7 @@ MOST_PROCESSES = 1_024
 
 @dataclass
 class Synthetic:
-    """Draw the whole layout, without a network.
+    """Draw the whole layout, offline.
 
     Handwriting on photographs, house numbers from fonts, faces and objects.
     """
@@ -129,7 +129,7 @@ class Check:
     The exit status is 0 if all is fine and 1 if not.
     """
 
-    data_dir: Positional[Path] = Path("hw2_data")
+    data_dir: Annotated[Positional[Path], arg(metavar="DATA_DIR")] = Path("hw2_data")
     """Folder to check."""
 
 

@@ -41,6 +41,7 @@ from p2_ddpm_infer import (
     Model,
     Sampler,
     in_batches,
+    last_of,
     load_model,
     sample_digits,
 )
@@ -110,8 +111,8 @@ def time_ours(args: Benchmark) -> Timed:
     labels = []
     start = time.perf_counter()
     for digits, numbers in batches:
-        *_, last = sample_digits(model, args.domain, digits, numbers, args.guidance, options)
-        pixels.append(last.pixels)
+        states = sample_digits(model, args.domain, digits, numbers, args.guidance, options)
+        pixels.append(last_of(states).pixels)
         labels += digits
     seconds = time.perf_counter() - start
     name = f"ours ({args.sampler}, {len(model.steps)} steps)"

@@ -31,6 +31,9 @@ def run_cli(commands: Any, main: Callable[[Any], Any]) -> None:
     try:
         refuse_empty_values(sys.argv[1:])
         main(parse(commands))
+    except BrokenPipeError:  # the reader of the output, such as head, has stopped reading
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, OSError) as error:  # an OSError (a full disk, for example) names its file
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

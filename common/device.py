@@ -72,7 +72,7 @@ def place(net: Net, device: torch.device) -> Net:
 def peak_memory(device: torch.device) -> float:
     """The largest memory of this process so far in MiB: its tensors on CUDA, else all of it.
 
-    NaN on Windows, where Python cannot tell.
+    NaN on Windows, where Python does not know it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20

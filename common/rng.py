@@ -26,7 +26,8 @@ def make_rng(*key: int | str, device: torch.device | str = "cpu") -> torch.Gener
 class ImageNoise:
     """Noise for a batch of numbered images. What image k gets depends on (seed, k) alone.
 
-    The first call gives the starting noise x_T, each further call the noise of one sampler step.
+    Each call gives the next noise: that of one sampler step. Where sampling starts from noise that
+    is drawn too, the first call gives x_T.
     """
 
     def __init__(

@@ -47,6 +47,7 @@ from p2_ddpm_infer import (
     Sampler,
     file_name,
     in_batches,
+    last_of,
     load_model,
     sample_digits,
 )
@@ -71,8 +72,7 @@ class Table:
     data_dir: Path = Path("hw2_data")
     """Data folder, whose validation images are the real ones."""
     samplers: tuple[str, ...] = SAMPLERS
-    """Rows with --guidance: SAMPLER or SAMPLER-STEPS, where SAMPLER is ddpm, ddim or
-    dpm-solver++."""
+    """Rows with --guidance: SAMPLER or SAMPLER-STEPS, with ddpm, ddim or dpm-solver++."""
     guidance: float = Generate.guidance
     """Guidance of the rows in --samplers."""
     guidances: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 5.0)
@@ -186,8 +186,7 @@ def generate(model: Model, domain: str, per_class: int, options: Generate) -> Ge
     start = time.perf_counter()
     pixels = []
     for digits, numbers in batches:
-        *_, last = sample(digits, numbers)
-        pixels.append(last.pixels)
+        pixels.append(last_of(sample(digits, numbers)).pixels)
     seconds = time.perf_counter() - start
     hook.remove()
 

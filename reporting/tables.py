@@ -161,7 +161,7 @@ def digits_table(output: Output) -> Table:
     if len(domains) > 1:
         parts = [f"digits/{domain}/data" for domain in domains]
         rows.append(mean_accuracy(scores, output.origin(data_dir, *parts)).row())
-    return Table("Generated digits before their classifiers", rows)
+    return Table("Accuracy and diversity of generated digits", rows)
 
 
 def digit_score(output: Output, domain: str) -> dict[str, Any]:

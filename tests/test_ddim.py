@@ -247,7 +247,7 @@ def test_bad_noises_are_named(options, noise_dir, tmp_path, monkeypatch, error_o
         assert message in error_of(commands, p2_ddim.main, "generate", *words)
     assert not (tmp_path / "y").exists()
     with pytest.raises(UserError, match="contains 5 noises"):
-        read_noises(noise_dir, at_least=6)
+        read_noises(noise_dir, minimum=6)
 
 
 def test_noises_that_do_not_fit_the_network_are_named(options):
