@@ -74,7 +74,7 @@ class Generate:
     steps: int | None = None
     """Steps of the sampler; T for ddpm, 50 for ddim and 12 for dpm-solver++ if not given."""
     spacing: Spacing = "beta"
-    """Spacing of the steps: even down to 1 (leading), even from T (trailing), or dense at the ends."""
+    """Spacing of the steps: even down to 1 (leading), even from T (trailing), dense at the ends."""
     eta: float = 0.0
     """Randomness of ddim: 0 adds no noise, 1 as much as ddpm."""
     large_sigma: bool = False
