@@ -10,10 +10,20 @@ import contextlib
 import io
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+# Messages of Python and tyro about a value of the wrong type, and what is said in their place.
+PLAIN_WORDS = (
+    (
+        r"no type matching .* could be instantiated from \['(.*?)'\]\.\s+Got errors.*",
+        r"'\1' is not a valid value",
+    ),
+    (r"invalid literal for int\(\) with base 10: ('.*?')", r"\1 is not a whole number"),
+    (r"could not convert string to float: ('.*?')", r"\1 is not a number"),
+)
 LARGEST_COUNT = 10**9
 LARGEST_SEED = 2**32 - 1  # scikit-learn takes no larger one
 
@@ -62,13 +72,19 @@ def one_line(box: str) -> str:
     kept = []
     for line in box.splitlines()[1:-1]:
         text = line.strip("│").rstrip()
-        if text.startswith(" ──"):  # after the rule come hints on how to get help
+        is_rule = bool(text) and set(text) <= set(" ─-")  # - where the output has no UTF-8
+        if is_rule and kept:  # after the rule come hints on how to get help
             break
+        if is_rule:
+            continue
         is_help_text = text.startswith(" " * 9)
         if not is_help_text:
             kept.append(text.strip())
     sentence = " ".join(kept) or " ".join(box.split())
-    return sentence.removeprefix("Error parsing ")
+    sentence = sentence.removeprefix("Error parsing ")
+    for pattern, words in PLAIN_WORDS:
+        sentence = re.sub(pattern, words, sentence)
+    return sentence
 
 
 def refuse_empty_values(words: Sequence[str]) -> None:

@@ -24,6 +24,10 @@ class Options:
     """Folder."""
     steps: int = 5
     """Number of steps."""
+    rate: float = 0.1
+    """Learning rate."""
+    limit: int | None = None
+    """Largest number."""
 
 
 def do_nothing(args: Options) -> None:
@@ -36,7 +40,9 @@ def do_nothing(args: Options) -> None:
         (["--output-dir", ""], "--output-dir: the value is empty"),
         ([""], "the first argument: the value is empty"),
         (["x", ""], "the argument after x: the value is empty"),
-        (["--output-dir", "x", "--steps", "many"], "--steps"),
+        (["--output-dir", "x", "--steps", "many"], "--steps: 'many' is not a whole number"),
+        (["--output-dir", "x", "--rate", "fast"], "--rate: 'fast' is not a number"),
+        (["--output-dir", "x", "--limit", "no"], "--limit: 'no' is not a valid value"),
         (["--output-dir", "x", "--stepz", "3"], "--stepz"),
         ([], "--output-dir"),
     ],
