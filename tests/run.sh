@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 source ./setup.sh
 ruff check .
 ruff format --check .
-python -m pytest -q -n auto --maxprocesses 4 "$@"
+python -m pytest -q -n auto --maxprocesses 4 --dist worksteal "$@"
