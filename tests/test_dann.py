@@ -285,7 +285,7 @@ def wait_for_epochs(folder: Path, count: int) -> None:
 
 
 def test_killed_and_interrupted_runs_end_in_the_same_weights(data_dir):
-    whole = small(data_dir, "whole", epochs=40)
+    whole = small(data_dir, "whole", epochs=25)
     train(whole)
     cut = replace(whole, output_dir=data_dir.parent / "cut")
     command = [sys.executable, *command_of(cut)]

@@ -168,7 +168,8 @@ def test_balanced_classes_are_drawn_as_often_as_the_most_frequent_one():
 
 
 def test_a_run_is_initialised_from_another_and_takes_the_shares_asked_for(data_dir, monkeypatch):
-    first = small(data_dir, "first", net="ddim", epochs=1, timesteps=2)
+    options = {"net": "ddim", "patch": 2, "blocks": 1, "epochs": 1, "timesteps": 2}
+    first = small(data_dir, "first", **options)
     train(first)
     init = first.output_dir / "model.safetensors"
     seen = []
@@ -179,8 +180,7 @@ def test_a_run_is_initialised_from_another_and_takes_the_shares_asked_for(data_d
         return noise_losses(net, schedule, x0, labels, rng, args)
 
     monkeypatch.setattr(p2_ddpm_train, "noise_losses", spy)
-    second = small(data_dir, "second", net="ddim", epochs=1, timesteps=2)
-    train(dataclasses.replace(second, init=init, shares=(1, 3)))
+    train(small(data_dir, "second", init=init, shares=(1, 3), **options))
     weight, labels = seen[0]
     initial = load_weights(init)[0]["out.2.weight"]
     assert torch.equal(weight, initial)
@@ -209,6 +209,8 @@ def test_weights_of_another_kind_of_run_are_refused(data_dir, tmp_path, changes,
 def test_training_resumes_bit_for_bit_within_an_epoch(net, data_dir, stop_in_step_1):
     # One domain and two steps of noise: the grids of samples take most of the time.
     options = {"net": net, "domains": ("mnistm",), "timesteps": 2}
+    if net == "ddim":
+        options |= {"patch": 2, "blocks": 1}
     whole = small(data_dir, "whole", **options)
     cut = small(data_dir, "cut", **options)
     train(whole)
