@@ -139,6 +139,7 @@ class DdimUnet(Network):
             },
         }
         self.patch = patch
+        self.shape = (in_channels, size, size)  # of the images, without the batch
         pixels = in_channels * patch**2
         time = 4 * width
         self.time = nn.Sequential(
@@ -234,6 +235,14 @@ class DdimUnet(Network):
             else:
                 x = layer(x)
         return F.pixel_shuffle(self.out(x), self.patch)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The images themselves: this network has no latents (LatentUnet has)."""
+        return images
+
+    def decode(self, x: Tensor) -> Tensor:
+        """The state of a sampler as images, which it is already."""
+        return x
 
     def _embed(self, t: Tensor, classes: Tensor | None, drop: Tensor | None) -> Tensor:
         """Embeddings (batch, 4 width) of times and of the classes that are not dropped."""
