@@ -262,7 +262,7 @@ def read_schedule(config: dict[str, Any], args: Generate) -> Schedule:
     """The schedule in a checkpoint's configuration, or that of a published checkpoint."""
     if "schedule" in config:
         return Schedule.from_config(config["schedule"])
-    return Schedule(args.timesteps, "linear", as_given=True)
+    return Schedule(args.timesteps, "linear", rule="as-given")
 
 
 def default_steps(sampler: Sampler, timesteps: int) -> int:

@@ -42,7 +42,7 @@ from common.run import Run
 from common.training import update_ema, warmup_cosine
 from diffusion.guidance import predict_eps
 from diffusion.samplers import clamp_x0, ddim_step, step_pairs
-from diffusion.schedule import Kind, Prediction, Schedule, spaced_steps
+from diffusion.schedule import Kind, Prediction, Rule, Schedule, spaced_steps
 from models.attention_unet import AttentionUnet
 from models.context_unet import ContextUnet
 from models.ddim_unet import DdimUnet
@@ -50,6 +50,7 @@ from models.network import Network
 
 FACES = "faces"  # the domain that is a folder without labels
 QUARTERS = 4  # of t, for the losses on record
+SIGNAL_LEFT = 0.01  # ᾱ_T above which there is a warning
 
 
 @dataclass(kw_only=True)
@@ -94,7 +95,10 @@ class Train:
     timesteps: int = 1_000
     """T, the number of steps of the noise schedule."""
     schedule: Kind = "linear"
-    """Noise schedule; the range of the linear one is scaled to T."""
+    """Noise schedule."""
+    rule: Rule = "scaled"
+    """What another T makes of the linear schedule, whose β, 1e-4 to 0.02, are meant for T = 1000:
+    nothing (as-given), β times 1000 / T (scaled), or T of the 1,000 noise levels (respaced)."""
     prediction: Prediction = "eps"
     """What the network learns to predict: the noise (eps), or the velocity (v)."""
     drop: float = 0.1
@@ -146,10 +150,18 @@ class Train:
 
     def _check_timesteps(self) -> None:
         in_range("--timesteps", self.timesteps, 2, 1_000_000)
+        if self.schedule != "linear" and self.rule != "scaled":
+            raise UserError(f"--rule {self.rule}: is for --schedule linear, not {self.schedule}")
         try:
-            Schedule(self.timesteps, self.schedule)
+            make_schedule(self)
         except ValueError as error:
-            raise UserError(f"--timesteps {self.timesteps}: {error}") from None
+            other = "scaled" if self.rule == "respaced" else "respaced"
+            raise UserError(f"--timesteps {self.timesteps}: {error}; take --rule {other}") from None
+
+
+def make_schedule(args: Train) -> Schedule:
+    """The noise schedule of the options."""
+    return Schedule(args.timesteps, args.schedule, rule=args.rule, prediction=args.prediction)
 
 
 def train(args: Train) -> dict[str, Any]:
@@ -157,7 +169,7 @@ def train(args: Train) -> dict[str, Any]:
     accelerator = make_accelerator(args.device, args.precision)
     device = accelerator.device
     counts = images_of_a_step(args, accelerator.num_processes)
-    schedule = Schedule(args.timesteps, args.schedule, prediction=args.prediction)
+    schedule = make_schedule(args)
     run = Run(args, accelerator)
     if run.result is not None:
         return run.result if run.is_main else {}
@@ -179,6 +191,7 @@ def train(args: Train) -> dict[str, Any]:
     steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
     last = args.epochs * steps_per_epoch
     first = run.load_state(parts)
+    warn_of_signal_left(run, schedule)
     for step in run.steps(first, last, args.batch_size):
         net.train()
         learning_rate = args.lr * warmup_cosine(step / last, warm_up=0.02)
@@ -266,6 +279,16 @@ def noise_losses(
         losses[f"loss_t{number}"] = errors.where(inside, 0).sum()
         losses[f"count_t{number}"] = inside.float().sum()
     return losses
+
+
+def warn_of_signal_left(run: Run, schedule: Schedule) -> None:
+    """Print a warning if the noisiest images of training still show something."""
+    left = schedule.alpha_bar[schedule.T]
+    if left > SIGNAL_LEFT:
+        run.log(
+            f"warning: ᾱ_T is {left:.3g}; sampling would start from a state that training never "
+            "shows (--rule respaced gives another schedule)"
+        )
 
 
 def images_of_a_step(args: Train, processes: int) -> list[int]:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 Kind = Literal["linear", "cosine"]
+Rule = Literal["as-given", "scaled", "respaced"]
 Prediction = Literal["eps", "v"]
 Spacing = Literal["leading", "trailing", "beta"]
+USUAL_T = 1_000  # the T for which the range of the linear schedule is meant
 
 
 class Schedule:
@@ -33,14 +35,21 @@ class Schedule:
         kind: Kind = "linear",
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
-        as_given: bool = False,
+        rule: Rule = "scaled",
         prediction: Prediction = "eps",
+        counted_to: int = USUAL_T,
+        as_given: bool = False,
     ) -> None:
         """Compute the schedule in float64.
 
-        kind "linear": β rises from beta_start to beta_end. That range belongs to T = 1000. For
-        another T it is scaled by 1000 / T, because otherwise too much signal would be left at T, or
-        all of it gone early; `as_given` takes the range as it is.
+        kind "linear": β rises from beta_start to beta_end. That range belongs to T = 1000, and
+        `rule` says what becomes of it for another T:
+
+        - "as-given": nothing. Ten steps then leave 90 % of ᾱ, so that training never shows pure
+          noise, from which sampling starts.
+        - "scaled": β times 1000 / T. It exceeds 1 for T < 21.
+        - "respaced": ᾱ_t is that of step 1000 t / T of the 1,000 steps, as if a sampler took only T
+          of them (Nichol and Dhariwal, 2021). It needs a T of at most 1,000.
 
         kind "cosine": Nichol and Dhariwal, 2021, https://arxiv.org/abs/2102.09672.
 
@@ -48,14 +57,19 @@ class Schedule:
         √ᾱ_t ε - √(1-ᾱ_t) x_0, which depends on the image at every noise level (Salimans and Ho,
         2022, https://arxiv.org/abs/2202.00512).
 
-        Raises ValueError for T < 2 and for a β outside (0, 1).
+        counted_to: a network that counts steps reads up to this number for every T (see `time`).
+
+        as_given: the older name of rule "as-given", with steps counted to T.
+
+        Raises ValueError for T < 2, for a β outside (0, 1), and for T > 1000 steps respaced.
         """
         self.kind = kind
         self.beta_start = beta_start
         self.beta_end = beta_end
-        self.as_given = as_given
+        self.rule: Rule = "as-given" if as_given else rule
         self.prediction = prediction
         self.T = timesteps
+        self.counted_to = timesteps if as_given else counted_to
         if timesteps < 2:
             raise ValueError(f"a noise schedule needs at least 2 steps, not {timesteps}")
         betas = self._linear_betas() if kind == "linear" else self._cosine_betas()
@@ -70,9 +84,23 @@ class Schedule:
         self.alpha_bars = exact.float()
 
     def _linear_betas(self) -> Tensor:
-        scale = 1.0 if self.as_given else 1_000 / self.T
+        if self.rule == "respaced":
+            return self._respaced_betas()
+        scale = USUAL_T / self.T if self.rule == "scaled" else 1.0
         first, last = scale * self.beta_start, scale * self.beta_end
         return torch.linspace(first, last, self.T, dtype=torch.float64)
+
+    def _respaced_betas(self) -> Tensor:
+        """β_t = 1 - ᾱ_t / ᾱ_{t-1}, with the ᾱ of T evenly spread ones of the 1,000 steps."""
+        betas = torch.linspace(self.beta_start, self.beta_end, USUAL_T, dtype=torch.float64)
+        if self.T == USUAL_T:
+            return betas
+        if self.T > USUAL_T:
+            raise ValueError(f"the respaced schedule has at most {USUAL_T:,} steps, not {self.T:,}")
+        every = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
+        kept = [0, *reversed(spaced_steps(USUAL_T, self.T))]
+        alpha_bar = every[kept]
+        return 1 - alpha_bar[1:] / alpha_bar[:-1]
 
     def _cosine_betas(self) -> Tensor:
         progress = torch.arange(self.T + 1, dtype=torch.float64) / self.T
@@ -86,15 +114,24 @@ class Schedule:
             "kind": self.kind,
             "beta_start": self.beta_start,
             "beta_end": self.beta_end,
-            "as_given": self.as_given,
+            "rule": self.rule,
             "prediction": self.prediction,
+            "counted_to": self.counted_to,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Schedule:
-        """The schedule that a checkpoint's configuration describes."""
+        """The schedule that a checkpoint's configuration describes.
+
+        Older checkpoints have `as_given`, true or false, in place of `rule`; their networks counted
+        the steps to T.
+        """
         options = dict(config)
-        timesteps = options.pop("steps", 1_000)
+        timesteps = options.pop("steps", USUAL_T)
+        if "as_given" in options:
+            as_given = options.pop("as_given")
+            options["rule"] = "as-given" if as_given else "scaled"
+            options["counted_to"] = timesteps
         return cls(timesteps, **options)
 
     # Training
@@ -108,10 +145,11 @@ class Schedule:
     def time(self, t: Tensor, net: nn.Module) -> Tensor:
         """What a network reads for steps t (batch,).
 
-        t - 1 if it counts the steps from 0 (its attribute `counts_steps`), else t / T.
+        t / T, or with the attribute `counts_steps` the number of the step from 0 among 1,000: that
+        is 1000 t / T - 1, so that networks for any T share one embedding of the time.
         """
         if getattr(net, "counts_steps", False):
-            return (t - 1).float()
+            return t * (self.counted_to / self.T) - 1
         return t / self.T
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:

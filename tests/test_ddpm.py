@@ -229,6 +229,17 @@ def test_training_resumes_bit_for_bit_within_an_epoch(net, data_dir, stop_in_ste
     assert Image.open(cut.output_dir / "figures/training.gif").n_frames == 2
 
 
+@pytest.mark.parametrize(("rule", "warns"), [("as-given", True), ("respaced", False)])
+def test_a_schedule_that_leaves_a_signal_is_warned_of(rule, warns, data_dir, capsys):
+    options = {"domains": ("mnistm",), "schedule": "linear", "timesteps": 2, "rule": rule}
+    args = small(data_dir, "run", epochs=1, images_per_epoch=8, **options)
+    train(args)
+    warned = "warning: ᾱ_T is 0.98; sampling would start" in capsys.readouterr().out
+    assert warned == warns
+    _, config = load_weights(args.output_dir / "model.safetensors")
+    assert config["schedule"]["rule"] == rule
+
+
 def test_faces_are_learned_without_classes(tmp_path):
     folder = tmp_path / "hw2_data/face/train"
     folder.mkdir(parents=True)
@@ -419,7 +430,7 @@ class Constant(nn.Module):
 
 def test_guidance_is_on_within_its_interval_only():
     """Of the steps at t / T = 0.9, 0.4 and 0.1, only 0.4 lies in the interval from 0.2 to 0.6."""
-    schedule = Schedule(1000, beta_start=1e-6, beta_end=1e-5, as_given=True)  # little noise
+    schedule = Schedule(1000, beta_start=1e-6, beta_end=1e-5, rule="as-given")  # little noise
     net = Constant()
     model = Model(net, schedule, [900, 400, 100], ["mnistm"], make_accelerator("cpu", "fp32"))
     args = generate(Path(), Path(), sampler="ddim", interval=(0.2, 0.6), clamp="none")
@@ -506,6 +517,11 @@ def test_bad_options_of_training_are_named(data_dir, tmp_path, monkeypatch, erro
         (["--drop", 1.5], "--drop 1.5"),
         (["--min-snr", 0], "--min-snr 0.0"),
         (["--timesteps", 10], "--timesteps 10: β would go from 0.01 to 2"),
+        (
+            ["--timesteps", 1001, "--rule", "respaced"],
+            "--timesteps 1001: the respaced schedule has",
+        ),
+        (["--schedule", "cosine", "--rule", "respaced"], "--rule respaced: is for --schedule lin"),
         (["--clip", -1], "--clip -1.0: must be above 0"),
         (["--lr", "nan"], "--lr nan: must be above 0"),
         (["--images-per-epoch", -5], "--images-per-epoch -5: must be at least 1"),

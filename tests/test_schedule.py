@@ -35,9 +35,35 @@ def test_the_linear_schedule_has_the_published_values():
 
 def test_a_short_schedule_reaches_pure_noise_unless_the_betas_are_as_given():
     assert Schedule(400).alpha_bar[400] < 1e-4
-    last = Schedule(400, as_given=True).alpha_bar[400]
+    last = Schedule(400, rule="as-given").alpha_bar[400]
     assert last == pytest.approx(np.prod(1 - np.linspace(1e-4, 0.02, 400)))
     assert last > 0.017  # its root, 13 % of the signal, is left
+
+
+def test_ten_steps_as_given_leave_most_of_the_signal():
+    schedule = Schedule(10, rule="as-given")
+    assert schedule.alpha_bar[10] == pytest.approx(0.9037, abs=1e-4)
+
+
+@pytest.mark.parametrize("timesteps", [2, 10, 15, 21, 100, 400, 999])
+def test_a_respaced_schedule_has_the_noise_levels_of_1000_steps(timesteps):
+    schedule = Schedule(timesteps, rule="respaced")
+    assert schedule.alpha_bar[timesteps] < 1e-3
+    assert schedule.betas[1:].min() > 0
+    assert schedule.betas[1:].max() < 1
+    every = Schedule(1000).alpha_bar
+    kept = [every[round(1000 * t / timesteps)] for t in range(timesteps + 1)]
+    assert schedule.alpha_bar == pytest.approx(kept, rel=1e-9)
+
+
+def test_all_rules_are_the_same_for_1000_steps():
+    linear = Schedule(1000)
+    for rule in ("as-given", "respaced"):
+        schedule = Schedule(1000, rule=rule)
+        assert schedule.alpha_bar == linear.alpha_bar
+        assert torch.equal(schedule.betas, linear.betas)
+    with pytest.raises(ValueError, match="at most 1,000 steps, not 1,001"):
+        Schedule(1001, rule="respaced")
 
 
 def test_a_schedule_whose_betas_exceed_1_is_refused():
@@ -61,6 +87,18 @@ def test_the_configuration_makes_the_same_schedule():
     assert again.alpha_bar == schedule.alpha_bar
     assert again.prediction == "v"
     assert Schedule.from_config({}).alpha_bar == Schedule().alpha_bar
+
+
+@pytest.mark.parametrize(("as_given", "rule"), [(True, "as-given"), (False, "scaled")])
+def test_the_configuration_of_an_older_checkpoint_is_understood(as_given, rule):
+    old = {"steps": 50, "kind": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+    schedule = Schedule.from_config(old | {"as_given": as_given, "prediction": "eps"})
+    assert schedule.rule == rule
+    assert schedule.alpha_bar == Schedule(50, rule=rule).alpha_bar
+    counting = nn.Identity()
+    counting.counts_steps = True
+    assert schedule.time(torch.tensor([1, 50]), counting).tolist() == [0, 49]
+    assert Schedule.from_config(schedule.to_config()).to_config() == schedule.to_config()
 
 
 # Training and conversions
@@ -138,7 +176,9 @@ def test_networks_read_time_as_a_fraction_or_as_a_number_from_0():
     net = nn.Identity()
     assert schedule.time(t, net).tolist() == pytest.approx([1 / 400, 0.5, 1])
     net.counts_steps = True
-    assert schedule.time(t, net).tolist() == [0, 199, 399]
+    assert schedule.time(t, net).tolist() == [1.5, 499, 999]  # as if T were 1,000
+    every = torch.arange(1, 1001)
+    assert torch.equal(Schedule(1000).time(every, net), (every - 1).float())
 
 
 # Steps of a sampler
