@@ -118,3 +118,65 @@ def dpm_solver_step(
 def half_log_snr(alpha_bar: float) -> float:
     """λ = log(√ᾱ / √(1-ᾱ)), the time of DPM-Solver++."""
     return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
+
+
+# Score-based models: x is x_0 + σ z, `denoised` is D(x, σ), and `sigma` falls to `following`.
+
+
+def score_of(x: Tensor, denoised: Tensor, sigma: float) -> Tensor:
+    """∇ log p(x; σ) = (D - x) / σ²: Tweedie's formula."""
+    return (denoised - x) / sigma**2
+
+
+def langevin_step(x: Tensor, score: Tensor, step: float | Tensor, noise: Tensor) -> Tensor:
+    """One step of Langevin dynamics, which stays at its noise level.
+
+    x + α s + √(2α) z (NCSN, Song and Ermon, 2019, https://arxiv.org/abs/1907.05600, whose ε is 2α).
+    `step` is α, one number or one for each image (batch, 1, 1, 1).
+    """
+    return x + step * score + (2 * step) ** 0.5 * noise
+
+
+def corrector_length(score: Tensor, noise: Tensor, snr: float) -> Tensor:
+    """α of the corrector for each image, (batch, 1, 1, 1): 2 (r |z| / |s|)².
+
+    Algorithm 4 of Song et al., 2021, https://arxiv.org/abs/2011.13456. Their code takes the mean
+    norms of the batch. Here each image has its own, so that it does not depend on its neighbours.
+    """
+    noise_norm = noise.flatten(1).norm(dim=1)
+    score_norm = score.flatten(1).norm(dim=1).clamp(min=1e-12)
+    return (2 * (snr * noise_norm / score_norm) ** 2).view(-1, 1, 1, 1)
+
+
+def ve_ancestral_step(
+    x: Tensor, denoised: Tensor, sigma: float, following: float, noise: Tensor | None
+) -> Tensor:
+    """A draw from q(x_following | x, x_0) with D for x_0 (Song et al., 2021, appendix F).
+
+    The mean is D + (σ'² / σ²) (x - D), the variance σ'² (σ² - σ'²) / σ². At σ' = 0 this is D.
+    """
+    kept = following**2 / sigma**2
+    mean = denoised + kept * (x - denoised)
+    if noise is None:
+        return mean
+    return mean + math.sqrt(following**2 * (1 - kept)) * noise
+
+
+def ode_slope(x: Tensor, denoised: Tensor, sigma: float) -> Tensor:
+    """dx/dσ = (x - D) / σ along the probability-flow ODE: equation 3 of EDM with σ(t) = t."""
+    return (x - denoised) / sigma
+
+
+def euler_step(x: Tensor, slope: Tensor, sigma: float, following: float) -> Tensor:
+    """One step of Euler's method along the ODE; at `following` = 0 it returns D."""
+    return x + (following - sigma) * slope
+
+
+def heun_step(
+    x: Tensor, slope: Tensor, following_slope: Tensor, sigma: float, following: float
+) -> Tensor:
+    """One step of Heun's method: the mean of the slopes at both ends (algorithm 1 of EDM).
+
+    `following_slope` is that at the point where Euler's step ends.
+    """
+    return x + (following - sigma) * (slope + following_slope) / 2

@@ -1,0 +1,142 @@
+"""Training images of the face models: any folder, and latents where a network works in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.checkpoints import load_net
+from common.cli import UserError
+from common.data import list_images, load_folder, normalise
+from models.autoencoder import Autoencoder
+from models.ddim_unet import DdimUnet
+from models.latent_unet import LatentUnet
+
+FaceNet = DdimUnet | LatentUnet
+FACE_NETS = {"ddim_unet": DdimUnet, "latent_unet": LatentUnet}  # by their names in checkpoints
+AT_A_TIME = 100  # images to encode
+
+
+def make_face_net(
+    size: int,
+    width: int,
+    blocks: int,
+    patch: int = 1,
+    dropout: float = 0.0,
+    autoencoder: Path | None = None,
+) -> FaceNet:
+    """A U-Net for faces of `size` pixels, or for the latents of the `autoencoder` in a file.
+
+    Raises UserError if the patches or the latents do not fit the size.
+    """
+    if autoencoder is None:
+        return make_pixel_net(size, width, blocks, patch, dropout)
+    found, _ = load_net(autoencoder, {"autoencoder": Autoencoder}, "--autoencoder")
+    arguments = found.config["arguments"]
+    if arguments["size"] != size:
+        raise UserError(
+            f"--autoencoder {autoencoder}: is for {arguments['size']}x{arguments['size']} images, "
+            f"not {size}x{size}"
+        )
+    channels, side, _ = found.latent_shape
+    unet = {
+        "in_channels": channels,
+        "size": side,
+        "width": width,
+        "multipliers": (1, 2, 2),
+        "attention": (side // 2, side // 4),
+        "blocks": blocks,
+        "dropout": dropout,
+        "patch": patch,
+    }
+    if side % (4 * patch):
+        raise UserError(f"--patch {patch}: 4 times it must divide {side}, the size of the latents")
+    net = LatentUnet(unet, arguments)
+    net.autoencoder.load_state_dict(found.state_dict())
+    return net
+
+
+def make_pixel_net(size: int, width: int, blocks: int, patch: int, dropout: float) -> DdimUnet:
+    """A DdimUnet of at most four levels; its last, where the size becomes odd, has attention."""
+    if size % patch:
+        raise UserError(f"--patch {patch}: must divide {size}, the size of the images")
+    sizes = [size // patch]
+    while len(sizes) < 4 and sizes[-1] % 2 == 0:
+        sizes.append(sizes[-1] // 2)
+    return DdimUnet(
+        3,
+        size,
+        width,
+        multipliers=(1, 2, 2, 4)[: len(sizes)],
+        attention=sizes[-1:],
+        blocks=blocks,
+        dropout=dropout,
+        patch=patch,
+    )
+
+
+def face_folder(data_dir: Path) -> Path:
+    """The folder of training images: face/train of a data folder, or else `data_dir` itself."""
+    folder = data_dir / "face" / "train"
+    return folder if folder.is_dir() else data_dir
+
+
+def load_faces(data_dir: Path, size: int, cache_dir: Path | None = None) -> Tensor:
+    """The training images, resized to uint8 (n, 3, size, size).
+
+    Raises UserError for a folder with fewer than two images.
+    """
+    folder = face_folder(data_dir)
+    count = len(list_images(folder))
+    if count < 2:
+        raise UserError(f"--data-dir {data_dir}: has {count} image, but training needs at least 2")
+    return load_folder(folder, (size, size), cache_dir).pixels
+
+
+class FaceStates:
+    """The clean states x_0 of a diffusion over images: normalised pixels, or latents.
+
+    Pixels stay uint8 until they are drawn. Latents are encoded once, on `net`'s device.
+    """
+
+    def __init__(self, net: FaceNet, pixels: Tensor, flip: bool) -> None:
+        """`pixels` are uint8 (n, 3, height, width); `flip` mirrors every second image drawn."""
+        self.flip = flip
+        self.count = len(pixels)
+        self.pixels: Tensor | None = pixels
+        self.latents = torch.empty(0)
+        if isinstance(net, LatentUnet):
+            self.pixels = None
+            versions = [pixels, pixels.flip(3)] if flip else [pixels]
+            self.latents = torch.stack([encode_all(net, version) for version in versions])
+
+    def draw(self, rows: Tensor, rng: torch.Generator) -> Tensor:
+        """x_0 of some rows (batch,): float32 (batch, channels, height, width)."""
+        mirrored = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        if self.flip:
+            mirrored = torch.rand(len(rows), generator=rng, device=rows.device) < 0.5
+        if self.pixels is None:
+            return self.latents[mirrored.long(), rows]  # (version, image)
+        x0 = normalise(self.pixels[rows])
+        return torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(3), x0)
+
+    def sample(self, count: int) -> Tensor:
+        """The first `count` clean states, not mirrored, float32."""
+        if self.pixels is None:
+            return self.latents[0, :count]
+        return normalise(self.pixels[:count])
+
+
+@torch.inference_mode()
+def encode_all(net: LatentUnet, pixels: Tensor) -> Tensor:
+    """Latents (n, *net.shape) of images uint8 (n, 3, height, width)."""
+    latents = [net.encode(normalise(some)) for some in pixels.split(AT_A_TIME)]
+    return torch.cat(latents).clone()
+
+
+def face_names(count: int) -> list[str]:
+    """File names 0000.png, 0001.png, … of `count` generated images."""
+    digits = max(4, len(str(count - 1)))
+    return [f"{number:0{digits}}.png" for number in range(count)]
