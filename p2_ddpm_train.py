@@ -1,4 +1,4 @@
-"""Train a denoising diffusion model (DDPM): digits of one or more domains by class, or faces.
+r"""Train a denoising diffusion model (DDPM): digits of one or more domains by class, or faces.
 
 A U-Net learns to predict the noise in images that were noised to a random degree. Sampling then
 goes from noise to an image (p2_ddpm_infer.py, p2_ddim.py). A class is sometimes withheld, so that
@@ -6,9 +6,12 @@ the same network also knows images without a class; this makes classifier-free g
 
 DDPM: Ho et al., Denoising Diffusion Probabilistic Models, 2020, https://arxiv.org/abs/2006.11239.
 Guidance: Ho and Salimans, 2022, https://arxiv.org/abs/2207.12598.
+In the latents of an autoencoder: Rombach et al., 2022, https://arxiv.org/abs/2112.10752.
 
     python p2_ddpm_train.py --output-dir runs/p2/digits --domains mnistm svhn
     python p2_ddpm_train.py --output-dir runs/p2/faces --domains faces --net ddim --width 64
+    python p2_ddpm_train.py --output-dir runs/p2/latents --domains faces --net ddim --width 64 \
+        --autoencoder runs/p2/autoencoder/model.safetensors
     torchrun --nproc_per_node 2 p2_ddpm_train.py --output-dir runs/p2/digits --domains mnistm svhn
 """
 
@@ -24,31 +27,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.checkpoints import load_net
+from common.checkpoints import load_net, save_net
 from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
 from common.data import (
     Images,
     draw_batch,
     labels_of,
     load_digits,
-    load_folder,
     normalise,
     to_uint8,
 )
 from common.device import Device, Precision, make_accelerator, place
+from common.faces import FaceStates, load_faces, make_face_net
 from common.figures import read_grids, save_curves, save_gif, save_grid
 from common.rng import ImageNoise, derive_seed, make_rng
 from common.run import Run
 from common.training import update_ema, warmup_cosine
 from diffusion.guidance import predict_eps
-from diffusion.samplers import clamp_x0, ddim_step, step_pairs
+from diffusion.samplers import Clamp, clamp_x0, ddim_step, step_pairs
 from diffusion.schedule import Kind, Prediction, Rule, Schedule, spaced_steps
 from models.attention_unet import AttentionUnet
 from models.context_unet import ContextUnet
 from models.ddim_unet import DdimUnet
+from models.latent_unet import LatentUnet
 from models.network import Network
 
 FACES = "faces"  # the domain that is a folder without labels
+FACE_SIZE = 64
 QUARTERS = 4  # of t, for the losses on record
 SIGNAL_LEFT = 0.01  # ᾱ_T above which there is a warning
 
@@ -63,9 +68,13 @@ class Train:
     output_dir: Path
     """Run directory. The same command again continues an interrupted run."""
     data_dir: Path = Path("hw2_data")
-    """Data folder, with digits/DOMAIN or face/train in it."""
+    """Data folder, with digits/DOMAIN or face/train in it; for faces also any folder of images."""
     domains: tuple[str, ...] = ("mnistm",)
     """Digit domains for one network with classes, or "faces" for one without."""
+    size: int = FACE_SIZE
+    """Side to which faces are resized; digits are 28x28."""
+    flip: bool = False
+    """Mirror every second face."""
     net: Literal["context", "attention", "ddim"] = "context"
     """U-Net: the reports' two for 28x28 digits, or the course's (ddim) for any size."""
     width: int = 128
@@ -74,6 +83,10 @@ class Train:
     """Residual blocks of each level of the ddim network."""
     patch: int = 1
     """Side of the squares of pixels that the ddim network sees as one position; 2 is faster."""
+    dropout: float = 0.0
+    """Dropout in the residual blocks of the ddim network."""
+    autoencoder: Path | None = None
+    """model.safetensors of p2_autoencoder.py, in whose latents a ddim network for faces works."""
     init: Path | None = None
     """model.safetensors of the same architecture, whose weights the training starts from."""
     shares: tuple[int, ...] = ()
@@ -109,6 +122,8 @@ class Train:
     """Decay of the averaged network, which is the one that is sampled and saved."""
     grid_every: int = 10
     """Epochs between grids of samples from fixed noise."""
+    keep_every: int | None = None
+    """Epochs between copies of the averaged network, epochs/0010.safetensors; none without it."""
     seed: int = 0
     """Seed of initialisation, order and noise."""
     device: Device = "auto"
@@ -118,23 +133,21 @@ class Train:
 
     def __post_init__(self) -> None:
         each_once("--domains", self.domains)
-        if FACES in self.domains and len(self.domains) > 1:
-            raise UserError(
-                f"--domains {' '.join(self.domains)}: faces have no digits; train them on their own"
-            )
         if self.width < 32 or self.width % 32 or self.width > 4_096:
             raise UserError(f"--width {self.width}: must be a multiple of 32, up to 4,096")
         in_range("--blocks", self.blocks, 1, 100)
         in_range("--patch", self.patch, 1, 1_024)
-        if self.net != "ddim" and (self.patch, self.blocks) != (1, 2):
-            raise UserError(f"--net {self.net}: has no --patch and no --blocks; only ddim has them")
+        below("--dropout", self.dropout, 0, 1)
+        if self.net != "ddim" and (self.patch, self.blocks, self.dropout) != (1, 2, 0.0):
+            raise UserError(
+                f"--net {self.net}: has no --patch, --blocks and --dropout; only ddim has them"
+            )
+        self._check_faces()
         for share in self.shares:
             at_least("--shares", share, 1)
         if self.shares and len(self.shares) != len(self.domains):
             given = " ".join(map(str, self.shares))
             raise UserError(f"--shares {given}: needs one number for each of --domains")
-        if self.balance_classes and FACES in self.domains:
-            raise UserError("--balance-classes: faces have no classes")
         at_least("--epochs", self.epochs, 1)
         at_least("--images-per-epoch", self.images_per_epoch, 1)
         at_least("--batch-size", self.batch_size, 2)
@@ -146,7 +159,27 @@ class Train:
         above("--min-snr", self.min_snr, 0, 1e6)
         below("--ema-decay", self.ema_decay, 0, 1)
         at_least("--grid-every", self.grid_every, 1)
+        at_least("--keep-every", self.keep_every, 1)
         is_seed("--seed", self.seed)
+
+    def _check_faces(self) -> None:
+        in_range("--size", self.size, 8, 1_024)
+        domains = " ".join(self.domains)
+        if FACES not in self.domains:
+            for flag, is_given in (
+                ("--size", self.size != FACE_SIZE),
+                ("--flip", self.flip),
+                ("--autoencoder", self.autoencoder is not None),
+            ):
+                if is_given:
+                    raise UserError(f"{flag}: is for --domains faces, not {domains}")
+            return
+        if len(self.domains) > 1:
+            raise UserError(f"--domains {domains}: faces have no digits; train them on their own")
+        if self.balance_classes:
+            raise UserError("--balance-classes: faces have no classes")
+        if self.net != "ddim":
+            raise UserError(f"--net {self.net}: is for 28x28 digits; take --net ddim for faces")
 
     def _check_timesteps(self) -> None:
         in_range("--timesteps", self.timesteps, 2, 1_000_000)
@@ -184,9 +217,15 @@ def train(args: Train) -> dict[str, Any]:
     origin = load_init(args, bare_net, schedule) if args.init else {}
     place(bare_net, device)
     ema = copy.deepcopy(bare_net)
-    adam = torch.optim.AdamW(bare_net.parameters(), weight_decay=args.weight_decay, fused=True)
+    trained = [parameter for parameter in bare_net.parameters() if parameter.requires_grad]
+    adam = torch.optim.AdamW(trained, weight_decay=args.weight_decay, fused=True)
     net, adam = accelerator.prepare(bare_net, adam)
     parts = {"net": bare_net, "ema": ema, "adam": adam}
+    faces = None
+    if isinstance(bare_net, DdimUnet | LatentUnet) and not classes:
+        faces = FaceStates(bare_net, pixels[0], args.flip)
+        shape = bare_net.shape  # of the images, or of their latents
+    config = config_of(args, bare_net, pixels[0].shape[2], schedule) | origin
 
     steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
     last = args.epochs * steps_per_epoch
@@ -204,16 +243,18 @@ def train(args: Train) -> dict[str, Any]:
         for domain, count in enumerate(counts):
             key = (args.seed, "order", domain)
             rows = draw_batch(len(pixels[domain]), step, count, accelerator, *key)
-            images.append(pixels[domain][rows])
-            if labels:
+            if faces is not None:
+                images.append(faces.draw(rows, rng))
+            else:
+                images.append(normalise(pixels[domain][rows]))
                 classes_of_images.append(labels[domain][rows])
-        x0 = normalise(torch.cat(images)).contiguous(memory_format=torch.channels_last)
+        x0 = torch.cat(images).contiguous(memory_format=torch.channels_last)
         y = torch.cat(classes_of_images) if labels else None
 
         losses = noise_losses(net, schedule, x0, y, rng, args)
         adam.zero_grad()
         accelerator.backward(losses["loss"])
-        norm = accelerator.clip_grad_norm_(bare_net.parameters(), args.clip)
+        norm = accelerator.clip_grad_norm_(trained, args.clip)
         losses["gradient_norm"] = torch.as_tensor(norm)
         adam.step()
         update_ema(ema, bare_net, args.ema_decay, step)
@@ -227,17 +268,13 @@ def train(args: Train) -> dict[str, Any]:
             end_epoch(run, args, row)
             if epoch % args.grid_every == 0 or epoch == args.epochs:
                 draw_samples(run, ema, schedule, shape, classes, epoch)
+            if args.keep_every and epoch % args.keep_every == 0 and run.is_main:
+                save_net(run.dir / "epochs" / f"{epoch:04d}.safetensors", ema, config)
         if run.save_due() or epoch_ends:
             run.save_state(step + 1, parts)
     if run.is_main:
         save_gif(read_grids(run.dir / "samples"), run.dir / "figures" / "training.gif", 400)
-        extra = {
-            "domains": args.domains,
-            "size": shape[1],
-            "schedule": schedule.to_config(),
-            "seed": args.seed,
-        }
-        run.save_model(ema, ema.config | extra | origin)
+        run.save_model(ema, config)
         run.finish(run.history()[-1])
     return run.result or {}
 
@@ -281,6 +318,28 @@ def noise_losses(
     return losses
 
 
+def clamp_of(net: nn.Module) -> Clamp:
+    """How predicted x_0 are kept in range: images in [-1, 1]; latents have no range."""
+    return "none" if isinstance(net, LatentUnet) else "static"
+
+
+def config_of(args: Train, net: Network, size: int, schedule: Schedule) -> dict[str, Any]:
+    """What a checkpoint keeps besides the weights; for faces also defaults for their sampling."""
+    config = net.config | {
+        "domains": args.domains,
+        "size": size,
+        "schedule": schedule.to_config(),
+        "seed": args.seed,
+    }
+    if args.domains == (FACES,):
+        config["sampling"] = {
+            "spacing": "trailing",
+            "save_range": "fixed",
+            "clamp": clamp_of(net),
+        }
+    return config
+
+
 def warn_of_signal_left(run: Run, schedule: Schedule) -> None:
     """Print a warning if the noisiest images of training still show something."""
     left = schedule.alpha_bar[schedule.T]
@@ -311,17 +370,18 @@ def make_net(args: Train, shape: tuple[int, ...], classes: int) -> Network:
     It is called as `net(x, time, labels, drop)` and returns the noise (or v) in the shape of x.
     """
     channels, size, _ = shape
+    if args.net == "ddim" and not classes:
+        return make_face_net(
+            size, args.width, args.blocks, args.patch, args.dropout, args.autoencoder
+        )
     if args.net == "ddim":
-        return make_ddim_unet(args, channels, size, classes)
-    if not classes or size != 28:
-        domains = " and ".join(args.domains)
-        raise UserError(f"--net {args.net}: is for 28x28 digits; take --net ddim for {domains}")
+        return make_digits_unet(args, channels, size, classes)
     if args.net == "attention":
         return AttentionUnet(channels, args.width, classes)
     return ContextUnet(channels, args.width, classes)
 
 
-def make_ddim_unet(args: Train, channels: int, size: int, classes: int) -> DdimUnet:
+def make_digits_unet(args: Train, channels: int, size: int, classes: int) -> DdimUnet:
     """A DdimUnet of at most four levels; its last, where the size becomes odd, has attention."""
     if size % args.patch:
         raise UserError(f"--patch {args.patch}: must divide {size}, the size of the images")
@@ -335,6 +395,7 @@ def make_ddim_unet(args: Train, channels: int, size: int, classes: int) -> DdimU
         multipliers=(1, 2, 2, 4)[: len(sizes)],
         attention=sizes[-1:],
         blocks=args.blocks,
+        dropout=args.dropout,
         n_classes=classes,
         patch=args.patch,
     )
@@ -343,7 +404,8 @@ def make_ddim_unet(args: Train, channels: int, size: int, classes: int) -> DdimU
 def load_init(args: Train, net: Network, schedule: Schedule) -> dict[str, str]:
     """Copy the weights of --init into the network; returns their hash, for the new checkpoint.
 
-    Raises UserError if they are another network's, another schedule's or other domains'.
+    Raises UserError if they are another network's, another schedule's, other domains' or for the
+    latents of another autoencoder.
     """
     assert args.init is not None
     kind = net.config["net"]
@@ -363,6 +425,11 @@ def load_init(args: Train, net: Network, schedule: Schedule) -> dict[str, str]:
             raise UserError(
                 f"--init {args.init}: has the {name} {theirs[name]}, but this run has {value}"
             )
+    if isinstance(net, LatentUnet):
+        other = found.autoencoder.state_dict()
+        for name, value in net.autoencoder.state_dict().items():
+            if not torch.equal(value, other[name]):
+                raise UserError(f"--init {args.init}: has another autoencoder than --autoencoder")
     net.load_state_dict(found.state_dict())
     return {"init": hashlib.sha256(args.init.read_bytes()).hexdigest()}
 
@@ -371,7 +438,8 @@ def load_data(args: Train) -> list[Images]:
     """The training images of every domain."""
     cache = args.output_dir.parent / "cache"
     if args.domains == (FACES,):
-        return [load_folder(args.data_dir / "face" / "train", None, cache)]
+        pixels = load_faces(args.data_dir, args.size, cache)
+        return [Images(pixels, None, [])]
     data = [load_digits(args.data_dir, domain, "train", cache) for domain in args.domains]
     if args.balance_classes:
         data = [balance(images) for images in data]
@@ -433,7 +501,8 @@ def draw_samples(
 ) -> None:
     """Draw a grid of samples from fixed noise with 25 steps of DDIM.
 
-    Ten of each class (a row), or 32 images without classes.
+    Ten of each class (a row), or 32 images without classes. `shape` is that of the noise of an
+    image, or of its latents.
     """
     if not run.is_main:
         return
@@ -449,8 +518,10 @@ def draw_samples(
     with run.accelerator.autocast():
         for t, previous in step_pairs(steps):
             eps = predict_eps(ema, schedule, x, t, labels)
-            x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), "static")
+            x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), clamp_of(ema))
             x = ddim_step(schedule, x0, eps, t, previous)
+    if isinstance(ema, LatentUnet):
+        x = ema.decode(x)
     file = run.dir / "samples" / f"epoch_{epoch:04d}.png"
     save_grid(to_uint8(x), file, columns=10 if classes else 8)
 

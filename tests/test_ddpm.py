@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 import p2_ddpm_infer
 import p2_ddpm_train
-from common.checkpoints import load_weights
+from common.checkpoints import load_net, load_weights
 from common.cli import UserError
 from common.data import Images, normalise, shuffled, to_uint8
 from common.device import make_accelerator
 from common.files import ROOT
 from common.rng import ImageNoise, derive_seed, make_rng
 from diffusion.schedule import Schedule
+from models.autoencoder import Autoencoder
 from models.context_unet import ContextUnet
+from models.latent_unet import LatentUnet
 from p2_ddpm_infer import Generate, Model, load_model, sample_digits, to_pixels
 from p2_ddpm_train import Train, balance, load_data, make_net, noise_losses, train
 from tests.conftest import save_net
@@ -240,32 +242,127 @@ def test_a_schedule_that_leaves_a_signal_is_warned_of(rule, warns, data_dir, cap
     assert config["schedule"]["rule"] == rule
 
 
-def test_faces_are_learned_without_classes(tmp_path):
-    folder = tmp_path / "hw2_data/face/train"
-    folder.mkdir(parents=True)
+@pytest.fixture
+def faces_dir(tmp_path: Path) -> Path:
+    """A folder of six images of several kinds and sizes."""
+    folder = tmp_path / "faces"
+    folder.mkdir()
     rng = np.random.default_rng(0)
-    for number in range(6):
-        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    args = small(
-        tmp_path / "hw2_data",
-        "run",
-        domains=("faces",),
-        epochs=1,
-        net="ddim",
-        patch=2,
-        blocks=1,
-        prediction="v",
-    )
+    for number, mode in enumerate(("RGB", "RGB", "RGB", "L", "P", "RGBA")):
+        pixels = rng.integers(0, 256, (16, 16 + number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(folder / f"{number}.png")
+    return folder
+
+
+def small_faces(folder: Path, name: str, **options) -> Train:
+    """Arguments of a run of two epochs of two steps on 16x16 faces."""
+    faces = {
+        "domains": ("faces",),
+        "size": 16,
+        "net": "ddim",
+        "blocks": 1,
+        "images_per_epoch": 8,
+        "batch_size": 4,
+        "timesteps": 2,
+        "grid_every": 2,
+    }
+    return small(folder, name, **faces | options)
+
+
+def test_faces_of_any_folder_are_learned_without_classes(faces_dir):
+    args = small_faces(faces_dir, "run", patch=2, prediction="v", dropout=0.1, epochs=1)
     train(args)
     _, config = load_weights(args.output_dir / "model.safetensors")
     assert config["arguments"]["n_classes"] == 0
     assert config["arguments"]["patch"] == 2
+    assert config["arguments"]["dropout"] == 0.1
     assert config["size"] == 16
     assert config["domains"] == ["faces"]
     assert config["schedule"]["prediction"] == "v"
+    assert config["sampling"] == {"spacing": "trailing", "save_range": "fixed", "clamp": "static"}
     grid = Image.open(args.output_dir / "samples/epoch_0001.png")
     assert grid.size == (8 * 18 + 2, 4 * 18 + 2)
+
+
+def test_copies_of_the_averaged_network_change_nothing(faces_dir):
+    plain = small_faces(faces_dir, "plain", patch=2)
+    keeping = small_faces(faces_dir, "keeping", patch=2, keep_every=1)
+    train(plain)
+    train(keeping)
+    assert_same_weights(plain.output_dir, keeping.output_dir)
+    first, last = (
+        load_weights(keeping.output_dir / f"epochs/{epoch:04d}.safetensors") for epoch in (1, 2)
+    )
+    final = load_weights(keeping.output_dir / "model.safetensors")
+    assert first[1] == last[1] == final[1]  # their configurations
+    name = "down1.weight"
+    assert torch.equal(last[0][name], final[0][name])
+    assert not torch.equal(first[0][name], final[0][name])
+
+
+@pytest.fixture
+def autoencoder(tmp_path: Path) -> Path:
+    """An autoencoder of 16x16 images, not trained."""
+    torch.manual_seed(1)
+    net = Autoencoder(size=16, latent_channels=2, encoder_width=4, decoder_width=8)
+    return save_net(net, tmp_path / "autoencoder.safetensors")
+
+
+def test_latents_and_those_of_mirrored_faces_are_learned(faces_dir, autoencoder, monkeypatch):
+    args = small_faces(faces_dir, "run", autoencoder=autoencoder, flip=True, images_per_epoch=12)
+    seen = []
+
+    def spy(net, schedule, x0, labels, rng, args):
+        assert labels is None
+        seen.append(x0.clone())
+        return noise_losses(net, schedule, x0, labels, rng, args)
+
+    monkeypatch.setattr(p2_ddpm_train, "noise_losses", spy)
+    train(args)
+
+    net, config = load_net(args.output_dir / "model.safetensors", {"latent_unet": LatentUnet})
+    assert config["sampling"]["clamp"] == "none"
+    assert config["size"] == 16
+    frozen, _ = load_weights(autoencoder)
+    for name, value in net.autoencoder.state_dict().items():
+        assert torch.equal(value, frozen[name])
+    pixels = load_data(args)[0].pixels
+    plain = net.encode(normalise(pixels))
+    mirrored = net.encode(normalise(pixels.flip(3)))
+    counts = [0, 0]
+    for x0 in torch.cat(seen):
+        distances = [(latents - x0).abs().amax((1, 2, 3)).min() for latents in (plain, mirrored)]
+        assert min(distances) < 1e-5
+        counts[distances.index(min(distances))] += 1
+    assert min(counts) > 0
+
+    init = args.output_dir / "model.safetensors"
+    again = dataclasses.replace(args, output_dir=args.output_dir.parent / "again", init=init)
+    train(again)
+    other = Autoencoder(size=16, latent_channels=2, encoder_width=4, decoder_width=8)
+    save_net(other, autoencoder)
+    with pytest.raises(UserError, match="has another autoencoder than --autoencoder"):
+        train(dataclasses.replace(again, output_dir=args.output_dir.parent / "third"))
+
+
+def test_bad_faces_are_named(faces_dir, autoencoder, error_of, monkeypatch):
+    monkeypatch.chdir(faces_dir.parent)
+
+    def error(*words: object) -> str:
+        options = ["--domains", "faces", "--net", "ddim", "--size", 16, "--output-dir", "x"]
+        return error_of(Train, p2_ddpm_train.main, *options, *words)
+
+    options = ["--data-dir", faces_dir, "--autoencoder", autoencoder]
+    assert "--autoencoder" in error(*options, "--size", 32)
+    assert "--patch 3: must divide 16" in error("--data-dir", faces_dir, "--patch", 3)
+    pixels = np.zeros((16, 16), dtype=np.uint16)
+    Image.fromarray(pixels).save(faces_dir / "6.png")
+    assert "6.png: is a 16-bit image" in error("--data-dir", faces_dir)
+    (faces_dir / "6.png").write_bytes((faces_dir / "1.png").read_bytes()[:200])
+    assert "6.png: not a whole image" in error("--data-dir", faces_dir)
+    for number in range(1, 7):
+        (faces_dir / f"{number}.png").unlink()
+    assert f"--data-dir {faces_dir}: has 1 image" in error("--data-dir", faces_dir)
 
 
 def train_with_two_processes(args: Train) -> None:
@@ -505,7 +602,12 @@ def test_bad_options_of_training_are_named(data_dir, tmp_path, monkeypatch, erro
     for words, message in (
         (["--domains", "mnistm", "mars"], "has no digit domain 'mars'"),
         (["--domains", "mnistm", "faces"], "faces have no digits"),
-        (["--domains", "faces"], "face/train: no such folder"),
+        (["--domains", "faces"], "--net context: is for 28x28 digits; take --net ddim"),
+        (["--domains", "faces", "--net", "ddim"], "hw2_data: contains no PNG or JPEG image"),
+        (["--flip"], "--flip: is for --domains faces, not mnistm"),
+        (["--size", 28], "--size: is for --domains faces"),
+        (["--autoencoder", "x"], "--autoencoder: is for --domains faces"),
+        (["--dropout", 0.1], "--net context: has no --patch, --blocks and --dropout"),
         (["--domains", "mnistm", "svhn", "--batch-size", 9], "--batch-size 9"),
         (["--shares", 1, 2], "--shares 1 2: needs one number for each of --domains"),
         (["--domains", "mnistm", "svhn", "--shares", 1, 0], "--shares 0"),

@@ -25,7 +25,7 @@ MAY_BE_NEGATIVE = {"guidance", "guidances", "guidance_sweep"}
 # Strengths, weights, decays, probabilities and shares, of which 0 means none; places that count
 # from 0; and workers, where 0 means the process itself.
 MAY_BE_ZERO = MAY_BE_NEGATIVE | {
-    *("beta1", "beta2", "ema_decay", "weight_decay", "drop", "drift", "penalty"),
+    *("beta1", "beta2", "ema_decay", "weight_decay", "drop", "dropout", "drift", "penalty"),
     *("real_label", "fake_label", "label_smoothing", "instance_noise", "augmentation"),
     *("lambda_max", "prior", "eta", "etas", "interval"),
     *("seed", "seeds", "offset"),
