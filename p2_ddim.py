@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+SaveRange = Literal["minmax", "fixed"]
 
 
 @dataclass(kw_only=True)
@@ -59,16 +60,22 @@ class Options:
     """First and last β of a published checkpoint, whose schedule is linear."""
     steps: int = 50
     """Steps of DDIM for each image, at most T."""
-    spacing: Spacing = "leading"
-    """Spacing of the steps: even as in the course (leading); even, from T; dense at both ends."""
+    spacing: Spacing | None = None
+    """Spacing of the steps: even as in the course (leading); even, from T; dense at both ends.
+
+    By default what the checkpoint says, else leading."""
     offset: int = 1
     """With --spacing leading, the lowest step is 1 + offset (the course's is 2); not with all T."""
-    clamp: Clamp = "static"
-    """How predicted images are kept in [-1, 1]: cut off, rescaled (dynamic), or not at all."""
+    clamp: Clamp | None = None
+    """How predicted images are kept in [-1, 1]: cut off, rescaled (dynamic), or not at all.
+
+    By default what the checkpoint says, else static, which cuts them off."""
     final_alpha: Literal["one", "first"] = "one"
     """ᾱ of the clean image: 1, or that of the first step, as some published samplers have it."""
-    save_range: Literal["minmax", "fixed"] = "minmax"
-    """What becomes 0 … 255: each image's own range, or [-1, 1]."""
+    save_range: SaveRange | None = None
+    """What becomes 0 … 255: each image's own range (minmax), or [-1, 1] (fixed).
+
+    By default what the checkpoint says, else minmax."""
     seed: int = 0
     """Seed of the noise that is added on the way if η > 0."""
     batch_size: int = 10
@@ -113,13 +120,22 @@ class Interpolate(Options):
     """The way: along the sphere (slerp.png), along the straight line (lerp.png), or both."""
 
 
+class Conventions(NamedTuple):
+    """How a network's images are sampled and saved; the defaults are those of the course."""
+
+    spacing: Spacing = "leading"
+    save_range: SaveRange = "minmax"
+    clamp: Clamp = "static"
+
+
 class Model(NamedTuple):
-    """A noise predictor with its schedule and the falling steps of DDIM."""
+    """A noise predictor with its schedule, its conventions and the falling steps of DDIM."""
 
     net: DdimUnet
     schedule: Schedule
     steps: list[int]
     accelerator: Accelerator
+    conventions: Conventions
 
 
 @torch.inference_mode()
@@ -130,7 +146,9 @@ def ddim(
 
     `draw()` returns the noise of one step, if η > 0; `what` names the images in the progress bar.
     """
-    net, schedule, steps, _ = model
+    net = model.net
+    schedule = model.schedule
+    steps = model.steps
     x = noise
     for t, previous in show_progress(step_pairs(steps), len(steps), f"{what}, steps"):
         eps = predict_eps(net, schedule, x, t)  # the predicted noise
@@ -150,6 +168,7 @@ def in_batches_that_fit(model: Model, noises: Tensor, eta: float, args: Options)
     images = []
     start = 0
     batch_size = args.batch_size
+    clamp = model.conventions.clamp
     while start < len(noises):
         batch = noises[start : start + batch_size].to(model.accelerator.device)
         batch = batch.contiguous(memory_format=torch.channels_last)
@@ -158,7 +177,7 @@ def in_batches_that_fit(model: Model, noises: Tensor, eta: float, args: Options)
         what = f"noises {start + 1} to {start + len(batch)} of {len(noises)}"
         try:
             with model.accelerator.autocast():
-                images.append(ddim(model, batch, draw, eta, args.clamp, what).cpu())
+                images.append(ddim(model, batch, draw, eta, clamp, what).cpu())
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise UserError(
@@ -186,15 +205,17 @@ def load_model(args: Options, size: tuple[int, ...]) -> Model:
             f"but the network in {args.checkpoint} makes {side}x{side} images"
         )
     schedule = read_schedule(config, args)
+    conventions = read_conventions(config, args)
     if args.steps > schedule.T:
         raise UserError(f"--steps {args.steps}: the network was trained with {schedule.T:,} steps")
     # All T steps leave no room for an offset.
     offset = 0 if args.steps == schedule.T else args.offset
     try:
-        steps = spaced_steps(schedule.T, args.steps, args.spacing, offset)
+        steps = spaced_steps(schedule.T, args.steps, conventions.spacing, offset)
     except ValueError as error:
         raise UserError(f"--offset {args.offset}: {error}") from None
-    return Model(place(net, accelerator.device), schedule, steps, accelerator)
+    net = place(net, accelerator.device)
+    return Model(net, schedule, steps, accelerator, conventions)
 
 
 def read_schedule(config: dict[str, Any], args: Options) -> Schedule:
@@ -207,6 +228,28 @@ def read_schedule(config: dict[str, Any], args: Options) -> Schedule:
     if args.final_alpha == "first":
         schedule.alpha_bar[0] = schedule.alpha_bar[1]
     return schedule
+
+
+def read_conventions(config: dict[str, Any], args: Options) -> Conventions:
+    """The options that are given, else what a checkpoint's configuration says, else the course's.
+
+    Raises UserError if the configuration says something that is not known here.
+    """
+    said = config.get("sampling", {})
+    usual = Conventions()
+    for name, known in (("spacing", Spacing), ("save_range", SaveRange), ("clamp", Clamp)):
+        value = said.get(name, getattr(usual, name))
+        if value not in get_args(known):
+            raise UserError(
+                f"--checkpoint {args.checkpoint}: its sampling has {name} {value!r}, "
+                f"but only {', '.join(get_args(known))} are known here"
+            )
+        usual = usual._replace(**{name: value})
+    return Conventions(
+        spacing=args.spacing or usual.spacing,
+        save_range=args.save_range or usual.save_range,
+        clamp=args.clamp or usual.clamp,
+    )
 
 
 def read_noises(folder: Path, minimum: int = 1) -> tuple[list[str], Tensor]:
@@ -247,7 +290,7 @@ def read_noise(path: Path) -> Tensor:
     return noise
 
 
-def to_pixels(images: Tensor, save_range: Literal["minmax", "fixed"]) -> Tensor:
+def to_pixels(images: Tensor, save_range: SaveRange) -> Tensor:
     """Images (n, 3, height, width) → uint8.
 
     "minmax" maps each image's own range to 0 … 255, as torchvision's save_image(normalize=True)
@@ -293,7 +336,7 @@ def generate(args: Generate) -> None:
     make_output_dir(args.output_dir)
     started = time.monotonic()
     images = in_batches_that_fit(model, noises, args.eta, args)
-    pixels = to_pixels(images, args.save_range)
+    pixels = to_pixels(images, model.conventions.save_range)
     for name, image in zip(names, pixels, strict=True):
         save_image(image, args.output_dir / f"{name}.png")
     seconds = (time.monotonic() - started) / len(names)
@@ -312,7 +355,9 @@ def eta_grid(args: EtaGrid) -> None:
     columns = []
     for eta in ETAS:
         images = in_batches_that_fit(model, noises[:4], eta, args)
-        columns.append(to_pixels(images, args.save_range))  # (4 noises, 3, height, width)
+        columns.append(
+            to_pixels(images, model.conventions.save_range)
+        )  # (4 noises, 3, height, width)
     grid = torch.stack(columns, dim=1)  # (4 noises, 5 values of η, 3, height, width)
     file = args.output_dir / "eta_grid.png"
     column_names = [f"eta = {eta:g}" for eta in ETAS]
@@ -344,7 +389,7 @@ def draw_way(
     listed = ", ".join(f"{norm:.0f}" for norm in norms)
     print(f"{name}: |noise| = {listed}; standard normal noise has {usual:.0f}")
     images = in_batches_that_fit(model, noises, 0.0, args)
-    pixels = to_pixels(images, args.save_range)
+    pixels = to_pixels(images, model.conventions.save_range)
     save_labelled(pixels, args.output_dir / f"{name}.png", [name], [f"{a:g}" for a in alphas])
 
 

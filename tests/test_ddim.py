@@ -12,6 +12,7 @@ from torchvision.utils import save_image
 
 import p2_ddim
 from common.cli import UserError
+from common.files import ROOT
 from diffusion.schedule import Schedule
 from models.ddim_unet import DdimUnet
 from p2_ddim import (
@@ -25,6 +26,7 @@ from p2_ddim import (
     slerp,
     to_pixels,
 )
+from tests.conftest import save_net
 
 FILES = [f"{number:02d}.png" for number in range(5)]
 
@@ -133,6 +135,63 @@ def test_pixels_are_scaled_to_each_images_own_range_or_to_a_fixed_one():
     fixed = to_pixels(x, "fixed")
     assert fixed.min() == 64
     assert fixed.max() == 153
+
+
+# What a checkpoint says about sampling
+
+
+@pytest.fixture
+def faces_net(options, tmp_path) -> dict:
+    """Options for a checkpoint of ours that says how it is sampled."""
+    net = DdimUnet(size=16, width=32, multipliers=(1, 2), attention=(8,), blocks=1)
+    sampling = {"spacing": "trailing", "save_range": "fixed", "clamp": "dynamic"}
+    schedule = {"steps": 100, "kind": "cosine"}
+    path = save_net(net, tmp_path / "net.safetensors", schedule=schedule, sampling=sampling)
+    return options | {"checkpoint": path}
+
+
+def test_a_checkpoint_says_how_it_is_sampled(faces_net):
+    model = model_of(Generate(**faces_net, steps=5))
+    assert model.conventions == ("trailing", "fixed", "dynamic")
+    assert model.steps == [100, 80, 60, 40, 20]
+
+
+def test_an_option_comes_before_what_the_checkpoint_says(faces_net):
+    model = model_of(Generate(**faces_net, steps=5, spacing="leading", clamp="none"))
+    assert model.conventions == ("leading", "fixed", "none")
+    assert model.steps == [82, 62, 42, 22, 2]
+    model = model_of(Generate(**faces_net, steps=5, save_range="minmax"))
+    assert model.conventions == ("trailing", "minmax", "dynamic")
+
+
+def test_the_courses_conventions_are_the_defaults(options):
+    assert model_of(Generate(**options)).conventions == ("leading", "minmax", "static")
+
+
+def test_the_conventions_of_the_checkpoint_make_the_images(faces_net, tmp_path):
+    """The same images as with explicit options, and others than with the course's."""
+    explicit = {"spacing": "trailing", "save_range": "fixed", "clamp": "dynamic"}
+    course = {"spacing": "leading", "save_range": "minmax", "clamp": "static"}
+    for name, others in {"said": {}, "explicit": explicit, "course": course}.items():
+        folder = {"output_dir": tmp_path / name}
+        p2_ddim.main(Generate(**faces_net | folder, steps=3, **others))
+    said = (tmp_path / "said" / "03.png").read_bytes()
+    assert said == (tmp_path / "explicit" / "03.png").read_bytes()
+    assert said != (tmp_path / "course" / "03.png").read_bytes()
+
+
+def test_unknown_conventions_of_a_checkpoint_are_named(options, tmp_path):
+    net = DdimUnet(size=16, width=32, multipliers=(1, 2), attention=(8,), blocks=1)
+    path = save_net(net, tmp_path / "net.safetensors", sampling={"clamp": "often"})
+    with pytest.raises(UserError, match=r"its sampling has clamp 'often', but only static, "):
+        model_of(Generate(**options | {"checkpoint": path}))
+
+
+def test_the_released_faces_say_how_they_are_sampled(options):
+    path = ROOT / "checkpoints" / "ddim_faces.safetensors"
+    model = load_model(Generate(**options | {"checkpoint": path}), (64, 64))
+    assert model.conventions == ("trailing", "fixed", "static")
+    assert model.steps[0] == 1_000
 
 
 # Steps
