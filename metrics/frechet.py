@@ -1,46 +1,31 @@
-"""Fréchet distance of two sets of images: features, their statistics, the distance.
+"""Fréchet distance of two sets of images: the statistics of their features, the distance.
 
 FID: Heusel et al., 2017, https://arxiv.org/abs/1706.08500, with the network of
-https://github.com/mseitzer/pytorch-fid, whose numbers are met to 1e-3. Or a network with random
-weights, after Naeem et al., 2020, https://arxiv.org/abs/2002.09797.
+https://github.com/mseitzer/pytorch-fid, whose numbers are met to 1e-3. metrics/features.py has the
+networks.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from common.checkpoints import load_weights
 from common.cli import UserError
-from common.data import decode_images, list_images, normalise
+from common.data import list_images
 from common.files import atomic_write
-from common.progress import show_progress
 from common.rng import make_rng
+from metrics.features import EFFICIENTNET, PUBLISHED, RANDOM, Embedding, embed_images
 
-PUBLISHED_HASH = "6726825d"  # first digits of the SHA-256 of the published weights
-# Names of features.
-PUBLISHED = f"inception-{PUBLISHED_HASH}"
-RANDOM = "random-1"  # raise the number when the random network changes
 PUBLISHED_FEATURES = 2048
-METRICS = {PUBLISHED: "FID", RANDOM: "random-feature Fréchet distance"}
-
-
-class Embedding(NamedTuple):
-    """A network that turns images into features, and the name of these features."""
-
-    name: str
-    embed: Callable[[Tensor], Tensor]  # uint8 (n, 3, height, width) → float32 (n, features)
+FRECHET_METRICS = {
+    PUBLISHED: "FID",
+    EFFICIENTNET: "EfficientNet Fréchet distance",
+    RANDOM: "random-feature Fréchet distance",
+}
 
 
 class Statistics(NamedTuple):
@@ -89,95 +74,6 @@ def root_of(covariance: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(covariance)  # ascending
     kept = values > values[-1] * len(values) * np.finfo(float).eps
     return vectors[:, kept] * np.sqrt(values[kept])
-
-
-# Features
-
-
-def random_features() -> Embedding:
-    """A fixed random network: four strided convolutions, of which each layer's means are taken.
-
-    480 features, float32 on the CPU. Initialised as in He et al., 2015. The first filters keep 0.3
-    of their means, because otherwise brightness would drown all other differences. The factor 10
-    brings the distances to the order of FID's.
-    """
-    rng = torch.Generator().manual_seed(0)
-    filters = []
-    for before, after in itertools.pairwise([3, 64, 96, 128, 192]):
-        weight = torch.randn(after, before, 3, 3, generator=rng)
-        filters.append(weight * math.sqrt(2 / (9 * before)))
-    filters[0] -= 0.7 * filters[0].mean((2, 3), keepdim=True)
-
-    def embed(pixels: Tensor) -> Tensor:
-        x = normalise(pixels)
-        features = []
-        for weight in filters:
-            x = F.relu(F.conv2d(x, weight, stride=2, padding=1))
-            features.append(10 * x.mean((2, 3)))  # (n, channels, h, w) → (n, channels)
-        return torch.cat(features, 1)
-
-    return Embedding(RANDOM, embed)
-
-
-def inception_features(weights: Path | None, device: torch.device) -> Embedding:
-    """pytorch-fid's InceptionV3 with its own resize: 2,048 features.
-
-    Without `weights`, the published file is looked for in torch's hub cache, then downloaded.
-    Raises UserError if it cannot be had.
-    """
-    path = find_weights() if weights is None else weights
-    net = load_inception(path).to(device)
-    name = f"inception-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
-    if name != PUBLISHED:
-        print(
-            f"warning: {path}: not the published weights, so the distance is not FID",
-            file=sys.stderr,
-        )
-
-    def embed(pixels: Tensor) -> Tensor:
-        # Without TF32, so that a GPU gives the numbers of the CPU.
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            features = net(pixels.to(device).float() / 255)[0]  # (n, 2048, 1, 1)
-        return features.flatten(1)
-
-    return Embedding(name, embed)
-
-
-def find_weights() -> Path:
-    """The published weights in torch's hub cache; downloads them if they are not there."""
-    from pytorch_fid import inception
-
-    url = inception.FID_WEIGHTS_URL
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
-    if path.is_file():
-        return path
-    print(f"downloading {url}", file=sys.stderr)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        progress = sys.stderr.isatty()
-        torch.hub.download_url_to_file(url, str(path), PUBLISHED_HASH, progress=progress)
-    except Exception:  # the network can raise anything
-        raise UserError(
-            "--features inception: the weights are missing and cannot be downloaded; "
-            f"put {url} at {path} or give it as --weights; --features random needs none"
-        ) from None
-    return path
-
-
-def load_inception(path: Path) -> nn.Module:
-    """pytorch-fid's network with the weights of a file, in eval mode."""
-    from pytorch_fid import inception
-
-    state, _ = load_weights(path, "--weights")
-    try:
-        # The constructor downloads its weights. Here it gets those of the file instead.
-        with mock.patch.object(inception, "load_state_dict_from_url", return_value=state):
-            return inception.InceptionV3().eval()
-    except RuntimeError:
-        expected = Path(inception.FID_WEIGHTS_URL).name
-        raise UserError(
-            f"--weights {path}: is not pytorch-fid's InceptionV3 ({expected})"
-        ) from None
 
 
 # Sets of images
@@ -252,15 +148,10 @@ def save_statistics(path: Path, kept: Statistics) -> None:
     atomic_write(path, lambda file: np.savez(file, **arrays))
 
 
-@torch.inference_mode()
 def measure_images(source: Source, embedding: Embedding, batch_size: int) -> Statistics:
     """Statistics of images, all of one size. Raises UserError that names a broken or odd one."""
     assert source.files is not None
-    if len(source.files) < 2:
-        raise UserError(f"{source.path}: has one image, but a covariance needs at least 2")
-    batches = decode_images(source.files).split(batch_size)
-    shown = show_progress(batches, len(batches), f"{source.path}, batches")
-    features = torch.cat([embedding.embed(batch).cpu().double() for batch in shown])  # (n, d)
+    features = embed_images(source.path, source.files, embedding, batch_size)
     if len(features) < features.shape[1]:
         print(
             f"warning: {source.path}: {len(features):,} images are fewer than the "

@@ -27,6 +27,19 @@ def save_net(net: torch.nn.Module, path: Path, **config: object) -> Path:
     return path
 
 
+def save_images(folder: Path, images: np.ndarray) -> Path:
+    """Write uint8 images (n, height, width, 3) as 000.png, 001.png, and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number:03d}.png")
+    return folder
+
+
+def noise(count: int, size: int = 28, seed: int = 0) -> np.ndarray:
+    """Random images, uint8 (count, size, size, 3)."""
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
 def write_domain(folder: Path, counts: dict[str, int], grey: bool = False, seed: int = 0) -> None:
     """Write random 28x28 images, with a csv for each split.
 

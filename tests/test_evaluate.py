@@ -22,20 +22,10 @@ from common import progress
 from common.cli import UserError, run_cli
 from common.files import ROOT
 from evaluate import Faces, Fid, main
-from metrics.frechet import frechet_distance, random_features
+from metrics.features import random_features
+from metrics.frechet import frechet_distance
 from preparation.synthetic.faces import draw_face
-
-
-def save_images(folder: Path, images: np.ndarray) -> Path:
-    """Write uint8 images (n, height, width, 3) as 000.png, 001.png, and so on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{number:03d}.png")
-    return folder
-
-
-def noise(count: int, size: int = 28, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+from tests.conftest import noise, save_images
 
 
 def random_fid(generated: Path, real: Path, **options) -> dict:
@@ -357,7 +347,7 @@ def test_fid_names_what_is_wrong(tmp_path):
         (tmp_path / "none", "none: no such folder"),
         (tmp_path / "none.npz", "none.npz: no such file"),
         (empty, "empty: contains no PNG or JPEG image"),
-        (one, "one: has one image, but a covariance needs at least 2"),
+        (one, "one: has one image, but a distance needs at least 2"),
         (broken, "001.png: not a whole image"),
         (odd, "1000.png: is 32x32, but 000.png is 28x28"),
         (tmp_path / "broken.npz", "broken.npz: not a whole file"),
