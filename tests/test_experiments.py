@@ -18,6 +18,7 @@ from benchmarks import ddpm_sampling, startup
 from common.cli import UserError
 from common.files import ROOT
 from experiments import digit_samplers, face_samplers
+from metrics.features import Embedding, random_features
 from models.context_unet import ContextUnet
 from models.ddim_unet import DdimUnet
 from models.digit_classifier import DigitResNet
@@ -120,6 +121,25 @@ def faces_dir(tmp_path: Path) -> Path:
     return tmp_path / "faces"
 
 
+def random_embedding(*_: object) -> Embedding:
+    """Stands for `open_embedding`, whose EfficientNet may not be installed."""
+    return random_features()
+
+
+def without_package(*_: object) -> Embedding:
+    """As `open_embedding` where the package of EfficientNet is missing."""
+    raise UserError("--features efficientnet: the weights are missing")
+
+
+def test_face_samplers_do_without_kid(tmp_path, monkeypatch, capsys):
+    options = {"checkpoint": tmp_path, "output_dir": tmp_path, "data_dir": tmp_path}
+    monkeypatch.setattr(face_samplers.evaluate, "main", without_package)
+    face_samplers.measure_kid(face_samplers.Table(**options), tmp_path, tmp_path / "kid")
+    reason = "--features efficientnet: the weights are missing"
+    assert capsys.readouterr().err == f"left out: KID ({reason})\n"
+    assert face_samplers.two_decimals(None) == ""
+
+
 def test_face_samplers_fill_their_table_once(faces_dir, tmp_path, monkeypatch):
     torch.manual_seed(0)
     net = DdimUnet(size=16, width=32, multipliers=(1, 2), attention=(8,), blocks=1)
@@ -135,10 +155,12 @@ def test_face_samplers_fill_their_table_once(faces_dir, tmp_path, monkeypatch):
         device="cpu",
         precision="fp32",
     )
+    monkeypatch.setattr(face_samplers.evaluate, "open_embedding", random_embedding)
     rows = face_samplers.main(table)
     assert [row[:2] for row in rows[1:-1]] == [["2", "0"], ["2", "1"], ["8", "0"], ["8", "1"]]
     assert rows[-1][0] == "real images"
     assert all(float(row[2]) > 0 for row in rows[1:])
+    assert all(float(row[3]) > 0 for row in rows[1:-1])
     monkeypatch.setattr(face_samplers.p2_ddim, "main", None)  # nothing is made again
     assert face_samplers.main(table) == rows
     with pytest.raises(UserError, match="holds a table of something else"):
