@@ -1,4 +1,4 @@
-r"""Generate digits with a trained diffusion model: the graders' folders and the report's plots.
+r"""Generate digits or faces with a diffusion model: the graders' folders and the report's plots.
 
 DDPM: Ho et al., Denoising Diffusion Probabilistic Models, 2020, https://arxiv.org/abs/2006.11239.
 Fewer steps with DDIM (Song et al., 2020, https://arxiv.org/abs/2010.02502) or DPM-Solver++ (Lu et
@@ -9,13 +9,16 @@ https://arxiv.org/abs/2207.12598.
         --per-class 100
     python p2_ddpm_infer.py --checkpoint runs/p2/digits/model.safetensors --output-dir few \
         --plots-dir plots
+    python p2_ddpm_infer.py --checkpoint runs/p2/faces/model.safetensors --output-dir faces \
+        --num-images 1000 --sampler ddpm --plots-dir plots
+    torchrun --nproc_per_node 2 p2_ddpm_infer.py --output-dir faces \
+        --checkpoint runs/p2/faces/model.safetensors
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, assert_never
 
@@ -26,9 +29,11 @@ from common.checkpoints import load_net
 from common.cli import UserError, at_least, each_once, in_range, is_seed, run_cli
 from common.data import to_uint8
 from common.device import Device, Precision, make_accelerator, place
-from common.figures import grid_of, save_gif, save_grid, save_image, save_labelled
+from common.faces import FACE_NETS, face_names
+from common.figures import save_image, save_labelled
 from common.files import make_output_dir
 from common.progress import show_progress
+from common.reverse_process import Digits, State, draw_digits, draw_faces
 from common.rng import ImageNoise
 from diffusion.guidance import guided_eps, predict_eps
 from diffusion.samplers import (
@@ -42,23 +47,27 @@ from diffusion.samplers import (
 from diffusion.schedule import Schedule, Spacing, spaced_steps
 from models.attention_unet import AttentionUnet
 from models.context_unet import ContextUnet
-from models.ddim_unet import DdimUnet
 from models.network import Network
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Sampler = Literal["ddpm", "ddim", "dpm-solver++"]
-NETS = {"context_unet": ContextUnet, "attention_unet": AttentionUnet, "ddim_unet": DdimUnet}
+NETS = {"context_unet": ContextUnet, "attention_unet": AttentionUnet, **FACE_NETS}
 SHAPE = (3, 28, 28)  # of a digit
 LARGEST_GUIDANCE = 100.0
+# Options that say something about classes or about published networks of digits.
+OF_DIGITS = (
+    *("domains", "per_class", "guidance", "interval", "guidance_sweep"),
+    *("plain_one_hot", "unit_range"),
+)
 
 
 @dataclass(kw_only=True)
 class Generate:
-    """Write DIGIT_NUMBER.png (0_001.png …) for every digit.
+    """Write DIGIT_NUMBER.png (0_001.png …) for every digit; of a network for faces 0000.png, ….
 
-    Image k of a domain depends on the seed and on k alone.
+    Image k (of a domain) depends on the seed and on k alone.
     """
 
     checkpoint: Path
@@ -69,12 +78,16 @@ class Generate:
     """Domains to generate; all that the model knows if none is named."""
     per_class: int | None = None
     """Images of each digit; 100 for one domain and 50 each for several if not given."""
+    num_images: int | None = None
+    """Faces of a network without classes; 1,000 if not given."""
     sampler: Sampler = "dpm-solver++"
     """Sampler: ancestral, deterministic or with --eta, or a fast solver of second order."""
     steps: int | None = None
     """Steps of the sampler; T for ddpm, 50 for ddim and 12 for dpm-solver++ if not given."""
-    spacing: Spacing = "beta"
-    """Spacing of the steps: even down to 1 (leading), even from T (trailing), dense at the ends."""
+    spacing: Spacing | None = None
+    """Spacing of the steps: even down to 1 (leading), even from T (trailing), dense at the ends.
+
+    By default what the checkpoint says, else beta, which is dense at the ends."""
     eta: float = 0.0
     """Randomness of ddim: 0 adds no noise, 1 as much as ddpm."""
     large_sigma: bool = False
@@ -84,8 +97,10 @@ class Generate:
     interval: tuple[float, float] = (0.0, 1.0)
     """The range of t / T in which guidance is on (Kynkäänniemi et al., 2024,
     https://arxiv.org/abs/2404.07724)."""
-    clamp: Clamp = "static"
-    """How predicted images are kept in [-1, 1]: cut off, rescaled (dynamic), or not at all."""
+    clamp: Clamp | None = None
+    """How predicted images are kept in [-1, 1]: cut off, rescaled (dynamic), or not at all.
+
+    By default what the checkpoint says, else static, which cuts them off."""
     plain_one_hot: bool = False
     """For a published checkpoint that was trained with 1, not -1, at its class."""
     unit_range: bool = False
@@ -93,7 +108,7 @@ class Generate:
     timesteps: int = 400
     """Training steps T of a published checkpoint, whose file does not say it (β 1e-4 to 0.02)."""
     plots_dir: Path | None = None
-    """Folder for plots: the grid, the reverse process and its film. None are drawn without it."""
+    """Folder for plots: grids and the reverse process. None are drawn without it."""
     guidance_sweep: tuple[float, ...] = ()
     """Strengths of guidance to compare in a strip of ten digits each, drawn in --plots-dir."""
     seed: int = 0
@@ -108,6 +123,7 @@ class Generate:
     def __post_init__(self) -> None:
         each_once("--domains", self.domains, at_least_one=False)
         at_least("--per-class", self.per_class, 1)
+        at_least("--num-images", self.num_images, 1)
         at_least("--steps", self.steps, 1)
         in_range("--eta", self.eta, 0, 1)
         if self.eta > 0 and self.sampler != "ddim":
@@ -128,52 +144,40 @@ class Generate:
 
 
 class Model(NamedTuple):
-    """A noise predictor with its schedule, the falling steps of the sampler, and its domains."""
+    """A noise predictor with its schedule, the falling steps of the sampler, and its domains.
+
+    A network for faces has no domains.
+    """
 
     net: Network
     schedule: Schedule
     steps: list[int]
     domains: list[str]
     accelerator: Accelerator
-
-
-class State(NamedTuple):
-    """A state of the sampler: its step t and the images, uint8 (n, 3, 28, 28), on the CPU."""
-
-    t: int
-    pixels: Tensor
+    clamp: Clamp = "static"
 
 
 @torch.inference_mode()
-def sample_digits(
-    model: Model,
-    domain: str,
-    digits: list[int],
-    numbers: list[int],
-    guidance: float,
-    args: Generate,
+def sample(
+    model: Model, draw: ImageNoise, labels: Tensor | None, guidance: float, args: Generate
 ) -> Iterator[State]:
-    """Sample digits of a domain; yields the noise (t = T) and the state after every step.
+    """Sample images with labels int64 (n,) or none; yields the noise and the state of every step.
 
-    `digits` are the classes of the images and `numbers` their k: the noise of an image depends on
-    the seed and k alone, so that image k of every digit starts from the same noise.
+    `draw()` returns the noise that sampling starts from, then that of each step.
     """
-    net, schedule, steps, domains, accelerator = model
-    device = accelerator.device
-    labels = torch.tensor(digits, device=device) + 10 * domains.index(domain)
-    draw = ImageNoise(args.seed, numbers, SHAPE, device)
+    net, schedule, steps, _, accelerator, clamp = model
     low, high = args.interval
     x = draw().contiguous(memory_format=torch.channels_last)
-    yield State(schedule.T, to_pixels(x, args))
+    yield State(schedule.T, x, None)
 
     before = None  # t and x0 of the step before, which DPM-Solver++ extrapolates from
     for t, previous in step_pairs(steps):
         with accelerator.autocast():
-            if guidance != 0 and low <= t / schedule.T <= high:
+            if labels is not None and guidance != 0 and low <= t / schedule.T <= high:
                 eps = guided_eps(net, schedule, x, t, labels, guidance)
             else:
                 eps = predict_eps(net, schedule, x, t, labels)
-        x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), args.clamp)
+        x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), clamp)
         if args.sampler == "ddpm":
             noise = draw() if previous > 0 else None
             x = ancestral_step(schedule, x, x0, t, previous, noise, args.large_sigma)
@@ -185,7 +189,42 @@ def sample_digits(
             before = (t, x0)
         else:
             assert_never(args.sampler)
-        yield State(previous, to_pixels(x, args))
+        yield State(previous, x, x0)
+
+
+def sample_digits(
+    model: Model,
+    domain: str,
+    digits: list[int],
+    numbers: list[int],
+    guidance: float,
+    args: Generate,
+) -> Iterator[Digits]:
+    """Sample digits of a domain; yields the noise (t = T) and the digits after every step.
+
+    `digits` are the classes of the images and `numbers` their k: the noise of an image depends on
+    the seed and k alone, so that image k of every digit starts from the same noise.
+    """
+    device = model.accelerator.device
+    labels = torch.tensor(digits, device=device) + 10 * model.domains.index(domain)
+    draw = ImageNoise(args.seed, numbers, SHAPE, device)
+    for state in sample(model, draw, labels, guidance, args):
+        yield Digits(state.t, to_pixels(state.x, args))
+
+
+def sample_faces(model: Model, numbers: Sequence[int], args: Generate) -> Iterator[State]:
+    """Sample faces number k; yields the noise and the state of every step, latents or images."""
+    net: Any = model.net  # one of FACE_NETS, which have a shape
+    draw = ImageNoise(args.seed, numbers, net.shape, model.accelerator.device)
+    yield from sample(model, draw, None, 0.0, args)
+
+
+@torch.inference_mode()
+def face_pixels(model: Model, x: Tensor) -> Tensor:
+    """Images of a state (n, *shape), decoded where it is latents: uint8 on the CPU."""
+    net: Any = model.net
+    with model.accelerator.autocast():
+        return to_uint8(net.decode(x)).cpu()
 
 
 def to_pixels(x: Tensor, args: Generate) -> Tensor:
@@ -195,7 +234,7 @@ def to_pixels(x: Tensor, args: Generate) -> Tensor:
     return to_uint8(x).cpu()
 
 
-def last_of(states: Iterator[State]) -> State:
+def last_of(states: Iterator[Any]) -> Any:
     """Run a sampler to its end; returns the last state, without keeping the others."""
     last = next(states)  # the noise
     for state in states:
@@ -203,16 +242,61 @@ def last_of(states: Iterator[State]) -> State:
     return last
 
 
-def final_pixels(states: Iterator[State], steps: list[int], what: str) -> Tensor:
+def final_pixels(states: Iterator[Digits], steps: list[int], what: str) -> Tensor:
     """Run a sampler to its end beside a progress bar; returns the images, uint8 (n, 3, 28, 28)."""
     return last_of(show_progress(states, len(steps) + 1, f"{what}, steps")).pixels
 
 
 def load_model(args: Generate) -> Model:
-    """Load a checkpoint with its schedule. Raises UserError if it does not make digits by class."""
+    """Load a checkpoint with its schedule.
+
+    Raises UserError for a network that makes neither digits by class nor faces, and for options
+    that are for others.
+    """
     accelerator = make_accelerator(args.device, args.precision)
     net, config = load_net(args.checkpoint, NETS)
+    if makes_faces(net):
+        check_faces(config, args)
+        domains = []
+    else:
+        domains = check_digits(net, config, args)
+    schedule = read_schedule(config, args)
+    count = default_steps(args.sampler, schedule.T) if args.steps is None else args.steps
+    if count > schedule.T:
+        raise UserError(f"--steps {count}: the network was trained with {schedule.T:,} steps")
+    sampling = config.get("sampling", {})
+    spacing = args.spacing or sampling.get("spacing", "beta")
+    clamp = args.clamp or sampling.get("clamp", "static")
+    steps = spaced_steps(schedule.T, count, spacing)
+    return Model(place(net, accelerator.device), schedule, steps, domains, accelerator, clamp)
+
+
+def makes_faces(net: Network) -> bool:
+    """Whether a network is one of those for faces, and has no classes."""
+    is_for_faces = isinstance(net, tuple(FACE_NETS.values()))
+    return is_for_faces and not net.config["arguments"].get("n_classes")
+
+
+def check_faces(config: dict[str, Any], args: Generate) -> None:
+    """Raise UserError for a network without a schedule, and for options that are for digits."""
+    if "schedule" not in config:
+        raise UserError(
+            f"--checkpoint {args.checkpoint}: has no noise schedule; networks of p2_score.py are "
+            "sampled with p2_score.py sample"
+        )
+    for field in fields(args):
+        if field.name in OF_DIGITS and getattr(args, field.name) != field.default:
+            flag = "--" + field.name.replace("_", "-")
+            raise UserError(f"{flag}: is for digits, but {args.checkpoint} makes faces")
+
+
+def check_digits(net: Any, config: dict[str, Any], args: Generate) -> list[str]:
+    """The domains of a network for digits. Raises UserError for what the options want besides."""
     classes = check_makes_digits(net, args.checkpoint)
+    if args.num_images is not None:
+        raise UserError(
+            f"--num-images: is for faces, but {args.checkpoint} makes digits; take --per-class"
+        )
     if args.plain_one_hot:
         if not getattr(net, "flipped_one_hot", False):
             raise UserError(f"--plain-one-hot: {args.checkpoint} is not a published ContextUnet")
@@ -227,12 +311,7 @@ def load_model(args: Generate) -> Model:
         if domain not in domains:
             known = " ".join(domains)
             raise UserError(f"--domains {domain}: {args.checkpoint} only knows {known}")
-    schedule = read_schedule(config, args)
-    count = default_steps(args.sampler, schedule.T) if args.steps is None else args.steps
-    if count > schedule.T:
-        raise UserError(f"--steps {count}: the network was trained with {schedule.T:,} steps")
-    steps = spaced_steps(schedule.T, count, args.spacing)
-    return Model(place(net, accelerator.device), schedule, steps, domains, accelerator)
+    return domains
 
 
 def check_makes_digits(net: Network, checkpoint: Path) -> int:
@@ -316,30 +395,9 @@ def draw_plots(model: Model, domain: str, folder: Path, args: Generate) -> None:
     sampling = sample_digits(model, domain, digits, numbers, args.guidance, args)
     total = len(model.steps) + 1
     states = list(show_progress(sampling, total, f"{domain}, grid, steps"))
-    save_grid(states[-1].pixels, folder / f"{domain}_grid.png", columns=10)
-
-    stride = math.ceil(len(states) / 50)  # at most 50 frames, and the last state
-    shown = [*states[:-1:stride], states[-1]]
-    frames = [grid_of(state.pixels, 10) for state in shown]
-    save_gif(frames, folder / f"{domain}_reverse.gif", 150)
-
-    six = evenly_spread(states, model.schedule.T)
-    first_zero = torch.stack([state.pixels[0] for state in six])
-    names = [f"t = {state.t}" for state in six]
-    save_labelled(first_zero, folder / f"{domain}_reverse.png", [domain], names)
+    draw_digits(states, model.schedule.T, domain, folder)
     if args.guidance_sweep:
         draw_guidance_sweep(model, domain, folder, args)
-
-
-def evenly_spread(states: list[State], timesteps: int) -> list[State]:
-    """The states nearest to t = T, 4/5 T, …, 0; fewer than six if there are fewer steps."""
-    chosen = []
-    for number in range(5, -1, -1):
-        t = timesteps * number / 5
-        nearest = min(states, key=lambda state: abs(state.t - t))
-        if not any(nearest is state for state in chosen):
-            chosen.append(nearest)
-    return chosen
 
 
 def draw_guidance_sweep(model: Model, domain: str, folder: Path, args: Generate) -> None:
@@ -353,16 +411,57 @@ def draw_guidance_sweep(model: Model, domain: str, folder: Path, args: Generate)
     save_labelled(torch.cat(rows), folder / f"{domain}_guidance.png", row_names, column_names)
 
 
+def write_faces(model: Model, folder: Path, names: Sequence[str], args: Generate) -> None:
+    """Write the faces under their names; several processes take turns at the batches."""
+    accelerator = model.accelerator
+    total = len(names)
+    starts = range(0, total, args.batch_size)
+    for start in starts[accelerator.process_index :: accelerator.num_processes]:
+        numbers = range(start, min(start + args.batch_size, total))
+        what = f"faces {start + 1:,} to {numbers.stop:,} of {total:,}, steps"
+        states = sample_faces(model, numbers, args)
+        last = last_of(show_progress(states, len(model.steps) + 1, what))
+        for number, image in zip(numbers, face_pixels(model, last.x), strict=True):
+            save_image(image, folder / names[number])
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        print(f"{total:,} faces: {folder}")
+
+
+def draw_face_grids(model: Model, folder: Path, args: Generate) -> None:
+    """Draw the first ten faces at ten steps of the sampler."""
+    steps = model.steps
+    states = show_progress(sample_faces(model, range(10), args), len(steps) + 1, "grid, steps")
+    about = f"{args.sampler}, {len(steps)} of {model.schedule.T:,} steps, seed {args.seed}"
+    draw_faces(states, steps, lambda x: face_pixels(model, x), about, folder)
+
+
+def make_faces(model: Model, args: Generate) -> None:
+    """Check the folders, then write faces and grids."""
+    names = face_names(args.num_images or 1_000)
+    make_output_dir(args.output_dir, only=names)
+    if args.plots_dir is not None:
+        refuse_plots_among_images(args.plots_dir, [args.output_dir])
+        make_output_dir(args.plots_dir, "--plots-dir")
+    model.accelerator.wait_for_everyone()  # all have looked before the first one writes
+    write_faces(model, args.output_dir, names, args)
+    if args.plots_dir is not None and model.accelerator.is_main_process:
+        draw_face_grids(model, args.plots_dir, args)
+
+
 def main(args: Generate) -> None:
     """Check everything, then generate."""
     model = load_model(args)
+    if makes_faces(model.net):
+        make_faces(model, args)
+        return
     domains = args.domains or tuple(model.domains)
     per_class = args.per_class or (50 if len(domains) > 1 else 100)
     folders = {}
     for domain in domains:
         folders[domain] = args.output_dir / domain if len(domains) > 1 else args.output_dir
     if args.plots_dir is not None:
-        refuse_plots_among_digits(args.plots_dir, list(folders.values()))
+        refuse_plots_among_images(args.plots_dir, list(folders.values()))
     names = []
     for digit in range(10):
         names += [file_name(digit, number) for number in range(1, per_class + 1)]
@@ -376,13 +475,13 @@ def main(args: Generate) -> None:
             draw_plots(model, domain, args.plots_dir, args)
 
 
-def refuse_plots_among_digits(plots_dir: Path, folders: list[Path]) -> None:
-    """Raise UserError if the plots would lie in a folder of digits, which graders read whole."""
+def refuse_plots_among_images(plots_dir: Path, folders: list[Path]) -> None:
+    """Raise UserError if the plots would lie in a folder of images, which graders read whole."""
     plots = plots_dir.resolve()
     for folder in folders:
         if folder.resolve() in (plots, *plots.parents):
             raise UserError(
-                f"--plots-dir {plots_dir}: lies among the digits, where graders would read it too"
+                f"--plots-dir {plots_dir}: lies among the images, where graders would read it too"
             )
 
 

@@ -15,17 +15,28 @@ from torch import Tensor, nn
 
 import p2_ddpm_infer
 import p2_ddpm_train
+from common import reverse_process
 from common.checkpoints import load_net, load_weights
 from common.cli import UserError
 from common.data import Images, normalise, shuffled, to_uint8
 from common.device import make_accelerator
+from common.faces import make_face_net
 from common.files import ROOT
 from common.rng import ImageNoise, derive_seed, make_rng
 from diffusion.schedule import Schedule
 from models.autoencoder import Autoencoder
 from models.context_unet import ContextUnet
+from models.ddim_unet import DdimUnet
 from models.latent_unet import LatentUnet
-from p2_ddpm_infer import Generate, Model, load_model, sample_digits, to_pixels
+from p2_ddpm_infer import (
+    Generate,
+    Model,
+    face_pixels,
+    load_model,
+    sample_digits,
+    sample_faces,
+    to_pixels,
+)
 from p2_ddpm_train import Train, balance, load_data, make_net, noise_losses, train
 from tests.conftest import save_net
 
@@ -345,6 +356,15 @@ def test_latents_and_those_of_mirrored_faces_are_learned(faces_dir, autoencoder,
         train(dataclasses.replace(again, output_dir=args.output_dir.parent / "third"))
 
 
+def test_two_processes_train_faces(faces_dir, autoencoder):
+    options = {"autoencoder": autoencoder, "flip": True, "epochs": 1, "images_per_epoch": 4}
+    args = small_faces(faces_dir, "run", **options)
+    train_with_two_processes(args)
+    state = torch.load(args.output_dir / "last.pt", weights_only=True)
+    assert state["step"] == 1
+    assert all(value.isfinite().all() for value in state["net"].values())
+
+
 def test_bad_faces_are_named(faces_dir, autoencoder, error_of, monkeypatch):
     monkeypatch.chdir(faces_dir.parent)
 
@@ -365,19 +385,27 @@ def test_bad_faces_are_named(faces_dir, autoencoder, error_of, monkeypatch):
     assert f"--data-dir {faces_dir}: has 1 image" in error("--data-dir", faces_dir)
 
 
+def run_with_two_processes(script: str, *flags: object) -> None:
+    """Run a script under torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc_per_node", "2", ROOT / script, *flags]
+    words = [str(word) for word in command]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def train_with_two_processes(args: Train) -> None:
-    """Run the script under torchrun, with the options in which `args` differs from the defaults."""
+    """Train under torchrun, with the options in which `args` differs from the defaults."""
     flags = ["--data-dir", args.data_dir, "--output-dir", args.output_dir]
     flags += ["--device", args.device, "--precision", args.precision]
     flags += ["--domains", *args.domains]
     for name in ("epochs", "images_per_epoch", "batch_size", "width", "timesteps", "clip"):
         flags += ["--" + name.replace("_", "-"), getattr(args, name)]
     flags += ["--schedule", args.schedule]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc_per_node", "2", ROOT / "p2_ddpm_train.py", *flags]
-    words = [str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr
+    if args.autoencoder is not None:
+        flags += ["--net", args.net, "--size", args.size, "--blocks", args.blocks]
+        flags += ["--autoencoder", args.autoencoder, "--flip"]
+    run_with_two_processes("p2_ddpm_train.py", *flags)
 
 
 def gradient_of_the_first_step(args: Train) -> dict[str, Tensor]:
@@ -529,8 +557,9 @@ def test_guidance_is_on_within_its_interval_only():
     """Of the steps at t / T = 0.9, 0.4 and 0.1, only 0.4 lies in the interval from 0.2 to 0.6."""
     schedule = Schedule(1000, beta_start=1e-6, beta_end=1e-5, rule="as-given")  # little noise
     net = Constant()
-    model = Model(net, schedule, [900, 400, 100], ["mnistm"], make_accelerator("cpu", "fp32"))
-    args = generate(Path(), Path(), sampler="ddim", interval=(0.2, 0.6), clamp="none")
+    accelerator = make_accelerator("cpu", "fp32")
+    model = Model(net, schedule, [900, 400, 100], ["mnistm"], accelerator, clamp="none")
+    args = generate(Path(), Path(), sampler="ddim", interval=(0.2, 0.6))
     *_, last = sample_digits(model, "mnistm", [0, 0], [1, 2], 3.0, args)
     assert net.batches == [2, 4, 2]  # guidance needs a batch of twice the size
 
@@ -542,6 +571,107 @@ def test_guidance_is_on_within_its_interval_only():
         x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
         x = math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev) * eps
     assert (last.pixels.int() - to_uint8(x).int()).abs().max() <= 1
+
+
+# Faces
+
+
+def face_net(tmp_path: Path, kind: str, autoencoder: Path) -> Path:
+    """A network for 16x16 faces with ten steps, as p2_ddpm_train.py saves it, not trained."""
+    torch.manual_seed(0)
+    net = make_face_net(16, 32, 1, autoencoder=autoencoder if kind == "latents" else None)
+    nn.init.normal_(net.get_parameter("unet.out.2.weight" if kind == "latents" else "out.2.weight"))
+    clamp = "none" if kind == "latents" else "static"
+    schedule = Schedule(10, rule="respaced").to_config()
+    sampling = {"spacing": "trailing", "clamp": clamp}
+    file = tmp_path / f"{kind}.safetensors"
+    return save_net(net, file, domains=["faces"], size=16, schedule=schedule, sampling=sampling)
+
+
+@pytest.mark.parametrize("kind", ["pixels", "latents"])
+def test_faces_and_their_grids_are_written(kind, autoencoder, tmp_path, monkeypatch):
+    drawn = {}
+
+    def keep(pixels, path, rows, columns, title):
+        drawn[path.name] = (pixels, rows, columns, title)
+
+    monkeypatch.setattr(reverse_process, "save_labelled", keep)
+    args = Generate(
+        checkpoint=face_net(tmp_path, kind, autoencoder),
+        output_dir=tmp_path / "out",
+        num_images=3,
+        sampler="ddpm",
+        plots_dir=tmp_path / "plots",
+        batch_size=2,
+        device="cpu",
+        precision="fp32",
+    )
+    p2_ddpm_infer.main(args)
+    images = read_folder(args.output_dir)
+    assert list(images) == ["0000.png", "0001.png", "0002.png"]
+    assert images["0000.png"].shape == (16, 16, 3)
+
+    noisy, rows, columns, title = drawn["faces_xt.png"]
+    assert rows == [f"{number:04d}.png" for number in range(10)]
+    assert columns == [f"t = {t}" for t in range(10, 0, -1)]  # all ten steps
+    assert title == "x_t: ddpm, 10 of 10 steps, seed 0"
+    predicted = drawn["faces_x0.png"][0]
+    model = load_model(args)
+    states = list(sample_faces(model, [2], args))
+    for grid, tensors in (
+        (noisy, [state.x for state in states[:-1]]),
+        (predicted, [state.x0 for state in states[1:]]),
+    ):
+        for column, tensor in enumerate(tensors):
+            difference = grid[2 * 10 + column].int() - face_pixels(model, tensor)[0].int()
+            assert difference.abs().max() <= 1
+    last = predicted[29].permute(1, 2, 0).numpy().astype(int)
+    assert largest_difference(images["0002.png"], last) <= 1
+
+
+def test_grids_show_at_most_ten_steps():
+    assert reverse_process.evenly_chosen(3, 10) == [0, 1, 2]
+    assert reverse_process.evenly_chosen(10, 10) == list(range(10))
+    assert reverse_process.evenly_chosen(1000, 10)[:2] == [0, 111]
+    assert reverse_process.evenly_chosen(1000, 10)[-1] == 999
+
+
+def test_two_processes_write_the_faces_of_one(autoencoder, tmp_path):
+    args = Generate(
+        checkpoint=face_net(tmp_path, "latents", autoencoder),
+        output_dir=tmp_path / "one",
+        num_images=5,
+        steps=2,
+        batch_size=2,
+        device="cpu",
+        precision="fp32",
+    )
+    p2_ddpm_infer.main(args)
+    flags = ["--checkpoint", args.checkpoint, "--output-dir", tmp_path / "two"]
+    flags += ["--num-images", 5, "--steps", 2, "--batch-size", 2]
+    run_with_two_processes("p2_ddpm_infer.py", *flags, "--device", "cpu", "--precision", "fp32")
+    one, two = (
+        {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+        for folder in (tmp_path / "one", tmp_path / "two")
+    )
+    assert len(one) == 5
+    assert one == two
+
+
+def test_options_of_others_are_refused(checkpoint, autoencoder, tmp_path, error_of):
+    face = face_net(tmp_path, "pixels", autoencoder)
+    score = save_net(
+        DdimUnet(size=16, width=32, blocks=1, multipliers=(1,)), tmp_path / "s.safetensors"
+    )
+    for file, words, message in (
+        (face, ["--per-class", 3], "--per-class: is for digits, but"),
+        (face, ["--guidance", 2], "--guidance: is for digits, but"),
+        (face, ["--steps", 11], "--steps 11: the network was trained with 10 steps"),
+        (score, [], "has no noise schedule; networks of p2_score.py"),
+        (checkpoint, ["--num-images", 3], "--num-images: is for faces, but"),
+    ):
+        options = ["--output-dir", tmp_path / "y", "--checkpoint", file, *words]
+        assert message in error_of(Generate, p2_ddpm_infer.main, *options)
 
 
 # Published checkpoints
@@ -639,8 +769,8 @@ def test_bad_options_of_generating_are_named(checkpoint, tmp_path, monkeypatch, 
     (tmp_path / "trained.safetensors").symlink_to(checkpoint)
     for words, message in (
         (["--domains", "usps"], "--domains usps:"),
-        (["--domains", "svhn", "--plots-dir", "y/z"], "y/z: lies among the digits"),
-        (["--plots-dir", "y/svhn"], "y/svhn: lies among the digits"),
+        (["--domains", "svhn", "--plots-dir", "y/z"], "y/z: lies among the images"),
+        (["--plots-dir", "y/svhn"], "y/svhn: lies among the images"),
         (["--plain-one-hot"], "is not a published ContextUnet"),
         (["--steps", 7], "--steps 7: the network was trained with 6 steps"),
         (["--interval", 0.8, 0.2], "--interval 0.8 0.2: must rise"),
