@@ -40,7 +40,7 @@ from common.data import (
 from common.device import Device, Precision, make_accelerator, place
 from common.faces import FaceStates, load_faces, make_face_net
 from common.figures import read_grids, save_curves, save_gif, save_grid
-from common.rng import ImageNoise, derive_seed, make_rng
+from common.rng import ImageNoise, derive_seed, make_rng, seed_dropout
 from common.run import Run
 from common.training import update_ema, warmup_cosine
 from diffusion.guidance import predict_eps
@@ -236,6 +236,7 @@ def train(args: Train) -> dict[str, Any]:
         learning_rate = args.lr * warmup_cosine(step / last, warm_up=0.02)
         adam.param_groups[0]["lr"] = learning_rate
         rng = make_rng(args.seed, "step", step, accelerator.process_index, device=device)
+        seed_dropout(args.seed, step, accelerator.process_index)
 
         # The batch: a fixed number of images from each domain.
         images = []

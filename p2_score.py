@@ -36,7 +36,7 @@ from common.faces import FACE_NETS, FaceNet, FaceStates, face_names, load_faces,
 from common.figures import read_grids, save_curves, save_gif, save_grid, save_image, save_labelled
 from common.files import make_output_dir
 from common.progress import show_progress
-from common.rng import ImageNoise, derive_seed, make_rng
+from common.rng import ImageNoise, derive_seed, make_rng, seed_dropout
 from common.run import Run
 from common.training import update_ema, warmup_cosine
 from diffusion.noise_levels import (
@@ -234,6 +234,7 @@ def train(args: Train) -> dict[str, Any]:
         learning_rate = args.lr * warmup_cosine(step / last, warm_up=0.02)
         adam.param_groups[0]["lr"] = learning_rate
         rng = make_rng(args.seed, "step", step, accelerator.process_index, device=device)
+        seed_dropout(args.seed, step, accelerator.process_index)
         rows = draw_batch(states.count, step, args.batch_size, accelerator, args.seed, "order")
         x0 = states.draw(rows, rng).contiguous(memory_format=torch.channels_last)
 
@@ -302,6 +303,11 @@ def measure_levels(states: FaceStates, args: Train) -> NoiseLevels:
     try:
         if sigma_max is None:
             sigma_max = largest_distance(some, PAIRS, make_rng(args.seed, "pairs"))
+        if args.sigma_min >= sigma_max:
+            raise UserError(
+                f"--sigma-min {args.sigma_min:g}: must be below {sigma_max:.4g}, the largest "
+                f"distance of two images in {args.data_dir}"
+            )
         return NoiseLevels(args.sigma_min, sigma_max, some.std().item(), args.parametrization)
     except ValueError as error:
         raise UserError(f"--data-dir {args.data_dir}: {error}") from None
@@ -409,7 +415,7 @@ def langevin(
 def predictor_corrector(
     denoise: Denoise, x: Tensor, sigmas: list[float], snr: float, draw: ImageNoise
 ) -> Iterator[State]:
-    """At each level an ancestral step to the next, then a Langevin step there: algorithm 4 of Song."""
+    """At each level an ancestral step to the next, then a Langevin step there (algorithm 4)."""
     for number, sigma in enumerate(sigmas):
         denoised = denoise(x, sigma)
         yield State(sigma, x, denoised)

@@ -23,6 +23,14 @@ def make_rng(*key: int | str, device: torch.device | str = "cpu") -> torch.Gener
     return torch.Generator(device).manual_seed(derive_seed(*key))
 
 
+def seed_dropout(*key: int | str) -> None:
+    """Seed torch's global generator, which dropout draws from, with `derive_seed("dropout", *key)`.
+
+    Called in every step, it makes a resumed run drop the same activations.
+    """
+    torch.manual_seed(derive_seed("dropout", *key))
+
+
 class ImageNoise:
     """Noise for a batch of numbered images. What image k gets depends on (seed, k) alone.
 

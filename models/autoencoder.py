@@ -116,23 +116,21 @@ class Autoencoder(Network):
 class PatchCritic(nn.Module):
     """Scores of overlapping patches of an image: positive for real ones.
 
-    Isola et al., 2017, https://arxiv.org/abs/1611.07004, with spectral normalisation (Miyato et
-    al., 2018, https://arxiv.org/abs/1802.05957).
+    Isola et al., 2017, https://arxiv.org/abs/1611.07004, with group normalisation.
     """
 
     def __init__(self, in_channels: int = 3, width: int = 32) -> None:
         super().__init__()
-        normal = nn.utils.parametrizations.spectral_norm
         self.net = nn.Sequential(
-            normal(nn.Conv2d(in_channels, width // 2, 4, 2, 1)),
+            nn.Conv2d(in_channels, width, 4, 2, 1),
             nn.LeakyReLU(0.2),
-            normal(nn.Conv2d(width // 2, width, 4, 2, 1)),
+            nn.Conv2d(width, 2 * width, 4, 2, 1),
+            _norm(2 * width),
             nn.LeakyReLU(0.2),
-            normal(nn.Conv2d(width, 2 * width, 4, 2, 1)),
+            nn.Conv2d(2 * width, 4 * width, 4, 2, 1),
+            _norm(4 * width),
             nn.LeakyReLU(0.2),
-            normal(nn.Conv2d(2 * width, 2 * width, 3, 1, 1)),
-            nn.LeakyReLU(0.2),
-            normal(nn.Conv2d(2 * width, 1, 3, 1, 1)),
+            nn.Conv2d(4 * width, 1, 3, 1, 1),
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,0 +1,269 @@
+r"""Train the autoencoder in whose latents the diffusion models of faces can work.
+
+Diffusion spends most of its time on the grain of an image. An autoencoder takes that over: it makes
+latents with a twelfth of the numbers, and reads them again. The diffusion model then learns only
+what a face is like, at a fraction of the cost.
+
+Paper: Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, 2022,
+https://arxiv.org/abs/2112.10752. Its loss has three parts, here too: the difference of the pixels,
+that of the features of a trained network (Zhang et al., 2018, https://arxiv.org/abs/1801.03924),
+and what a critic of small patches objects to.
+
+    python p2_autoencoder.py --output-dir runs/p2/autoencoder
+    python p2_score.py train --autoencoder runs/p2/autoencoder/model.safetensors \
+        --output-dir runs/p2/score
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.cli import UserError, above, at_least, below, in_range, is_seed, run_cli
+from common.data import draw_batch, normalise, to_uint8
+from common.device import Device, Precision, make_accelerator, place
+from common.faces import load_faces
+from common.figures import save_curves, save_grid
+from common.rng import derive_seed, make_rng
+from common.run import Run
+from common.training import update_ema, warmup_cosine
+from metrics.features import find_efficientnet, load_efficientnet
+from models.autoencoder import FACTOR, Autoencoder, PatchCritic
+
+STAGES = 4  # of the EfficientNet's, whose features are compared
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Train an autoencoder on a folder of images. The last epoch is the result."""
+
+    output_dir: Path
+    """Run directory. The same command again continues an interrupted run."""
+    data_dir: Path = Path("hw2_data")
+    """Data folder with face/train in it, or any folder of images."""
+    size: int = 64
+    """Images are resized to this height and width."""
+    latent_channels: int = 4
+    """Channels of the latents."""
+    encoder_width: int = 32
+    """Channels of the encoder's first level."""
+    decoder_width: int = 48
+    """Channels of the decoder's middle level."""
+    latent_noise: float = 0.1
+    """Deviation of the noise on the latents, which teaches the decoder to forgive small errors."""
+    perceptual: Literal["efficientnet", "none"] = "efficientnet"
+    """Network whose features are compared; without one only the pixels and the critic count."""
+    perceptual_weight: float = 1.0
+    """Weight of the difference of the features."""
+    critic_weight: float = 0.1
+    """Weight of the critic's opinion; 0 trains without a critic."""
+    flip: bool = True
+    """Mirror half of the images."""
+    epochs: int = 40
+    """Passes over the images."""
+    batch_size: int = 16
+    """Images of a step, over all processes."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW: warmed up over 3 % of the steps, then a half cosine to 0."""
+    critic_lr: float = 4e-4
+    """Learning rate of the critic's AdamW."""
+    ema_decay: float = 0.995
+    """Decay of the averaged network, which is the one that is saved."""
+    seed: int = 0
+    """Seed of initialisation, order and noise."""
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "auto"
+    """bf16 autocast where the hardware is fast at it, or fp32."""
+
+    def __post_init__(self) -> None:
+        in_range("--size", self.size, 16, 1_024)
+        if self.size % (2 * FACTOR):
+            raise UserError(f"--size {self.size}: must be a multiple of {2 * FACTOR}")
+        in_range("--latent-channels", self.latent_channels, 1, 1_024)
+        for flag, width in (
+            ("--encoder-width", self.encoder_width),
+            ("--decoder-width", self.decoder_width),
+        ):
+            if width < 16 or width % 16 or width > 1_024:
+                raise UserError(f"{flag} {width}: must be a multiple of 16, up to 1,024")
+        in_range("--latent-noise", self.latent_noise, 0, 10)
+        in_range("--perceptual-weight", self.perceptual_weight, 0, 1e3)
+        in_range("--critic-weight", self.critic_weight, 0, 1e3)
+        at_least("--epochs", self.epochs, 1)
+        at_least("--batch-size", self.batch_size, 2)
+        above("--lr", self.lr, 0, 1)
+        above("--critic-lr", self.critic_lr, 0, 1)
+        below("--ema-decay", self.ema_decay, 0, 1)
+        is_seed("--seed", self.seed)
+
+
+Perceptual = Callable[[Tensor, Tensor], Tensor]
+
+
+def train(args: Train) -> dict[str, Any]:
+    """Train one run; returns the content of result.json (on the main process)."""
+    accelerator = make_accelerator(args.device, args.precision)
+    device = accelerator.device
+    run = Run(args, accelerator)
+    if run.result is not None:
+        return run.result if run.is_main else {}
+    pixels = load_faces(args.data_dir, args.size, args.output_dir.parent / "cache").to(device)
+    perceptual = perceptual_distance(args, device)
+
+    torch.manual_seed(derive_seed(args.seed, "init"))
+    bare_net = place(make_net(args), device)
+    bare_critic = place(PatchCritic(), device)
+    ema = copy.deepcopy(bare_net)
+    adam = torch.optim.AdamW(bare_net.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
+    critic_adam = torch.optim.AdamW(
+        bare_critic.parameters(), args.critic_lr, betas=(0.5, 0.99), weight_decay=0
+    )
+    net, critic, adam, critic_adam = accelerator.prepare(bare_net, bare_critic, adam, critic_adam)
+    parts = {
+        "net": bare_net,
+        "critic": bare_critic,
+        "ema": ema,
+        "adam": adam,
+        "critic_adam": critic_adam,
+    }
+
+    steps_per_epoch = max(1, len(pixels) // args.batch_size)
+    last = args.epochs * steps_per_epoch
+    first = run.load_state(parts)
+    for step in run.steps(first, last, args.batch_size):
+        net.train()
+        learning_rate = args.lr * warmup_cosine(step / last, warm_up=0.03)
+        adam.param_groups[0]["lr"] = learning_rate
+        rng = make_rng(args.seed, "step", step, accelerator.process_index, device=device)
+        rows = draw_batch(len(pixels), step, args.batch_size, accelerator, args.seed, "order")
+        images = mirror_some(normalise(pixels[rows]), rng, args.flip)
+        images = images.contiguous(memory_format=torch.channels_last)
+        latent_shape = (len(rows), *bare_net.latent_shape)
+        noise = args.latent_noise * torch.randn(latent_shape, generator=rng, device=device)
+
+        decoded = net(images, noise).float()
+        losses = {}
+        if args.critic_weight > 0:
+            # The critic: real patches above 1, decoded ones below -1 (hinge loss).
+            score_real, score_decoded = critic(torch.cat([images, decoded.detach()])).chunk(2)
+            critic_loss = F.relu(1 - score_real).mean() + F.relu(1 + score_decoded).mean()
+            critic_adam.zero_grad()
+            accelerator.backward(critic_loss)
+            critic_adam.step()
+            losses["critic_loss"] = critic_loss
+
+        # The autoencoder: near to the image, to its features, and to what the critic likes.
+        losses["pixels"] = (decoded - images).abs().mean()
+        losses["features"] = perceptual(decoded, images)
+        loss = losses["pixels"] + args.perceptual_weight * losses["features"]
+        if args.critic_weight > 0:
+            bare_critic.requires_grad_(False)
+            with accelerator.autocast():
+                losses["objection"] = -bare_critic(decoded).float().mean()
+            loss = loss + args.critic_weight * losses["objection"]
+        adam.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(bare_net.parameters(), 1.0)
+        adam.step()
+        bare_critic.requires_grad_(True)
+        update_ema(ema, bare_net, args.ema_decay, step)
+
+        run.add_losses(step, losses)
+        epoch, rest = divmod(step + 1, steps_per_epoch)
+        epoch_ends = rest == 0
+        if epoch_ends:
+            row = {"step": step + 1, "epoch": epoch} | run.epoch_means(steps_per_epoch)
+            end_epoch(run, ema, pixels, row)
+        if run.save_due() or epoch_ends:
+            run.save_state(step + 1, parts)
+    if run.is_main:
+        run.save_model(ema, ema.config | {"seed": args.seed})
+        run.finish(run.history()[-1])
+    return run.result or {}
+
+
+def make_net(args: Train) -> Autoencoder:
+    """The autoencoder of the options."""
+    return Autoencoder(
+        size=args.size,
+        latent_channels=args.latent_channels,
+        encoder_width=args.encoder_width,
+        decoder_width=args.decoder_width,
+    )
+
+
+def mirror_some(images: Tensor, rng: torch.Generator, flip: bool) -> Tensor:
+    """Mirror every second image (batch, channels, height, width), at random."""
+    if not flip:
+        return images
+    mirrored = torch.rand(len(images), generator=rng, device=images.device) < 0.5
+    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+
+
+def perceptual_distance(args: Train, device: torch.device) -> Perceptual:
+    """The difference of two batches of images in the features of --perceptual, or 0.
+
+    The features of a position are brought to length 1, as in LPIPS. Their squared difference is
+    averaged over positions and images, and over the first stages of the network.
+    """
+    if args.perceptual == "none":
+        return lambda images, others: images.new_zeros(())
+    network = place(load_efficientnet(find_efficientnet()), device).requires_grad_(False)
+
+    def features(images: Tensor) -> list[Tensor]:
+        x = (127.5 * images + 0.5) / 128  # the network's normalisation, for images in [-1, 1]
+        x = network.bn1(network.conv_stem(x))
+        stages = []
+        for block in network.blocks[:STAGES]:
+            x = block(x)
+            stages.append(F.normalize(x.float(), dim=1))
+        return stages
+
+    def distance(images: Tensor, others: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = features(others)
+        total = images.new_zeros(())
+        for ours, theirs in zip(features(images), wanted, strict=True):
+            total = total + (ours - theirs).square().sum(1).mean()
+        return total / STAGES
+
+    return distance
+
+
+@torch.inference_mode()
+def end_epoch(run: Run, ema: Autoencoder, pixels: Tensor, row: dict[str, Any]) -> None:
+    """Log the epoch; draw the curves, and images beside what is left of them."""
+    if not run.is_main:
+        return
+    run.log_metrics(row)
+    run.log_row(row)
+    panels = {
+        "difference of pixels": ["pixels"],
+        "difference of features": ["features"],
+        "critic": ["critic_loss", "objection"],
+    }
+    save_curves(run.history(), panels, run.dir / "figures" / "curves.png")
+    some = pixels[:16]
+    ema.eval()
+    with run.accelerator.autocast():
+        decoded = to_uint8(ema.decode(ema.encode(normalise(some))))
+    pairs = torch.stack([some, decoded], dim=1)  # (16 images, 2, 3, height, width)
+    file = run.dir / "samples" / f"epoch_{row['epoch']:04d}.png"
+    save_grid(pairs.flatten(0, 1).cpu(), file, columns=8)
+
+
+def main(args: Train) -> dict[str, Any]:
+    """Train."""
+    return train(args)
+
+
+if __name__ == "__main__":
+    run_cli(Train, main)
