@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.checkpoints import load_net
 from common.cli import UserError, above, at_least, below, in_range, is_seed, run_cli
 from common.data import draw_batch, normalise, to_uint8
 from common.device import Device, Precision, make_accelerator, place
@@ -66,6 +67,10 @@ class Train:
     """Weight of the critic's opinion; 0 trains without a critic."""
     flip: bool = True
     """Mirror half of the images."""
+    init: Path | None = None
+    """model.safetensors of another run, whose weights the training starts from."""
+    decoder_only: bool = False
+    """Train the decoder of --init alone, so that its latents stay what they are."""
     epochs: int = 40
     """Passes over the images."""
     batch_size: int = 16
@@ -97,6 +102,8 @@ class Train:
         in_range("--latent-noise", self.latent_noise, 0, 10)
         in_range("--perceptual-weight", self.perceptual_weight, 0, 1e3)
         in_range("--critic-weight", self.critic_weight, 0, 1e3)
+        if self.decoder_only and self.init is None:
+            raise UserError("--decoder-only: needs --init, whose encoder stays as it is")
         at_least("--epochs", self.epochs, 1)
         at_least("--batch-size", self.batch_size, 2)
         above("--lr", self.lr, 0, 1)
@@ -122,7 +129,8 @@ def train(args: Train) -> dict[str, Any]:
     bare_net = place(make_net(args), device)
     bare_critic = place(PatchCritic(), device)
     ema = copy.deepcopy(bare_net)
-    adam = torch.optim.AdamW(bare_net.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
+    weights = [weight for weight in bare_net.parameters() if weight.requires_grad]
+    adam = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=1e-4)
     critic_adam = torch.optim.AdamW(
         bare_critic.parameters(), args.critic_lr, betas=(0.5, 0.99), weight_decay=0
     )
@@ -140,6 +148,8 @@ def train(args: Train) -> dict[str, Any]:
     first = run.load_state(parts)
     for step in run.steps(first, last, args.batch_size):
         net.train()
+        if args.decoder_only:
+            bare_net.standard.eval()  # the mean and variance of the latents stay, too
         learning_rate = args.lr * warmup_cosine(step / last, warm_up=0.03)
         adam.param_groups[0]["lr"] = learning_rate
         rng = make_rng(args.seed, "step", step, accelerator.process_index, device=device)
@@ -171,7 +181,7 @@ def train(args: Train) -> dict[str, Any]:
             loss = loss + args.critic_weight * losses["objection"]
         adam.zero_grad()
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(bare_net.parameters(), 1.0)
+        accelerator.clip_grad_norm_(weights, 1.0)
         adam.step()
         bare_critic.requires_grad_(True)
         update_ema(ema, bare_net, args.ema_decay, step)
@@ -191,13 +201,24 @@ def train(args: Train) -> dict[str, Any]:
 
 
 def make_net(args: Train) -> Autoencoder:
-    """The autoencoder of the options."""
-    return Autoencoder(
+    """The autoencoder of the options, with the weights of --init.
+
+    Raises UserError if those are another network's.
+    """
+    net = Autoencoder(
         size=args.size,
         latent_channels=args.latent_channels,
         encoder_width=args.encoder_width,
         decoder_width=args.decoder_width,
     )
+    if args.init is not None:
+        found, _ = load_net(args.init, {"autoencoder": Autoencoder}, "--init")
+        if found.config != net.config:
+            raise UserError(f"--init {args.init}: is a network of other sizes than the options'")
+        net.load_state_dict(found.state_dict())
+    if args.decoder_only:
+        net.encoder.requires_grad_(False)
+    return net
 
 
 def mirror_some(images: Tensor, rng: torch.Generator, flip: bool) -> Tensor:
@@ -216,7 +237,14 @@ def perceptual_distance(args: Train, device: torch.device) -> Perceptual:
     """
     if args.perceptual == "none":
         return lambda images, others: images.new_zeros(())
-    network = place(load_efficientnet(find_efficientnet()), device).requires_grad_(False)
+    try:
+        network = load_efficientnet(find_efficientnet())
+    except UserError as error:
+        reason = str(error).removeprefix("--features efficientnet: ").split("; --features")[0]
+        raise UserError(
+            f"--perceptual efficientnet: {reason}; --perceptual none needs nothing"
+        ) from None
+    network = place(network, device).requires_grad_(False)
 
     def features(images: Tensor) -> list[Tensor]:
         x = (127.5 * images + 0.5) / 128  # the network's normalisation, for images in [-1, 1]
