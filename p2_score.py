@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoints import load_net
-from common.cli import UserError, above, at_least, below, in_range, is_seed, run_cli
+from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
 from common.data import decode_images, draw_batch, to_uint8
 from common.device import Device, Precision, make_accelerator, place
 from common.faces import FACE_NETS, FaceNet, FaceStates, face_names, load_faces, make_face_net
@@ -200,6 +200,33 @@ class Sample(Sampling):
                 raise UserError(f"{flag} {path}: must not lie in --output-dir")
         if self.grid is not None and self.grid.suffix != ".png":
             raise UserError(f"--grid {self.grid}: must end in .png")
+
+
+@dataclass(kw_only=True)
+class Table(Sampling):
+    """Compare the samplers by number of network calls: quality and seconds, in one table."""
+
+    data_dir: Path = Path("hw2_data")
+    """Data folder: its face/val is compared with, its face/train gives the last row."""
+    samplers: tuple[Sampler, ...] = ("langevin", "pc", "ancestral", "euler", "heun")
+    """Samplers to compare."""
+    calls: tuple[int, ...] = (10, 25, 35, 100, 300, 1_000, 2_500)
+    """Numbers of calls of the network."""
+    count: int = 1_000
+    """Images of each row."""
+    count_above: int = 128
+    """Images of a row with more than 100 calls, on a CPU."""
+    weights: Path | None = None
+    """Weights of the Inception network (pt_inception-2015-12-05-6726825d.pth), for a column FID."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        each_once("--samplers", self.samplers)
+        each_once("--calls", self.calls)
+        for calls in self.calls:
+            at_least("--calls", calls, 1)
+        at_least("--count", self.count, 2)
+        at_least("--count-above", self.count_above, 2)
 
 
 # Training
@@ -621,14 +648,18 @@ def draw_denoising(model: Model, plan: Plan, folder: Path, args: Sampling) -> No
         save_labelled(grid.flatten(0, 1), folder / f"{name}.png", rows, columns, title)
 
 
-def main(args: Train | Sample) -> Any:
+def main(args: Train | Sample | Table) -> Any:
     """Run one command."""
     match args:
         case Train():
             return train(args)
         case Sample():
             return sample(args)
+        case Table():
+            from experiments.score_samplers import fill_table  # which imports this script
+
+            return fill_table(args)
 
 
 if __name__ == "__main__":
-    run_cli(Train | Sample, main)
+    run_cli(Train | Sample | Table, main)

@@ -140,6 +140,7 @@ class DdimUnet(Network):
         }
         self.patch = patch
         self.shape = (in_channels, size, size)  # of the images, without the batch
+        self.image_size = size
         pixels = in_channels * patch**2
         time = 4 * width
         self.time = nn.Sequential(

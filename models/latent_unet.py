@@ -41,6 +41,7 @@ class LatentUnet(Network):
             },
         }
         self.shape = self.unet.shape
+        self.image_size = self.autoencoder.config["arguments"]["size"]
 
     def train(self, mode: bool = True) -> LatentUnet:
         """Set the mode of the U-Net alone."""

@@ -1,0 +1,188 @@
+"""Rows of faces and their scores: what the tables of experiments/ share.
+
+A row has a folder with its images, the seconds they took, and the result.json of every score. What
+is there is not computed again, so that an interrupted table goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import evaluate
+from common.cli import UserError
+from common.data import decode_images, load_folder
+from common.device import Device
+from common.faces import face_names, load_faces
+from common.figures import save_image, save_labelled, save_table
+from common.files import atomic_write, make_output_dir
+from common.rng import make_rng
+
+STRIP = 10  # faces of a row in samples.png
+
+
+class Reference(NamedTuple):
+    """Folders of real images, resized as for training: to compare with, and a row of their own."""
+
+    val: Path
+    train: Path
+    description: str
+
+
+def write_reference(
+    output_dir: Path, data_dir: Path, size: int, count: int, seed: int
+) -> Reference:
+    """Write the validation images and `count` training images as the training sees them.
+
+    Raises UserError if there are fewer training images.
+    """
+    cache = output_dir / "cache"
+    val = load_folder(data_dir / "face" / "val", (size, size), cache).pixels
+    train = load_faces(data_dir, size, cache)
+    if len(train) < count:
+        raise UserError(f"--count {count}: there are only {len(train):,} training images")
+    order = torch.randperm(len(train), generator=make_rng(seed, "reference"))
+    folder = output_dir / "reference"
+    for name, pixels in (("val", val), ("train", train[order[:count]])):
+        for file, image in zip(face_names(len(pixels)), pixels, strict=True):
+            if not (folder / name / file).exists():
+                save_image(image, folder / name / file)
+    description = (
+        f"seed {seed}, against {len(val):,} validation images of {data_dir}, "
+        f"all resized to {size}x{size} (PIL, bicubic)"
+    )
+    return Reference(folder / "val", folder / "train", description)
+
+
+class Scores(NamedTuple):
+    """What is measured of a set of faces; None where it could not be."""
+
+    kid: float | None
+    distance: float  # of random features
+    fid: float | None
+    one_face: float  # share in percent
+
+
+def measure(
+    images: Path, folder: Path, reference: Reference, device: Device, weights: Path | None = None
+) -> Scores:
+    """The scores of a folder of images, computed unless `folder` has them.
+
+    KID needs a package with the weights of its network, FID a file of them (`weights`).
+    """
+    val = reference.val
+    random = evaluate.Fid(
+        images, val, features="random", output_dir=folder / "distance", device=device
+    )
+    faces = evaluate.Faces(images, output_dir=folder / "faces")
+    kernel = evaluate.Kid(images, val, output_dir=folder / "kid", device=device)
+    kid = None
+    try:
+        kid = read_or_compute(kernel)["distance"]
+    except UserError as error:  # the package of its network is missing
+        print(f"left out: KID ({error})", file=sys.stderr)
+    fid = None
+    if weights is not None:
+        inception = evaluate.Fid(
+            images, val, weights=weights, output_dir=folder / "fid", device=device
+        )
+        fid = read_or_compute(inception)["distance"]
+    distance = read_or_compute(random)["distance"]
+    return Scores(kid, distance, fid, read_or_compute(faces)["one_face_percent"])
+
+
+def read_or_compute(command: Any) -> dict[str, Any]:
+    """The result.json of a score, computed if it is not there."""
+    file = command.output_dir / "result.json"
+    if not file.exists():
+        evaluate.main(command)
+    return json.loads(file.read_text())
+
+
+def timed(folder: Path, count: int, write: Callable[[], Any]) -> float:
+    """Let `write()` write the images of a row, unless that is done; returns seconds an image."""
+    file = folder / "seconds.json"
+    if not file.exists():
+        started = time.monotonic()
+        write()
+        seconds = (time.monotonic() - started) / count
+        atomic_write(file, json.dumps(seconds) + "\n")
+    return json.loads(file.read_text())
+
+
+class Lines:
+    """The lines of a table so far, and the folder of images of each."""
+
+    def __init__(
+        self,
+        columns: list[str],
+        output_dir: Path,
+        reference: Reference,
+        title: str,
+        device: Device,
+        weights: Path | None = None,
+    ) -> None:
+        """`columns` are those before the scores; `title` says what the numbers are about."""
+        self.output_dir = output_dir
+        self.reference = reference
+        self.title = title
+        self.device: Device = device
+        self.weights = weights
+        self.header = [*columns, "KID × 1,000", "random-feature distance"]
+        if weights is not None:
+            self.header.append("FID")
+        self.header += ["exactly one face, %", "seconds an image"]
+        self.rows: list[list[str]] = []
+        self.folders: dict[str, Path] = {}
+
+    def add(self, words: list[str], folder: Path, images: Path, seconds: float | None) -> None:
+        """Measure a folder of images, add its line and write the table; `words` come first."""
+        scores = measure(images, folder, self.reference, self.device, self.weights)
+        cells = [decimals(scores.kid, 1), f"{scores.distance:.2f}"]
+        if self.weights is not None:
+            cells.append(decimals(scores.fid, 2))
+        cells += [f"{scores.one_face:.1f}", decimals(seconds, 3)]
+        self.rows.append([*words, *cells])
+        self.folders[" · ".join(word for word in words if word)] = images
+        save_table([self.header, *self.rows], self.output_dir / "table.png", self.title)
+
+    def draw_samples(self, size: int) -> None:
+        """Draw samples.png: the first faces of every row."""
+        strips = []
+        for images in self.folders.values():
+            files = sorted(images.glob("*.png"))[:STRIP]
+            strips.append(decode_images(files, (size, size)))
+        columns = [str(number) for number in range(len(strips[0]))]
+        file = self.output_dir / "samples.png"
+        save_labelled(torch.cat(strips), file, list(self.folders), columns, self.title)
+
+    def print(self) -> None:
+        """Print the table and where it is."""
+        table = self.output_dir / "table.md"
+        print(f"{self.title}\n\n{table.read_text()}{table.with_suffix('.png')}")
+
+
+def decimals(value: float | None, digits: int) -> str:
+    """A number in a cell; – if there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def check_shared(output_dir: Path, shared: dict[str, Any]) -> None:
+    """Raise UserError if the folder holds a table with other values of `shared`; keeps them."""
+    words = {name: str(value) for name, value in shared.items()}
+    about = make_output_dir(output_dir) / "about.json"
+    if about.exists():
+        before = json.loads(about.read_text())
+        for name, value in words.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"--output-dir {output_dir}: holds a table of something else "
+                    f"({name} was {before.get(name)}, is {value})"
+                )
+    atomic_write(about, json.dumps(words, indent=1) + "\n")

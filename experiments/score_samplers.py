@@ -1,0 +1,104 @@
+r"""The samplers of score-based models side by side: quality and time by number of network calls.
+
+This is `p2_score.py table`. A row is a sampler with its calls of the network: the noise levels,
+KID × 1,000, the Fréchet distance of random features and with --weights FID, the share of images
+with exactly one face, and the seconds an image takes, start included. Langevin dynamics also has
+the variance that its steps leave of the noise, by NCSNv2's rule: 1 would be exact, and with few
+calls it cannot be.
+
+All rows use the same checkpoint and the seeds of the same images; the last is that of real training
+images. The same command again measures what is missing. Beside the table there is samples.png with
+the first faces of every row.
+
+    python experiments/score_samplers.py --checkpoint runs/p2/score/model.safetensors \
+        --output-dir runs/p2/score-table
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import p2_score
+from common.cli import run_cli
+from common.device import available_devices
+from diffusion.noise_levels import langevin_length, langevin_variance
+from experiments.face_rows import Lines, check_shared, timed, write_reference
+from p2_score import Plan, Sample, Table
+
+FEW_CALLS = 100  # up to which a CPU samples all --count images
+COLUMNS = ["sampler", "calls", "levels", "variance left", "images"]
+
+
+def fill_table(args: Table) -> list[list[str]]:
+    """Sample and evaluate what is missing; write the table after each row; returns its lines."""
+    model = p2_score.load_model(args)
+    check_shared(
+        args.output_dir,
+        {
+            "checkpoint": hashlib.sha256(args.checkpoint.read_bytes()).hexdigest(),
+            "data_dir": args.data_dir.resolve(),
+            "count": args.count,
+            "count_above": args.count_above,
+            "seed": args.seed,
+            "final_denoising": args.final_denoising,
+            "snr": args.snr,
+            "rho": args.rho,
+        },
+    )
+    size = model.net.image_size
+    reference = write_reference(args.output_dir, args.data_dir, size, args.count, args.seed)
+    title = f"{args.checkpoint.name}: {reference.description}"
+    lines = Lines(COLUMNS, args.output_dir, reference, title, args.device, args.weights)
+    for calls in args.calls:
+        for sampler in args.samplers:
+            plan = p2_score.make_plan(model, sampler, calls, args.rho)
+            count = count_of(args, calls)
+            folder = args.output_dir / "rows" / f"{sampler}-{calls}"
+            options = sample_options(args, plan, calls, count, folder / "images")
+            seconds = timed(folder, count, lambda options=options: p2_score.sample(options))
+            words = [
+                sampler,
+                f"{plan.calls:,}",
+                str(len(plan.sigmas)),
+                variance_left(plan),
+                f"{count:,}",
+            ]
+            lines.add(words, folder, folder / "images", seconds)
+    words = ["real images", "", "", "", f"{args.count:,}"]
+    lines.add(words, args.output_dir / "real", reference.train, None)
+    lines.draw_samples(size)
+    lines.print()
+    return lines.rows
+
+
+def count_of(args: Table, calls: int) -> int:
+    """How many images a row has: fewer on a CPU if they take many calls."""
+    device = available_devices()[0] if args.device == "auto" else args.device
+    if calls > FEW_CALLS and device == "cpu":
+        return min(args.count, args.count_above)
+    return args.count
+
+
+def sample_options(args: Table, plan: Plan, calls: int, count: int, folder: Path) -> Sample:
+    """The options of `p2_score.py sample` for a row."""
+    shared = {}
+    for field in dataclasses.fields(p2_score.Sampling):
+        shared[field.name] = getattr(args, field.name)
+    shared["output_dir"] = folder
+    return Sample(**shared, sampler=plan.sampler, calls=calls, num_images=count)
+
+
+def variance_left(plan: Plan) -> str:
+    """The variance that Langevin dynamics leaves of each level's noise; empty for the others."""
+    if plan.sampler != "langevin" or len(plan.sigmas) < 2:
+        return ""
+    ratio = plan.sigmas[0] / plan.sigmas[1]
+    return f"{langevin_variance(langevin_length(ratio, plan.steps), ratio, plan.steps):.2f}"
+
+
+if __name__ == "__main__":
+    run_cli(Table, fill_table)
