@@ -107,7 +107,8 @@ def save_labelled(
             axis.set_title(columns[column], fontsize=9)
         if column == 0:
             axis.set_ylabel(rows[row], fontsize=9, rotation=0, ha="right", va="center")
-    figure.suptitle(title, fontsize=10)
+    above = 0.35 / figure.get_figheight()  # 0.35 inch, room for the names of the columns
+    figure.suptitle(title, fontsize=10, y=figure.subplotpars.top + above, va="bottom")
     save_figure(figure, path)
 
 
