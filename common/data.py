@@ -19,7 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common.cli import UserError
 from common.files import atomic_write
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 DIGIT_DOMAINS = ("mnistm", "svhn", "usps")
 DIGIT_SIZE = (28, 28)
 SUFFIXES = {".png", ".jpg", ".jpeg"}
-CACHE_VERSION = 1  # raise it when decoding changes
+CACHE_VERSION = 2  # raise it when decoding changes
 
 
 class Images(NamedTuple):
@@ -92,8 +92,9 @@ def list_images(folder: Path, recursive: bool = False) -> list[Path]:
 def decode_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """Read one image file as uint8 (3, height, width).
 
-    Grey becomes three equal channels. With `size` (height, width) the image is resized (bicubic,
-    antialiased). Raises UserError that names a file that is missing, broken or has 16 bits.
+    Grey becomes three equal channels. With `size` (height, width) the largest centred part of that
+    shape is resized (bicubic, antialiased). Raises UserError that names a file that is missing,
+    broken or has 16 bits.
     """
     try:
         with Image.open(path) as file:
@@ -107,7 +108,7 @@ def decode_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     if size is not None:
         height, width = size
         if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     return np.asarray(image).transpose(2, 0, 1)  # (height, width, 3) → (3, height, width)
 
 

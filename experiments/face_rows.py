@@ -154,11 +154,10 @@ class Lines:
 
     def draw_samples(self, size: int) -> None:
         """Draw samples.png: the first faces of every row."""
-        strips = []
-        for images in self.folders.values():
-            files = sorted(images.glob("*.png"))[:STRIP]
-            strips.append(decode_images(files, (size, size)))
-        columns = [str(number) for number in range(len(strips[0]))]
+        files_of_rows = [sorted(images.glob("*.png")) for images in self.folders.values()]
+        count = min(STRIP, *map(len, files_of_rows))
+        strips = [decode_images(files[:count], (size, size)) for files in files_of_rows]
+        columns = [str(number) for number in range(count)]
         file = self.output_dir / "samples.png"
         save_labelled(torch.cat(strips), file, list(self.folders), columns, self.title)
 

@@ -23,36 +23,37 @@ same command again continues; trainings and rows that are there are kept.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torch
 
 import evaluate
 import p2_ddpm_infer
 import p2_ddpm_train
 from common import gan
-from common.cli import UserError, at_least, each_once, in_range, is_seed, run_cli
-from common.data import decode_images, load_folder
+from common.cli import at_least, each_once, in_range, is_seed, run_cli
 from common.device import Device, Precision
-from common.faces import face_names, load_faces
-from common.figures import save_csv, save_curves, save_image, save_labelled, save_table
-from common.files import ROOT, atomic_write, make_output_dir
-from common.rng import make_rng
+from common.figures import save_csv, save_curves
+from common.files import ROOT
 from diffusion.schedule import USUAL_T, Prediction, Rule
+from experiments.face_rows import (
+    Lines,
+    Reference,
+    check_shared,
+    read_or_compute,
+    timed,
+    write_reference,
+)
 from p2_ddpm_infer import Sampler
 
 GANS = tuple(ROOT / "checkpoints" / f"{name}_faces.safetensors" for name in ("dcgan", "wgangp"))
 CURVE_STEPS = 50  # of DDIM, or T
-STRIP = 10  # faces of a row in samples.png
+COLUMNS = ["T", "rule", "sampler", "steps"]
 # What all rows must share; a training run itself refuses other options of training.
 SHARED = ("count", "seed", "size", "data_dir", "device", "precision")
 
@@ -164,14 +165,6 @@ class Row(NamedTuple):
         return f"{self.net.name}-{sampler}-{self.steps}"
 
 
-class Reference(NamedTuple):
-    """Folders of real images, resized as for training: to compare with, and for the last row."""
-
-    val: Path
-    train: Path
-    description: str
-
-
 def nets_of(args: Table) -> list[Net]:
     """The networks to train. With T = 1000 both rules are the same."""
     nets = []
@@ -260,125 +253,6 @@ def sample_gan(args: Table, checkpoint: Path, folder: Path) -> None:
     )
 
 
-def write_reference(args: Table) -> Reference:
-    """Write the validation images and --count training images as the training sees them."""
-    cache = args.output_dir / "cache"
-    val = load_folder(args.data_dir / "face" / "val", (args.size, args.size), cache).pixels
-    train = load_faces(args.data_dir, args.size, cache)
-    if len(train) < args.count:
-        raise UserError(f"--count {args.count}: there are only {len(train):,} training images")
-    order = torch.randperm(len(train), generator=make_rng(args.seed, "reference"))
-    chosen = train[order[: args.count]]
-    folder = args.output_dir / "reference"
-    for name, pixels in (("val", val), ("train", chosen)):
-        for file, image in zip(face_names(len(pixels)), pixels, strict=True):
-            if not (folder / name / file).exists():
-                save_image(image, folder / name / file)
-    description = (
-        f"{args.count:,} images a row, seed {args.seed}, against {len(val):,} validation images of "
-        f"{args.data_dir}, all resized to {args.size}x{args.size} (PIL, bicubic)"
-    )
-    return Reference(folder / "val", folder / "train", description)
-
-
-def measure(args: Table, images: Path, folder: Path, reference: Reference) -> dict[str, Any]:
-    """The scores of a folder of images by column, computed unless `folder` has them."""
-    fid = evaluate.Fid(
-        images,
-        reference.val,
-        output_dir=folder / "distance",
-        features="random",
-        device=args.device,
-    )
-    faces = evaluate.Faces(images, output_dir=folder / "faces")
-    kid = evaluate.Kid(images, reference.val, output_dir=folder / "kid", device=args.device)
-    scores = {
-        "distance": read_or_compute(fid)["distance"],
-        "one face": read_or_compute(faces)["one_face_percent"],
-    }
-    try:
-        scores["kid"] = read_or_compute(kid)["distance"]
-    except UserError as error:  # the package of its network is missing
-        print(f"left out: KID ({error})", file=sys.stderr)
-    if args.weights is not None:
-        inception = evaluate.Fid(
-            images,
-            reference.val,
-            output_dir=folder / "fid",
-            weights=args.weights,
-            device=args.device,
-        )
-        scores["fid"] = read_or_compute(inception)["distance"]
-    return scores
-
-
-def read_or_compute(command: Any) -> dict[str, Any]:
-    """The result.json of a score, computed if it is not there."""
-    file = command.output_dir / "result.json"
-    if not file.exists():
-        evaluate.main(command)
-    return json.loads(file.read_text())
-
-
-def timed(args: Table, folder: Path, write: Callable[[], None]) -> float:
-    """Let `write()` write the images of a row, unless that is done; returns seconds an image."""
-    file = folder / "seconds.json"
-    if not file.exists():
-        started = time.monotonic()
-        write()
-        seconds = (time.monotonic() - started) / args.count
-        atomic_write(file, json.dumps(seconds) + "\n")
-    return json.loads(file.read_text())
-
-
-# The table
-
-
-class Lines:
-    """The lines of the table so far, and the folder of images of each."""
-
-    def __init__(self, args: Table, reference: Reference) -> None:
-        self.args = args
-        self.reference = reference
-        self.header = ["T", "rule", "sampler", "steps", "KID × 1,000", "random-feature distance"]
-        if args.weights is not None:
-            self.header.append("FID")
-        self.header += ["exactly one face, %", "seconds an image"]
-        self.rows: list[list[str]] = []
-        self.folders: dict[str, Path] = {}
-
-    def add(self, words: list[str], folder: Path, images: Path, seconds: float | None) -> None:
-        """Measure a folder of images and add its line; `words` are the first four cells."""
-        scores = measure(self.args, images, folder, self.reference)
-        cells = [decimals(scores.get("kid"), 2), decimals(scores["distance"], 2)]
-        if self.args.weights is not None:
-            cells.append(decimals(scores["fid"], 2))
-        cells += [decimals(scores["one face"], 1), "" if seconds is None else f"{seconds:.3g}"]
-        self.rows.append([*words, *cells])
-        self.folders[" · ".join(word for word in words if word)] = images
-        save_table([self.header, *self.rows], self.args.output_dir / "table.png", self.title())
-
-    def title(self) -> str:
-        """What the numbers are about."""
-        return f"{self.args.images:,} images a training; {self.reference.description}"
-
-    def draw_samples(self) -> None:
-        """Draw the first faces of every row."""
-        names = face_names(self.args.count)[:STRIP]
-        strips = []
-        for images in self.folders.values():
-            files = [images / name for name in names]
-            strips.append(decode_images(files, (self.args.size, self.args.size)))
-        columns = [str(number) for number in range(len(names))]
-        file = self.args.output_dir / "samples.png"
-        save_labelled(torch.cat(strips), file, list(self.folders), columns, self.title())
-
-
-def decimals(value: float | None, digits: int) -> str:
-    """A number in a cell; – if it was not measured."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 # The curve
 
 
@@ -420,26 +294,14 @@ def curve_distance(args: Table, images: Path, folder: Path, reference: Reference
     return read_or_compute(command)["distance"]
 
 
-def check_shared(args: Table) -> None:
-    """Raise UserError if the output directory holds a table with other options."""
-    shared = {name: str(getattr(args, name)) for name in SHARED}
-    about = make_output_dir(args.output_dir) / "about.json"
-    if about.exists():
-        before = json.loads(about.read_text())
-        for name, value in shared.items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"--output-dir {args.output_dir}: holds a table of something else "
-                    f"({name} was {before.get(name)}, is {value})"
-                )
-    atomic_write(about, json.dumps(shared, indent=1) + "\n")
-
-
 def main(args: Table) -> list[list[str]]:
     """Train, sample and evaluate what is missing; returns the lines of the table."""
-    check_shared(args)
-    reference = write_reference(args)
-    lines = Lines(args, reference)
+    check_shared(args.output_dir, {name: getattr(args, name) for name in SHARED})
+    reference = write_reference(args.output_dir, args.data_dir, args.size, args.count, args.seed)
+    title = (
+        f"{args.images:,} images a training; {args.count:,} images a row, {reference.description}"
+    )
+    lines = Lines(COLUMNS, args.output_dir, reference, title, args.device, args.weights)
     for net in nets_of(args):
         options = training(args, net)
         p2_ddpm_train.train(options)
@@ -447,19 +309,18 @@ def main(args: Table) -> list[list[str]]:
         for row in rows_of(args, net):
             folder = args.output_dir / "rows" / row.name
             images = folder / "images"
-            seconds = timed(args, folder, partial(sample, args, row, checkpoint, images))
+            seconds = timed(folder, args.count, partial(sample, args, row, checkpoint, images))
             words = [str(net.timesteps), net.rules, row.method, str(row.steps)]
             lines.add(words, folder, images, seconds)
     for checkpoint in args.gans:
         folder = args.output_dir / "rows" / checkpoint.stem
         images = folder / "images"
-        seconds = timed(args, folder, partial(sample_gan, args, checkpoint, images))
+        seconds = timed(folder, args.count, partial(sample_gan, args, checkpoint, images))
         lines.add(["", "", checkpoint.stem, ""], folder, images, seconds)
     lines.add(["", "", "real images", ""], args.output_dir / "real", reference.train, None)
-    lines.draw_samples()
+    lines.draw_samples(args.size)
     draw_curve(args, reference)
-    table = args.output_dir / "table.md"
-    print(f"{lines.title()}\n\n{table.read_text()}{table.with_suffix('.png')}")
+    lines.print()
     return lines.rows
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from common.cli import UserError
-from experiments import faces_by_timesteps
+from experiments import face_rows, faces_by_timesteps
 from experiments.faces_by_timesteps import Net, Table, nets_of, rows_of
 from metrics.features import random_features
 
@@ -62,7 +62,7 @@ def test_every_rule_is_trained_and_sampled_once(table, monkeypatch):
 
     monkeypatch.setattr(faces_by_timesteps.p2_ddpm_infer, "main", None)  # nothing is made again
     monkeypatch.setattr(faces_by_timesteps.evaluate, "main", None)  # or measured
-    monkeypatch.setattr(faces_by_timesteps, "save_labelled", lambda *_: None)
+    monkeypatch.setattr(face_rows, "save_labelled", lambda *_: None)
     assert faces_by_timesteps.main(table) == rows
     with pytest.raises(UserError, match=r"holds a table of something else \(seed was 0, is 1\)"):
         faces_by_timesteps.main(dataclasses.replace(table, seed=1))

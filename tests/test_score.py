@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import evaluate
 import p2_score
 from common.checkpoints import load_weights
 from common.cli import UserError
@@ -39,9 +40,10 @@ from diffusion.samplers import (
     step_pairs,
 )
 from diffusion.schedule import Schedule, spaced_steps
+from metrics.features import random_features
 from models.autoencoder import Autoencoder
 from models.ddim_unet import DdimUnet, Sinusoid
-from p2_score import Sample, Train, train
+from p2_score import Sample, Table, Train, train
 from tests.conftest import noise, save_images, save_net
 
 SPREAD = 0.5  # deviation of the Gaussian data
@@ -479,9 +481,40 @@ def test_two_processes_train(faces_dir):
     assert all(value.isfinite().all() for value in weights.values())
 
 
+def test_the_table_has_a_row_for_every_sampler_and_number_of_calls(trained, tmp_path, monkeypatch):
+    embedding = random_features()  # in place of EfficientNet, which may not be installed
+    monkeypatch.setattr(evaluate, "open_embedding", lambda *_: embedding)
+    for split, seed in (("train", 0), ("val", 1)):
+        save_images(tmp_path / "data" / "face" / split, noise(8, size=16, seed=seed))
+    table = Table(
+        checkpoint=trained,
+        output_dir=tmp_path / "table",
+        data_dir=tmp_path / "data",
+        samplers=("heun", "langevin"),
+        calls=(2, 101),
+        count=4,
+        count_above=2,
+        device="cpu",
+    )
+    rows = p2_score.main(table)
+    assert [row[:3] for row in rows] == [
+        ["heun", "1", "1"],
+        ["langevin", "3", "2"],
+        ["heun", "101", "51"],
+        ["langevin", "102", "101"],
+        ["real images", "", ""],
+    ]
+    assert [row[4] for row in rows] == ["4", "4", "2", "2", "4"]
+    assert float(rows[1][3]) > float(rows[3][3]) > 1  # Langevin's variance, with more levels
+    assert (tmp_path / "table" / "samples.png").is_file()
+    monkeypatch.setattr(p2_score, "sample", None)  # nothing is sampled again
+    monkeypatch.setattr(evaluate, "main", None)  # or measured
+    assert p2_score.main(table) == rows
+
+
 def test_bad_input_is_named(faces_dir, trained, tmp_path, error_of):
     def error(*words: object) -> str:
-        return error_of(Train | Sample, p2_score.main, *words)
+        return error_of(Train | Sample | Table, p2_score.main, *words)
 
     new = ["train", "--output-dir", tmp_path / "new", "--data-dir", faces_dir, "--size", 16]
     small_net = ["--width", 32, "--blocks", 1, "--patch", 4]
