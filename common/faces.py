@@ -33,7 +33,7 @@ def make_face_net(
     """
     if autoencoder is None:
         return make_pixel_net(size, width, blocks, patch, dropout)
-    found, _ = load_net(autoencoder, {"autoencoder": Autoencoder}, "--autoencoder")
+    found = load_autoencoder(autoencoder)
     arguments = found.config["arguments"]
     if arguments["size"] != size:
         raise UserError(
@@ -56,6 +56,16 @@ def make_face_net(
     net = LatentUnet(unet, arguments)
     net.autoencoder.load_state_dict(found.state_dict())
     return net
+
+
+def load_autoencoder(path: Path) -> Autoencoder:
+    """The autoencoder in a file of its own, or the one in the file of a network for its latents.
+
+    Raises UserError for another file.
+    """
+    kinds = {"autoencoder": Autoencoder, "latent_unet": LatentUnet}
+    found, _ = load_net(path, kinds, "--autoencoder")
+    return found.autoencoder if isinstance(found, LatentUnet) else found
 
 
 def make_pixel_net(size: int, width: int, blocks: int, patch: int, dropout: float) -> DdimUnet:

@@ -55,6 +55,14 @@ def test_a_folder_of_any_size_and_format_is_resized(tmp_path):
     assert (images.pixels.int() - 200).abs().max() <= 2  # JPEG is lossy
 
 
+def test_a_photo_that_is_not_square_is_cropped_in_the_middle(tmp_path):
+    photo = Image.new("RGB", (64, 128), (250, 0, 0))
+    photo.paste((10, 10, 10), (0, 32, 64, 96))  # the middle square
+    photo.save(tmp_path / "a.png")
+    images = load_folder(tmp_path, (28, 28))
+    assert (images.pixels[:, :, 2:-2] == 10).all()
+
+
 def test_pixels_survive_normalisation_and_back():
     every_value = torch.arange(256, dtype=torch.uint8)
     assert normalise(every_value)[[0, 255]].tolist() == [-1.0, 1.0]

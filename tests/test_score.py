@@ -387,6 +387,9 @@ def test_training_resumes_bit_for_bit(faces_dir, stop_in_step_1):
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
+    # The autoencoder in a trained network serves the next training as well as the file itself.
+    init = whole.output_dir / "model.safetensors"
+    train(small(faces_dir, "more", epochs=1, init=init, **options | {"autoencoder": init}))
 
 
 @pytest.mark.parametrize("sampler", ["langevin", "pc", "ancestral", "euler", "heun"])
