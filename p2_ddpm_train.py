@@ -86,7 +86,7 @@ class Train:
     dropout: float = 0.0
     """Dropout in the residual blocks of the ddim network."""
     autoencoder: Path | None = None
-    """Work in the latents of this model.safetensors of p2_autoencoder.py (or of a latent network)."""
+    """Work in the latents of this model.safetensors of p2_autoencoder.py (or a latent network)."""
     init: Path | None = None
     """model.safetensors of the same architecture, whose weights the training starts from."""
     shares: tuple[int, ...] = ()

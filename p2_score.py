@@ -80,7 +80,7 @@ class Train:
     size: int = 64
     """Images are resized to this height and width."""
     autoencoder: Path | None = None
-    """Work in the latents of this model.safetensors of p2_autoencoder.py (or of a latent network)."""
+    """Work in the latents of this model.safetensors of p2_autoencoder.py (or a latent network)."""
     parametrization: Parametrization = "edm"
     """What the network's output means: EDM's preconditioning, or the score times σ (ncsn)."""
     sigma_min: float = 0.02
