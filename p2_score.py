@@ -656,9 +656,9 @@ def main(args: Train | Sample | Table) -> Any:
         case Sample():
             return sample(args)
         case Table():
-            from experiments.score_samplers import fill_table  # which imports this script
+            from experiments import score_samplers  # which imports this script
 
-            return fill_table(args)
+            return score_samplers.main(args)
 
 
 if __name__ == "__main__":

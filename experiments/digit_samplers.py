@@ -79,7 +79,7 @@ class Table:
     """Rows with the default sampler and steps: their guidance."""
     interval: tuple[float, float] = Generate.interval
     """The range of t / T in which guidance is on, in every row."""
-    spacing: Spacing = Generate.spacing
+    spacing: Spacing = "beta"
     """Spacing of the steps, in every row."""
     per_class: int = 50
     """Images of each digit and domain."""

@@ -33,7 +33,7 @@ FEW_CALLS = 100  # up to which a CPU samples all --count images
 COLUMNS = ["sampler", "calls", "levels", "variance left", "images"]
 
 
-def fill_table(args: Table) -> list[list[str]]:
+def main(args: Table) -> list[list[str]]:
     """Sample and evaluate what is missing; write the table after each row; returns its lines."""
     model = p2_score.load_model(args)
     check_shared(
@@ -101,4 +101,4 @@ def variance_left(plan: Plan) -> str:
 
 
 if __name__ == "__main__":
-    run_cli(Table, fill_table)
+    run_cli(Table, main)

@@ -27,6 +27,7 @@ MAY_BE_NEGATIVE = {"guidance", "guidances", "guidance_sweep"}
 MAY_BE_ZERO = MAY_BE_NEGATIVE | {
     *("beta1", "beta2", "ema_decay", "weight_decay", "drop", "dropout", "drift", "penalty"),
     *("real_label", "fake_label", "label_smoothing", "instance_noise", "augmentation"),
+    *("latent_noise", "critic_weight", "perceptual_weight"),
     *("lambda_max", "prior", "eta", "etas", "interval"),
     *("seed", "seeds", "offset"),
 }
@@ -38,6 +39,7 @@ MAY_BE_ZERO_IN = {
 # Lists that may be empty although they are not by default: no augmentation, and the rows of a table
 # of which there are several kinds.
 MAY_BE_EMPTY = {"augment", "samplers", "guidances", "gans"}
+MAY_BE_EMPTY_IN = {("experiments.faces_by_timesteps.Table", "steps")}
 
 
 def find_commands() -> dict[str, type]:
@@ -136,7 +138,8 @@ def bad_words(name: str, option: Option) -> Iterator[list[str]]:
             yield [first, value]
         else:
             yield [value]
-    may_be_empty = option.name in MAY_BE_EMPTY or option.default == ()
+    may_be_empty = option.name in MAY_BE_EMPTY or (name, option.name) in MAY_BE_EMPTY_IN
+    may_be_empty = may_be_empty or option.default == ()
     if option.is_list and not may_be_empty:
         yield []
 
