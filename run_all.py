@@ -50,7 +50,7 @@ class RunAll:
     profile: Annotated[str | None, arg(metavar="NAME")] = None
     """quick (the default): small networks, minutes. full: for a GPU. smoke: each step, shortest."""
     only: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
-    """Problems (p1, p2, p3) or parts of them (faces; digits, ddim; dann, clip); by default all."""
+    """Problems (p1, p2, p3) or parts of them (faces; digits, ddim, face-diffusion; dann, clip)."""
     jobs: Annotated[int | None, arg(metavar="INT")] = None
     """Parts that run side by side, each on its share of the cores: by default 2, for full 1."""
     classifier: Annotated[Path | None, arg(metavar="FILE")] = None
@@ -220,7 +220,7 @@ class Places:
     def exists(self, template: str) -> bool:
         """Whether a path of profiles.toml is there."""
         path = self.path(template)
-        return path in self.assumed or (path != "" and Path(path).exists())
+        return path in self.assumed or (path != "" and (ROOT / path).exists())
 
     def assume(self, step: Step) -> None:
         """Treat what a step makes as if it was there."""

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import importlib
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -185,12 +186,8 @@ def test_every_script_prints_its_help(script, monkeypatch, capsys):
 
 
 def command_of(module: ModuleType) -> type:
-    """The dataclass of a script's options."""
-    for value in vars(module).values():
-        is_command = isinstance(value, type) and dataclasses.is_dataclass(value)
-        if is_command and value.__module__ == module.__name__:
-            return value
-    raise AssertionError(f"{module.__name__} has no dataclass")
+    """The dataclass that the script's `main` takes."""
+    return typing.get_type_hints(module.main)["args"]
 
 
 def in_this_process(function: Callable, *arguments: object) -> object:
