@@ -33,9 +33,10 @@ from common.cli import UserError, above, at_least, below, each_once, in_range, i
 from common.data import decode_images, draw_batch, to_uint8
 from common.device import Device, Precision, make_accelerator, place
 from common.faces import FACE_NETS, FaceNet, FaceStates, face_names, load_faces, make_face_net
-from common.figures import read_grids, save_curves, save_gif, save_grid, save_image, save_labelled
+from common.figures import read_grids, save_curves, save_gif, save_grid, save_image
 from common.files import make_output_dir
 from common.progress import show_progress
+from common.reverse_process import draw_way, evenly_chosen
 from common.rng import ImageNoise, derive_seed, make_rng, seed_dropout
 from common.run import Run
 from common.training import update_ema, warmup_cosine
@@ -629,23 +630,22 @@ def describe(model: Model, plan: Plan) -> None:
 def draw_denoising(model: Model, plan: Plan, folder: Path, args: Sampling) -> None:
     """Draw ten images (rows) at ten noise levels (columns): x, and in a second plot D(x, σ).
 
-    x is divided by its deviation √(σ² + σ_data²) and multiplied by σ_data, to be seen at all.
+    x is multiplied by σ_data / √(σ² + σ_data²), which gives it the range of the data.
     """
     make_output_dir(folder, "--plots-dir")
     states = list(sample_faces(model, range(10), plan, args))
-    shown = [states[round(i * (len(states) - 1) / 9)] for i in range(10)]
     noisy = []
-    clean = []
-    for state in shown:
-        shrink = model.levels.sigma_data / math.hypot(state.sigma, model.levels.sigma_data)
-        noisy.append(decode_pixels(model, shrink * state.x))  # (10 images, 3, height, width)
-        clean.append(decode_pixels(model, state.denoised))
-    rows = [f"image {number}" for number in range(10)]
-    columns = [f"σ = {state.sigma:.3g}" for state in shown]
-    for name, levels in (("noisy", noisy), ("denoised", clean)):
-        grid = torch.stack(levels, dim=1)  # (10 images, 10 levels, 3, height, width)
-        title = f"{plan.sampler}, {plan.calls:,} calls"
-        save_labelled(grid.flatten(0, 1), folder / f"{name}.png", rows, columns, title)
+    denoised = []
+    columns = []
+    for number in evenly_chosen(len(states), 10):
+        sigma, x, clean = states[number]
+        shrink = model.levels.sigma_data / math.hypot(sigma, model.levels.sigma_data)
+        noisy.append(decode_pixels(model, shrink * x))
+        denoised.append(decode_pixels(model, clean))
+        columns.append(f"σ = {sigma:.3g}")
+    about = f"{plan.sampler}, {plan.calls:,} calls of the network"
+    draw_way(noisy, columns, f"x: {about}", folder / "noisy.png")
+    draw_way(denoised, columns, f"D(x, σ): {about}", folder / "denoised.png")
 
 
 def main(args: Train | Sample | Table) -> Any:

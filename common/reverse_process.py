@@ -81,14 +81,15 @@ def draw_faces(
             assert after.x0 is not None
             noisy.append(to_pixels(before.x))
             predicted.append(to_pixels(after.x0))
-    rows = face_names(len(noisy[0]))
     columns = [f"t = {steps[number]}" for number in shown]
-    for name, title, pictures in (
-        ("faces_xt", "x_t", noisy),
-        ("faces_x0", "predicted x_0", predicted),
-    ):
-        grid = torch.stack(pictures, dim=1).flatten(0, 1)  # row by row: a face at all its steps
-        save_labelled(grid, folder / f"{name}.png", rows, columns, f"{title}: {about}")
+    draw_way(noisy, columns, f"x_t: {about}", folder / "faces_xt.png")
+    draw_way(predicted, columns, f"predicted x_0: {about}", folder / "faces_x0.png")
+
+
+def draw_way(pictures: Sequence[Tensor], columns: Sequence[str], title: str, file: Path) -> None:
+    """Draw the same faces (rows) at several steps (columns): uint8 (n, 3, height, width) each."""
+    grid = torch.stack(list(pictures), dim=1).flatten(0, 1)  # row by row: a face at all its steps
+    save_labelled(grid, file, face_names(len(pictures[0])), columns, title)
 
 
 def evenly_chosen(count: int, most: int) -> list[int]:

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The trainings of the released face models on one GPU, the most useful first.
+#
+#   bash tools/train_on_gpu.sh DATA_DIR OUTPUT_DIR
+#
+# DATA_DIR has face/train and face/val. Every step is a run directory that continues where it was
+# stopped, and is skipped once it is finished. The steps share one autoencoder.
+set -euo pipefail
+data=$1
+out=$2
+cd "$(dirname "$0")/.."
+gpu="--device cuda --precision bf16"
+
+# 1. The autoencoder: about 280,000 images.
+python p2_autoencoder.py --data-dir "$data" --output-dir "$out/autoencoder" \
+    --epochs 40 --batch-size 32 $gpu
+latents="--autoencoder $out/autoencoder/model.safetensors"
+
+# 2. The score-based model and the DDPM in its latents: 4 million images each.
+python p2_score.py train --data-dir "$data" --output-dir "$out/score" $latents \
+    --epochs 40 --images-per-epoch 100000 --batch-size 256 --lr 1e-3 --dropout 0.1 \
+    --ema-decay 0.9995 $gpu
+python p2_ddpm_train.py --domains faces --net ddim --width 64 --prediction v --rule respaced \
+    --data-dir "$data" --output-dir "$out/ddpm" $latents --flip --dropout 0.1 \
+    --epochs 40 --images-per-epoch 100000 --batch-size 256 --lr 1e-3 $gpu
+
+# 3. The tables: faces by T, and the samplers by number of calls.
+python experiments/faces_by_timesteps.py --data-dir "$data" --output-dir "$out/timesteps" \
+    $latents --prediction v --images 1000000 --batch-size 256 --lr 1e-3 $gpu
+python p2_score.py table --checkpoint "$out/score/model.safetensors" --data-dir "$data" \
+    --output-dir "$out/score-table" $gpu
