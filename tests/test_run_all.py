@@ -582,7 +582,7 @@ def leave_files(script: str, *arguments: str) -> None:
                 "clip_zeroshot/train",
             ):
                 (after("--data-dir") / part).mkdir(parents=True)
-        case ["p2_ddpm_train.py", *_]:
+        case ["p2_ddpm_train.py" | "p2_autoencoder.py", *_] | ["p2_score.py", "train"]:
             (after("--output-dir") / "model.safetensors").touch()
         case ["p2_ddim.py", "eta-grid"]:
             (after("--output-dir") / "eta_grid.png").touch()
@@ -642,12 +642,15 @@ def test_the_quick_profile_from_data_to_the_report(real, tmp_path):
         "p1_dcgan.py train",
         "p1_wgangp.py sample",
         "evaluate.py faces",
-        "p2_ddpm_infer.py",
         "p2_ddim.py generate",
+        "p2_score.py train",
+        "p2_score.py sample",
+        "p2_score.py table",
     ):
         assert command in commands
-    for command in ("p2_ddpm_train.py", "evaluate.py digits", "p3_dann.py embed"):
+    for command in ("p2_ddpm_infer.py", "evaluate.py digits", "p3_dann.py embed"):
         assert commands.count(command) == 2
+    assert commands.count("p2_ddpm_train.py") == 3
     notes = list((tmp_path / "out put/steps").iterdir())
     assert len(notes) == len(ended.calls) - 1
     again = real("my data", "out put")
@@ -689,7 +692,9 @@ def test_data_without_some_parts(real, tmp_path):
         "p1_wgangp.py",
         "evaluate.py",
         "p2_ddpm_train.py",
+        "p2_ddpm_infer.py",
         "p2_ddim.py",
+        "p2_score.py",
         "report.py",
     }
     make_folders(tmp_path / "course", "clip_zeroshot/val")  # the published weights, which may fail
@@ -755,7 +760,8 @@ def test_the_quick_results_do_not_stand_for_the_smoke_profile(real):
     ("only", "scripts"),
     [
         ("p1", {"p1_dcgan", "p1_wgangp"}),
-        ("p2", {"p2_ddpm_train", "p2_ddpm_infer", "p2_ddim"}),
+        ("p2", {"p2_ddpm_train", "p2_ddpm_infer", "p2_ddim", "p2_score"}),
+        ("face-diffusion", {"p2_ddpm_train", "p2_ddpm_infer", "p2_score"}),
         ("p3", {"p3_dann", "p3_clip_zeroshot"}),
         ("dann ddim", {"p3_dann", "p2_ddpm_train", "p2_ddim"}),
     ],
@@ -785,6 +791,47 @@ def test_kid_is_left_out_without_its_package(real):
     assert "left out: KID of dcgan\n" in ended.out
     assert "left out: KID of wgangp\n" in ended.out
     assert len(real("--only", "p1").calls) == 3  # those two again, and the report
+
+
+def test_faces_by_diffusion_are_in_latents_if_there_is_an_autoencoder(real, tmp_path):
+    """Of full's own training; without its package in pixels."""
+    options = ("--profile", "full", "--only", "face-diffusion")
+    file = f"{tmp_path}/output/p2/autoencoder/model.safetensors"
+    for words in face_trainings(real(*options)):
+        assert words[words.index("--autoencoder") + 1] == file
+    ended = real("hw2_data", "out", *options, fail="p2_autoencoder.py")
+    assert "left out: the autoencoder, so that diffusion is in pixels\n" in ended.out
+    assert "--autoencoder" not in str(face_trainings(ended))
+
+
+def test_quick_continues_from_released_weights_if_they_are_there(real, tmp_path, monkeypatch):
+    options = ("--only", "face-diffusion")
+    monkeypatch.setattr(run_all, "ROOT", copy_of_profiles(tmp_path / "project"))
+    assert "--init" not in str(real(*options).calls)
+    make_folders(tmp_path, "project/checkpoints")
+    for name in ("ddpm", "score"):
+        (tmp_path / f"project/checkpoints/{name}_faces.safetensors").touch()
+    ddpm, score = face_trainings(real(*options))
+    for name, words in (("ddpm", ddpm), ("score", score)):
+        file = f"checkpoints/{name}_faces.safetensors"
+        assert words[words.index("--init") + 1] == file
+        assert words[words.index("--autoencoder") + 1] == file
+
+
+def face_trainings(ended: Ended) -> list[list[str]]:
+    """The commands that train DDPM and the score-based model of faces, in a run that succeeded."""
+    assert ended.status == 0
+    ddpm = [call for call in ended.calls if call[0] == "p2_ddpm_train.py"]
+    score = [call for call in ended.calls if call[:2] == ["p2_score.py", "train"]]
+    assert (len(ddpm), len(score)) == (1, 1)
+    return ddpm + score
+
+
+def copy_of_profiles(folder: Path) -> Path:
+    """A folder with nothing but the real profiles.toml."""
+    folder.mkdir()
+    shutil.copy(ROOT / "profiles.toml", folder)
+    return folder
 
 
 def test_the_courses_classifier_is_used_too(real, tmp_path):
@@ -818,7 +865,7 @@ def test_every_command_is_understood(real, monkeypatch, profile):
     assert len(read) == len(calls) > 20
     trainings = [args for args in read if hasattr(args, "shares")]
     batches = [p2_ddpm_train.images_of_a_step(args, 1) for args in trainings]
-    assert [len(batch) for batch in batches] == [2, 1]
+    assert sorted(len(batch) for batch in batches) == [1, 1, 2]
     assert [sum(batch) for batch in batches] == [args.batch_size for args in trainings]
 
 
