@@ -11,7 +11,9 @@ import torch
 from common.checkpoints import load_net
 from common.cli import UserError
 from common.files import ROOT
+from models.autoencoder import Autoencoder
 from models.gan import GENERATORS, Generator
+from models.latent_unet import LatentUnet
 from tests.conftest import save_net
 from tools import release
 from tools.release import Release
@@ -134,6 +136,94 @@ def test_the_card_says_what_was_done_and_no_folder_of_that_machine(released):
     ):
         assert text in card
     assert "secret" not in card
+
+
+# Networks for latents
+
+SMALL = {"size": 16, "latent_channels": 2, "encoder_width": 16, "decoder_width": 16}
+UNET = {"in_channels": 2, "size": 4, "width": 32, "multipliers": (1,), "attention": (), "blocks": 1}
+
+
+@pytest.fixture
+def latent_net() -> LatentUnet:
+    torch.manual_seed(0)
+    return LatentUnet(UNET, Autoencoder(**SMALL).config["arguments"])
+
+
+def with_another_decoder(net: LatentUnet) -> Autoencoder:
+    """The autoencoder of the network after `p2_autoencoder.py --decoder-only`."""
+    other = Autoencoder(**net.autoencoder.config["arguments"])
+    other.load_state_dict(net.autoencoder.state_dict())
+    with torch.no_grad():
+        for parameter in other.decoder.parameters():
+            parameter += 0.25
+    return other
+
+
+def test_a_network_for_latents_is_released_with_a_better_decoder(latent_net, tmp_path):
+    levels = {"sigma_min": 0.02, "sigma_max": 53.07, "sigma_data": 1.0, "parametrization": "edm"}
+    run = make_run(tmp_path / "run", latent_net, noise_levels=levels, seed=7)
+    other = with_another_decoder(latent_net)
+    decoder = save_net(other, tmp_path / "autoencoder.safetensors")
+    out = tmp_path / "out"
+    release.main(Release(run, "plain", output_dir=out))
+    release.main(Release(run, "better", decoder=decoder, output_dir=out))
+    release.main(Release(run, "again", decoder=decoder, output_dir=out))
+    assert (out / "better.safetensors").read_bytes() == (out / "again.safetensors").read_bytes()
+
+    digest = hashlib.sha256(decoder.read_bytes()).hexdigest()
+    net, config = load_net(out / "better.safetensors", release.NETS)
+    plain, plain_config = load_net(out / "plain.safetensors", release.NETS)
+    assert config == plain_config | {"decoder": digest}
+    for name, value in net.state_dict().items():
+        expected = plain.state_dict()[name]
+        if name.startswith("autoencoder.decoder."):
+            expected = other.state_dict()[name.removeprefix("autoencoder.")].half().float()
+        assert torch.equal(value, expected), name
+    card = (out / "better.md").read_text()
+    assert f"| decoder | that of an autoencoder's file of sha256 `{digest}`" in card
+    assert "| noise levels | σ from 53.07 to 0.02, data's deviation 1; edm |" in card
+    assert "| decoder |" not in (out / "plain.md").read_text()
+
+
+def test_a_decoder_for_other_latents_is_refused(latent_net, tmp_path):
+    run = make_run(tmp_path / "run", latent_net)
+    out = tmp_path / "out"
+    other = with_another_decoder(latent_net)
+    with torch.no_grad():
+        other.encoder[1].bias += 1
+    file = save_net(other, tmp_path / "other.safetensors")
+    message = r"--decoder \S+: has another encoder than RUN_DIR's \(encoder\.1\.bias\)"
+    with pytest.raises(UserError, match=message):
+        release.main(Release(run, "faces", decoder=file, output_dir=out))
+    other = with_another_decoder(latent_net)
+    other.standard.running_mean += 1
+    file = save_net(other, tmp_path / "mean.safetensors")
+    with pytest.raises(UserError, match="has another encoder"):
+        release.main(Release(run, "faces", decoder=file, output_dir=out))
+    wide = save_net(Autoencoder(**SMALL | {"decoder_width": 32}), tmp_path / "wide.safetensors")
+    with pytest.raises(UserError, match="is an autoencoder of other sizes than RUN_DIR's"):
+        release.main(Release(run, "faces", decoder=wide, output_dir=out))
+    gan = make_run(tmp_path / "of a gan" / "run", Generator(4, 2))
+    with pytest.raises(UserError, match="is for a network in latents"):
+        release.main(Release(gan, "faces", decoder=file, output_dir=out))
+    assert not out.exists()
+
+
+def test_an_autoencoder_and_a_ddpm_in_latents_have_a_card(latent_net, tmp_path):
+    out = tmp_path / "out"
+    run = make_run(tmp_path / "autoencoder" / "run", latent_net.autoencoder, seed=7)
+    release.main(Release(run, "autoencoder", output_dir=out))
+    assert "| noise levels |" not in (out / "autoencoder.md").read_text()
+    schedule = {"steps": 1000, "kind": "linear", "rule": "respaced", "prediction": "v"}
+    sampling = {"spacing": "trailing", "clamp": "none"}
+    config = {"domains": ["faces"], "schedule": schedule, "sampling": sampling}
+    run = make_run(tmp_path / "ddpm" / "run", latent_net, **config)
+    release.main(Release(run, "ddpm", output_dir=out))
+    card = (out / "ddpm.md").read_text()
+    assert "| noise levels | 1,000 steps, linear; predicts v |" in card
+    assert "| sampling | spacing trailing, clamp none |" in card
+    assert "| data | CelebA: train split |" in card
 
 
 # The data

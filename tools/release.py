@@ -4,7 +4,9 @@ r"""Cut a release from a finished run: checkpoints/NAME.safetensors in half prec
         --results full=full/result.json half=half/result.json
 
 The same run gives the same bytes, and `load_net` loads them into float32. For results of the half
-precision: release, evaluate what was released, and release again.
+precision: release, evaluate what was released, and release again. A network for latents has its
+autoencoder in the file; --decoder puts a decoder in it that was trained further since
+(p2_autoencoder.py --decoder-only).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 from tyro.conf import Positional, arg
 
@@ -26,10 +29,12 @@ from common.checkpoints import load_net
 from common.cli import UserError, run_cli
 from common.files import ROOT, atomic_write
 from models import dann, gan
+from models.autoencoder import Autoencoder
+from models.latent_unet import LatentUnet
 from models.network import Network
 from p2_ddpm_infer import NETS as U_NETS
 
-NETS = gan.GENERATORS | dann.NETS | U_NETS
+NETS = gan.GENERATORS | dann.NETS | U_NETS | {"autoencoder": Autoencoder}
 MOST_BYTES = 16_000_000
 # By domain: its folder in the data folder, its name, and its terms.
 DATA = {
@@ -65,6 +70,8 @@ class Release:
     """Paragraphs for the card."""
     data_dir: Path | None = None
     """The data folder of the run, if it is not where the run read it."""
+    decoder: Path | None = None
+    """model.safetensors of p2_autoencoder.py, whose decoder replaces that of the network."""
     output_dir: Path = ROOT / "checkpoints"
     """Folder to write to."""
 
@@ -100,6 +107,46 @@ def halve(net: Network) -> tuple[dict[str, Tensor], str]:
         f"unchanged: {len(buffers)} buffers, {too_wide} too wide for float16"
     )
     return stored, line
+
+
+def replace_decoder(net: Network, path: Path) -> str:
+    """Put the decoder of an autoencoder's file into a network for latents; returns its hash.
+
+    The hash is the sha256 of the file. Raises UserError for a network without latents, and for an
+    autoencoder of other sizes or with another encoder, whose latents would be others.
+    """
+    if not isinstance(net, LatentUnet):
+        raise UserError(f"--decoder {path}: is for a network in latents, which RUN_DIR's is not")
+    other, _ = load_net(path, {"autoencoder": Autoencoder}, "--decoder")
+    ours = net.autoencoder.state_dict()
+    theirs = other.state_dict()
+    if other.config != net.autoencoder.config:
+        raise UserError(f"--decoder {path}: is an autoencoder of other sizes than RUN_DIR's")
+    for name, value in ours.items():
+        if not name.startswith("decoder.") and not torch.equal(value, theirs[name]):
+            raise UserError(f"--decoder {path}: has another encoder than RUN_DIR's ({name})")
+    net.autoencoder.decoder.load_state_dict(other.decoder.state_dict())
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def describe_sampling(about: dict[str, Any]) -> dict[str, str]:
+    """The card's lines about a diffusion model: its noise levels, its samplers' defaults."""
+    facts = {}
+    schedule = about.get("schedule")
+    if schedule:
+        facts["noise levels"] = (
+            f"{schedule['steps']:,} steps, {schedule['kind']}; predicts {schedule['prediction']}"
+        )
+    levels = about.get("noise_levels")
+    if levels:
+        facts["noise levels"] = (
+            f"σ from {levels['sigma_max']:.4g} to {levels['sigma_min']:.4g}, "
+            f"data's deviation {levels['sigma_data']:.3g}; {levels['parametrization']}"
+        )
+    sampling = about.get("sampling")
+    if sampling:
+        facts["sampling"] = ", ".join(f"{name} {value}" for name, value in sampling.items())
+    return facts
 
 
 def describe_data(about: dict[str, Any], folder: Path) -> dict[str, str]:
@@ -196,6 +243,9 @@ def main(args: Release) -> None:
     history = (args.run_dir / "metrics.jsonl").read_text().splitlines()
     last = json.loads(history[-1])
     net, about = load_net(args.run_dir / "model.safetensors", NETS, "RUN_DIR")
+    decoder = replace_decoder(net, args.decoder) if args.decoder else ""
+    if decoder:
+        about = about | {"decoder": decoder}
     stored, how_stored = halve(net)
     content = safetensors.torch.save(stored, {"config": json.dumps(about)})
     if len(content) > MOST_BYTES:
@@ -220,6 +270,9 @@ def main(args: Release) -> None:
     )
     if "init" in about:
         card["initialised from"] = f"the weights of sha256 `{about['init']}`"
+    if decoder:
+        card["decoder"] = f"that of an autoencoder's file of sha256 `{decoder}`, not RUN_DIR's"
+    card |= describe_sampling(about)
     card["hardware"] = f"{result['seconds'] / 3600:.2f} hours on {hardware}"
 
     weights_file = args.output_dir / f"{args.name}.safetensors"
