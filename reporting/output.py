@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors
 from PIL import Image
 
 from common.cli import UserError
@@ -29,6 +30,7 @@ COURSE = "the course's"
 SYNTHETIC = "synthetic"
 OTHER = "other data"
 UNKNOWN = "data not found"
+COLUMNS = 8  # of faces in a row
 LARGEST_FILM = 4_000_000  # bytes; of a larger one the page shows the last frame only
 
 
@@ -74,7 +76,38 @@ class Output:
             return Table(title, [])
         return Table(title, list(csv.reader(path.read_text().splitlines())))
 
+    def metadata(self, name: str) -> dict[str, Any]:
+        """The configuration in a network's file; empty if there is no file."""
+        path = self.folder / name
+        if not path.is_file():
+            return {}
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                return json.loads(file.metadata()["config"])
+        except (safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise UserError(f"{path}: not a whole network ({error})") from None
+
     # Images
+
+    def faces(self, name: str, what: str) -> dict[str, Any] | None:
+        """The first 32 images of a folder as one image, 8 in a row; else as `image`."""
+        files = sorted((self.folder / name).glob("*.png"))[:32]
+        if not files:
+            self.missing.append([f"figure: {what}", f"not run ({name} is not there)"])
+            return None
+        try:
+            tiles = [Image.open(file).convert("RGB") for file in files]
+        except (OSError, SyntaxError):
+            raise UserError(f"{self.folder / name}: has a file that is not a whole image") from None
+        width, height = tiles[0].size
+        rows = -(-len(tiles) // COLUMNS)
+        grid = Image.new("RGB", (width * min(COLUMNS, len(tiles)), height * rows))
+        for number, tile in enumerate(tiles):
+            row, column = divmod(number, COLUMNS)
+            grid.paste(tile, (column * width, row * height))
+        content = io.BytesIO()
+        grid.save(content, "png")
+        return as_found(content.getvalue(), "image/png", *grid.size, kind="pixels")
 
     def image(self, name: str, what: str, kind: str) -> dict[str, Any] | None:
         """An image as a data URI, with its size and its kind: "plot", "pixels" or "film".
@@ -97,8 +130,7 @@ class Output:
                     content = last_frame(image)
         except (OSError, SyntaxError):
             raise UserError(f"{path}: not a whole image") from None
-        source = f"data:{mime};base64,{base64.b64encode(content).decode()}"
-        return {"source": source, "width": width, "height": height, "kind": kind}
+        return as_found(content, mime, width, height, kind)
 
     # Data
 
@@ -149,6 +181,14 @@ def has_course_counts(data_dir: Path, part: str) -> bool:
         if count != COURSE_COUNTS.get(name):
             return False
     return True
+
+
+def as_found(
+    content: bytes, mime: str | None, width: int, height: int, kind: str
+) -> dict[str, Any]:
+    """An image for the page, with its content as a data URI."""
+    source = f"data:{mime};base64,{base64.b64encode(content).decode()}"
+    return {"source": source, "width": width, "height": height, "kind": kind}
 
 
 def last_frame(image: Image.Image) -> bytes:

@@ -15,6 +15,7 @@ from reporting.output import Output, Row, Table
 from reporting.verdicts import BARS, HEADER, NO_BAR, Measure, number
 
 METHODS = {"dcgan": "DCGAN", "wgangp": "WGAN-GP"}
+FACE_MODELS = {"face-ddpm": "DDPM", "score-based": "score-based model"}
 NAMES = {"mnistm": "MNIST-M", "svhn": "SVHN", "usps": "USPS"}
 RANDOM_DISTANCE = "random-feature Fréchet distance"
 KERNEL_DISTANCE = "EfficientNet KID × 1,000"
@@ -27,6 +28,11 @@ def all_tables(output: Output) -> dict[str, Table]:
         "p1_differences": gan_differences(output),
         "p2_ddpm": digits_table(output),
         "p2_ddim": ddim_table(output),
+        "p2_faces": face_table(output),
+        "p2_face_settings": face_settings(output),
+        "p2_samplers": output.table(
+            "p2/score-table/table.csv", "Samplers of the score-based model"
+        ),
         "p3_dann": dann_table(output),
         "p3_dann_methods": output.table(
             "p3/table.csv",
@@ -50,21 +56,33 @@ def gan_table(output: Output) -> Table:
     """Distances and face rate of both GANs."""
     rows = [HEADER]
     for method, name in METHODS.items():
-        scores = {}
-        for path in sorted(output.folder.glob(f"p1/score/{method}-*/result.json")):
-            score = output.json(path)
-            scores[score.get("metric")] = score
-        random = scores.get(RANDOM_DISTANCE, {})
+        scores = face_scores(output, f"p1/score/{method}")
         fid = distance(output, scores.get("FID", {}), f"FID, {name}")
         fid.bar = BARS["fid"]
-        if random:
+        if RANDOM_DISTANCE in scores:
             fid.why = "PROFILE=full runs it, with the weights of its Inception network"
         rows.append(fid.row())
-        rows.append(kernel_distance(output, scores.get(KERNEL_DISTANCE, {}), name).row())
-        label = f"random-feature distance (not FID), {name}"
-        rows.append(distance(output, random, label).row())
-        rows.append(face_rate(output, scores.get("exactly one face", {}), name).row())
+        rows += [measure.row() for measure in face_measures(output, scores, name)]
     return Table("Generated faces", rows)
+
+
+def face_scores(output: Output, start: str) -> dict[str, dict[str, Any]]:
+    """The scores of a set of faces by their metric; the names of their folders have one start."""
+    scores = {}
+    for path in sorted(output.folder.glob(f"{start}-*/result.json")):
+        score = output.json(path)
+        scores[score.get("metric", "")] = score
+    return scores
+
+
+def face_measures(output: Output, scores: dict[str, dict[str, Any]], name: str) -> list[Measure]:
+    """What every method's faces are measured by: both distances, and the rate of one face."""
+    label = f"random-feature distance (not FID), {name}"
+    return [
+        kernel_distance(output, scores.get(KERNEL_DISTANCE, {}), name),
+        distance(output, scores.get(RANDOM_DISTANCE, {}), label),
+        face_rate(output, scores.get("exactly one face", {}), name),
+    ]
 
 
 def distance(output: Output, score: dict[str, Any], label: str) -> Measure:
@@ -220,6 +238,62 @@ def ddim_table(output: Output) -> Table:
         images=len(score.get("images", ())),
     )
     return Table("Faces from the given noises", [HEADER, error.row()])
+
+
+def face_table(output: Output) -> Table:
+    """Distances and face rate of the faces of both diffusion models."""
+    rows = [HEADER]
+    for model, name in FACE_MODELS.items():
+        scores = face_scores(output, f"p2/score/{model}")
+        rows += [measure.row() for measure in face_measures(output, scores, name)]
+    return Table("Faces of two diffusion models", rows)
+
+
+def face_settings(output: Output) -> Table:
+    """How both diffusion models were set, side by side; no rows unless both are there."""
+    title = "How the two models of these faces were set"
+    columns = []
+    for model in FACE_MODELS:
+        run = f"p2/{model}"
+        network = output.metadata(f"{run}/model.safetensors")
+        arguments = output.arguments(run)
+        if not (network and arguments):
+            return Table(title, [])
+        columns.append(
+            [
+                state_in_words(network),
+                levels_in_words(network),
+                str(arguments.get("prediction", arguments.get("parametrization"))),
+                f"{arguments['epochs'] * arguments['images_per_epoch']:,}",
+                str(arguments.get("init") or "random weights"),
+            ]
+        )
+    names = [
+        "what is noised",
+        "levels of noise",
+        "what the network predicts",
+        "images of training",
+        "initialised from",
+    ]
+    rows = [list(row) for row in zip(names, *columns, strict=True)]
+    return Table(title, [["setting", *FACE_MODELS.values()], *rows])
+
+
+def state_in_words(network: dict[str, Any]) -> str:
+    """Pixels or latents, and how many numbers they are."""
+    arguments = network["arguments"]
+    unet = arguments.get("unet", arguments)
+    kind = "latents of an autoencoder" if "autoencoder" in arguments else "pixels"
+    return f"{kind}, {unet['size']}x{unet['size']} with {unet['in_channels']} channels"
+
+
+def levels_in_words(network: dict[str, Any]) -> str:
+    """The levels of noise: a schedule, or a range of σ."""
+    schedule = network.get("schedule")
+    if schedule:
+        return f"{schedule['steps']:,} steps, {schedule['kind']}"
+    levels = network["noise_levels"]
+    return f"σ from {levels['sigma_max']:.4g} to {levels['sigma_min']:.4g}"
 
 
 # Problem 3: domain adaptation and zero-shot classification

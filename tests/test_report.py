@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 import report
@@ -196,6 +197,44 @@ def write_ddim(folder: Path) -> None:
         write_image(folder / f"{name}.png")
 
 
+def write_face_model(folder: Path, data_dir: Path, kid: float, network: dict, **options) -> None:
+    """Problem 2: a diffusion model of faces in pixels, a face of it, and two of its scores."""
+    arguments = {"size": 64, "in_channels": 3}
+    network = {"net": "ddim_unet", "arguments": arguments} | network
+    name = "face-ddpm" if "schedule" in network else "score-based"
+    run = folder / "p2" / name
+    write_run(run, data_dir, {"seconds": 1.0}, epochs=3, images_per_epoch=500, **options)
+    safetensors.numpy.save_file({}, run / "model.safetensors", {"config": json.dumps(network)})
+    write_image(run / "figures/curves.png")
+    write_film(run / "figures/training.gif", frames=2)
+    write_image(folder / "p2/generated" / name / "0000.png", 70)
+    real = {"real": str(data_dir / "face/val")}
+    score = {"images": {"generated": 100}, "arguments": real}
+    kid = score | {"metric": "EfficientNet KID × 1,000", "distance": kid, "floor": -0.05}
+    kid |= {"subset_mean": 24.7, "subset_sd": 0.9, "subset_size": 100}
+    write_json(folder / f"p2/score/{name}-kid/result.json", kid)
+    random = score | {"metric": "random-feature Fréchet distance", "distance": 16.9, "floor": 1.2}
+    write_json(folder / f"p2/score/{name}-random/result.json", random)
+
+
+def write_face_models(folder: Path, data_dir: Path) -> None:
+    """Problem 2: both diffusion models of faces, their plots, and the samplers' table."""
+    schedule = {"schedule": {"steps": 1000, "kind": "linear"}}
+    levels = {"noise_levels": {"sigma_min": 0.02, "sigma_max": 98.765}}
+    write_face_model(folder, data_dir, 30.0, schedule, prediction="v")
+    write_face_model(folder, data_dir, 40.0, levels, parametrization="edm", init="x.safetensors")
+    for name in (
+        "figures/face-ddpm/faces_xt",
+        "figures/face-ddpm/faces_x0",
+        "figures/score-based/noisy",
+        "figures/score-based/denoised",
+        "first32_score-based",
+        "score-table/samples",
+    ):
+        write_image(folder / f"p2/{name}.png")
+    (folder / "p2/score-table/table.csv").write_text("sampler,calls\nheun,35\n")
+
+
 def write_dann(folder: Path, data_dir: Path) -> None:
     """Problem 3: one run on the source, two with DANN, one on the target, for both targets."""
     accuracies = {"source": (50.0,), "dann": (76.0, 79.0), "target": (99.0,)}
@@ -246,6 +285,7 @@ def output(tmp_path: Path, data_dir: Path) -> Path:
     write_gans(folder, data_dir)
     write_digits(folder, data_dir)
     write_ddim(folder)
+    write_face_models(folder, data_dir)
     write_dann(folder, data_dir)
     write_clip(folder, data_dir)
     (folder / "steps").mkdir()
@@ -271,7 +311,8 @@ def test_the_page_needs_no_other_file(output):
 
 def test_every_image_is_whole_and_of_its_kind(output):
     page = page_of(output)
-    assert len(page.images) == 42  # 6 of GANs, 12 of DDPM, 14 of DDIM, 6 of DANN, 4 of CLIP
+    # 6 of GANs, 12 of digits, 14 of DDIM, 11 of faces by diffusion, 6 of DANN, 4 of CLIP.
+    assert len(page.images) == 53
     for name, source in page.images.items():
         with Image.open(io.BytesIO(page.image(name))) as image:
             image.load()
@@ -346,6 +387,36 @@ def test_numbers_of_diffusion_models_have_a_verdict(output):
     assert page.verdict("mean accuracy of the domains") == "none; independent classifier"
     assert page.value("mean squared error") == "1.27"
     assert page.verdict("mean squared error") == "pass"
+
+
+def test_both_models_of_faces_stand_side_by_side(output, data_dir):
+    page = page_of(output)
+    beside = "other real images -0.05; subsets of 100: 24.70 ± 0.90"
+    assert page.row("EfficientNet KID × 1,000, DDPM")[1:3] == ["30.00", beside]
+    assert page.value("EfficientNet KID × 1,000, score-based model") == "40.00"
+    assert page.verdict("exactly one face, DDPM") == "not measured: not run"
+    assert page.row("what is noised")[1:] == ["pixels, 64x64 with 3 channels"] * 2
+    assert page.row("levels of noise")[1:] == ["1,000 steps, linear", "σ from 98.77 to 0.02"]
+    assert page.row("what the network predicts")[1:] == ["v", "edm"]
+    assert page.row("images of training")[1:] == ["1,500", "1,500"]
+    assert page.row("initialised from")[1:] == ["random weights", "x.safetensors"]
+    assert ["heun", "35"] in page.rows
+    unet = {"size": 16, "in_channels": 4}
+    latent = {"net": "latent_unet", "arguments": {"unet": unet, "autoencoder": {}}}
+    levels = {"noise_levels": {"sigma_min": 0.02, "sigma_max": 53.07}}
+    write_face_model(output, data_dir, 40.0, levels | latent, parametrization="edm")
+    words = "latents of an autoencoder, 16x16 with 4 channels"
+    assert page_of(output).row("what is noised")[2] == words
+
+
+def test_the_first_faces_of_a_folder_are_one_image(output):
+    for number in range(40):
+        write_image(output / f"p2/generated/face-ddpm/{number:04d}.png", number)
+    content = page_of(output).image("The first 32 faces of DDPM")
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.size == (8 * 6, 4 * 8)
+        shades = np.asarray(image)[::8, ::6, 0]
+    assert shades.flatten().tolist() == list(range(32))
 
 
 def test_numbers_of_problem_3_have_a_verdict(output):
@@ -470,6 +541,10 @@ def test_bad_input_is_named(output, tmp_path):
     (output / "p2/figures/svhn_grid.png").write_bytes(b"half")
     with pytest.raises(UserError, match=r"svhn_grid\.png: not a whole image"):
         report.main(Report(output))
+    (output / "p2/face-ddpm/model.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"model\.safetensors: not a whole network"):
+        report.main(Report(output))
+    (output / "p2/face-ddpm/model.safetensors").unlink()
     (output / "p3/clip/result.json").write_text('{"accuracy":')
     with pytest.raises(UserError, match=r"clip/result\.json: not a whole json object"):
         report.main(Report(output))
