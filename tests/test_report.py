@@ -210,9 +210,9 @@ def write_face_model(folder: Path, data_dir: Path, kid: float, network: dict, **
     write_image(folder / "p2/generated" / name / "0000.png", 70)
     real = {"real": str(data_dir / "face/val")}
     score = {"images": {"generated": 100}, "arguments": real}
-    kid = score | {"metric": "EfficientNet KID × 1,000", "distance": kid, "floor": -0.05}
-    kid |= {"subset_mean": 24.7, "subset_sd": 0.9, "subset_size": 100}
-    write_json(folder / f"p2/score/{name}-kid/result.json", kid)
+    kernel = score | {"metric": "EfficientNet KID × 1,000", "distance": kid, "floor": -0.05}
+    kernel |= {"subset_mean": 24.7, "subset_sd": 0.9, "subset_size": 100}
+    write_json(folder / f"p2/score/{name}-kid/result.json", kernel)
     random = score | {"metric": "random-feature Fréchet distance", "distance": 16.9, "floor": 1.2}
     write_json(folder / f"p2/score/{name}-random/result.json", random)
 

@@ -5,6 +5,7 @@ profiles.toml are then checked with a stand-in that makes the files a step leave
 runs for real at the end, in this process, where nothing has to be imported again.
 """
 
+import importlib
 import importlib.util
 import os
 import re
@@ -20,11 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tyro
 
 import common.cli
 import p2_ddpm_train
 import run_all
+from common.checkpoints import load_net
 from common.cli import run_cli
+from common.faces import FACE_NETS
 from common.files import ROOT
 
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="signals and shells of POSIX")
@@ -816,6 +820,27 @@ def test_quick_continues_from_released_weights_if_they_are_there(real, tmp_path,
         file = f"checkpoints/{name}_faces.safetensors"
         assert words[words.index("--init") + 1] == file
         assert words[words.index("--autoencoder") + 1] == file
+
+
+def test_the_options_of_quick_are_those_of_the_released_weights(real, monkeypatch):
+    """--init refuses another architecture, which only a run with data would show."""
+    trainings = face_trainings(real("--only", "face-diffusion"))
+    monkeypatch.chdir(ROOT)
+    for name, (script, *arguments) in zip(("ddpm", "score"), trainings, strict=True):
+        file = ROOT / f"checkpoints/{name}_faces.safetensors"
+        if not file.exists():
+            continue
+        module = importlib.import_module(Path(script).stem)
+        options = arguments if name == "ddpm" else arguments[1:]
+        args = tyro.cli(module.Train, args=options)
+        found, config = load_net(file, FACE_NETS)
+        if name == "ddpm":
+            net = module.make_net(args, (3, args.size, args.size), 0)
+            module.load_init(args, net, module.make_schedule(args))
+        else:
+            net = module.make_net(args)
+            assert args.sigma_max == pytest.approx(config["noise_levels"]["sigma_max"], rel=1e-3)
+        assert net.config == found.config
 
 
 def face_trainings(ended: Ended) -> list[list[str]]:
