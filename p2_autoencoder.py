@@ -1,7 +1,7 @@
 r"""Train the autoencoder in whose latents the diffusion models of faces can work.
 
 Diffusion spends most of its time on the grain of an image. An autoencoder takes that over: it makes
-latents with a twelfth of the numbers, and reads them again. The diffusion model then learns only
+latents with a twelfth of the numbers, and decodes them. The diffusion model then learns only
 what a face is like, at a fraction of the cost.
 
 Paper: Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, 2022,
@@ -30,7 +30,7 @@ from common.checkpoints import load_net
 from common.cli import UserError, above, at_least, below, in_range, is_seed, run_cli
 from common.data import draw_batch, normalise, to_uint8
 from common.device import Device, Precision, make_accelerator, place
-from common.faces import load_faces
+from common.faces import load_faces, mirror_some
 from common.figures import save_curves, save_grid
 from common.rng import derive_seed, make_rng
 from common.run import Run
@@ -66,7 +66,7 @@ class Train:
     critic_weight: float = 0.1
     """Weight of the critic's opinion; 0 trains without a critic."""
     flip: bool = True
-    """Mirror half of the images."""
+    """Mirror each image with probability one half."""
     init: Path | None = None
     """model.safetensors of another run, whose weights the training starts from."""
     decoder_only: bool = False
@@ -154,7 +154,9 @@ def train(args: Train) -> dict[str, Any]:
         adam.param_groups[0]["lr"] = learning_rate
         rng = make_rng(args.seed, "step", step, accelerator.process_index, device=device)
         rows = draw_batch(len(pixels), step, args.batch_size, accelerator, args.seed, "order")
-        images = mirror_some(normalise(pixels[rows]), rng, args.flip)
+        images = normalise(pixels[rows])
+        if args.flip:
+            images = mirror_some(images, rng)
         images = images.contiguous(memory_format=torch.channels_last)
         latent_shape = (len(rows), *bare_net.latent_shape)
         noise = args.latent_noise * torch.randn(latent_shape, generator=rng, device=device)
@@ -177,8 +179,8 @@ def train(args: Train) -> dict[str, Any]:
         if args.critic_weight > 0:
             bare_critic.requires_grad_(False)
             with accelerator.autocast():
-                losses["objection"] = -bare_critic(decoded).float().mean()
-            loss = loss + args.critic_weight * losses["objection"]
+                losses["adversarial"] = -bare_critic(decoded).float().mean()
+            loss = loss + args.critic_weight * losses["adversarial"]
         adam.zero_grad()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(weights, 1.0)
@@ -214,19 +216,11 @@ def make_net(args: Train) -> Autoencoder:
     if args.init is not None:
         found, _ = load_net(args.init, {"autoencoder": Autoencoder}, "--init")
         if found.config != net.config:
-            raise UserError(f"--init {args.init}: is a network of other sizes than the options'")
+            raise UserError(f"--init {args.init}: its sizes are not those of the options")
         net.load_state_dict(found.state_dict())
     if args.decoder_only:
         net.encoder.requires_grad_(False)
     return net
-
-
-def mirror_some(images: Tensor, rng: torch.Generator, flip: bool) -> Tensor:
-    """Mirror every second image (batch, channels, height, width), at random."""
-    if not flip:
-        return images
-    mirrored = torch.rand(len(images), generator=rng, device=images.device) < 0.5
-    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def perceptual_distance(args: Train, device: torch.device) -> Perceptual:
@@ -237,13 +231,7 @@ def perceptual_distance(args: Train, device: torch.device) -> Perceptual:
     """
     if args.perceptual == "none":
         return lambda images, others: images.new_zeros(())
-    try:
-        network = load_efficientnet(find_efficientnet())
-    except UserError as error:
-        reason = str(error).removeprefix("--features efficientnet: ").split("; --features")[0]
-        raise UserError(
-            f"--perceptual efficientnet: {reason}; --perceptual none needs nothing"
-        ) from None
+    network = load_efficientnet(find_efficientnet("--perceptual"), "--perceptual")
     network = place(network, device).requires_grad_(False)
 
     def features(images: Tensor) -> list[Tensor]:
@@ -268,7 +256,7 @@ def perceptual_distance(args: Train, device: torch.device) -> Perceptual:
 
 @torch.inference_mode()
 def end_epoch(run: Run, ema: Autoencoder, pixels: Tensor, row: dict[str, Any]) -> None:
-    """Log the epoch; draw the curves, and images beside what is left of them."""
+    """Log the epoch; draw the curves, and images beside their reconstructions."""
     if not run.is_main:
         return
     run.log_metrics(row)
@@ -276,7 +264,7 @@ def end_epoch(run: Run, ema: Autoencoder, pixels: Tensor, row: dict[str, Any]) -
     panels = {
         "difference of pixels": ["pixels"],
         "difference of features": ["features"],
-        "critic": ["critic_loss", "objection"],
+        "critic": ["critic_loss", "adversarial"],
     }
     save_curves(run.history(), panels, run.dir / "figures" / "curves.png")
     some = pixels[:16]

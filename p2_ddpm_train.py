@@ -38,7 +38,13 @@ from common.data import (
     to_uint8,
 )
 from common.device import Device, Precision, make_accelerator, place
-from common.faces import FaceStates, load_faces, make_face_net
+from common.faces import (
+    FaceStates,
+    load_faces,
+    make_face_net,
+    make_pixel_net,
+    refuse_other_autoencoder,
+)
 from common.figures import read_grids, save_curves, save_gif, save_grid
 from common.rng import ImageNoise, derive_seed, make_rng, seed_dropout
 from common.run import Run
@@ -74,7 +80,7 @@ class Train:
     size: int = FACE_SIZE
     """Side to which faces are resized; digits are 28x28."""
     flip: bool = False
-    """Mirror every second face."""
+    """Mirror each face with probability one half."""
     net: Literal["context", "attention", "ddim"] = "context"
     """U-Net: the reports' two for 28x28 digits, or the course's (ddim) for any size."""
     width: int = 128
@@ -371,35 +377,14 @@ def make_net(args: Train, shape: tuple[int, ...], classes: int) -> Network:
     It is called as `net(x, time, labels, drop)` and returns the noise (or v) in the shape of x.
     """
     channels, size, _ = shape
-    if args.net == "ddim" and not classes:
-        return make_face_net(
-            size, args.width, args.blocks, args.patch, args.dropout, args.autoencoder
-        )
     if args.net == "ddim":
-        return make_digits_unet(args, channels, size, classes)
+        options = (args.width, args.blocks, args.patch, args.dropout)
+        if classes:
+            return make_pixel_net(size, *options, channels, classes)
+        return make_face_net(size, *options, args.autoencoder)
     if args.net == "attention":
         return AttentionUnet(channels, args.width, classes)
     return ContextUnet(channels, args.width, classes)
-
-
-def make_digits_unet(args: Train, channels: int, size: int, classes: int) -> DdimUnet:
-    """A DdimUnet of at most four levels; its last, where the size becomes odd, has attention."""
-    if size % args.patch:
-        raise UserError(f"--patch {args.patch}: must divide {size}, the size of the images")
-    sizes = [size // args.patch]
-    while len(sizes) < 4 and sizes[-1] % 2 == 0:
-        sizes.append(sizes[-1] // 2)
-    return DdimUnet(
-        channels,
-        size,
-        args.width,
-        multipliers=(1, 2, 2, 4)[: len(sizes)],
-        attention=sizes[-1:],
-        blocks=args.blocks,
-        dropout=args.dropout,
-        n_classes=classes,
-        patch=args.patch,
-    )
 
 
 def load_init(args: Train, net: Network, schedule: Schedule) -> dict[str, str]:
@@ -427,10 +412,7 @@ def load_init(args: Train, net: Network, schedule: Schedule) -> dict[str, str]:
                 f"--init {args.init}: has the {name} {theirs[name]}, but this run has {value}"
             )
     if isinstance(net, LatentUnet):
-        other = found.autoencoder.state_dict()
-        for name, value in net.autoencoder.state_dict().items():
-            if not torch.equal(value, other[name]):
-                raise UserError(f"--init {args.init}: has another autoencoder than --autoencoder")
+        refuse_other_autoencoder(net, found, args.init)
     net.load_state_dict(found.state_dict())
     return {"init": hashlib.sha256(args.init.read_bytes()).hexdigest()}
 

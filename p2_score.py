@@ -18,6 +18,7 @@ EDM, the default network and solver: Karras et al., 2022, https://arxiv.org/abs/
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,15 @@ from common.checkpoints import load_net
 from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
 from common.data import decode_images, draw_batch, to_uint8
 from common.device import Device, Precision, make_accelerator, place
-from common.faces import FACE_NETS, FaceNet, FaceStates, face_names, load_faces, make_face_net
+from common.faces import (
+    FACE_NETS,
+    FaceNet,
+    FaceStates,
+    face_names,
+    load_faces,
+    make_face_net,
+    refuse_other_autoencoder,
+)
 from common.figures import read_grids, save_curves, save_gif, save_grid, save_image
 from common.files import make_output_dir
 from common.progress import show_progress
@@ -43,10 +52,10 @@ from common.training import update_ema, warmup_cosine
 from diffusion.noise_levels import (
     NoiseLevels,
     Parametrization,
+    annealed_variance,
     geometric_levels,
     karras_levels,
     langevin_length,
-    langevin_variance,
     largest_distance,
     level_ratio,
     levels_needed,
@@ -97,7 +106,7 @@ class Train:
     dropout: float = 0.0
     """Dropout in the residual blocks."""
     flip: bool = True
-    """Mirror half of the images."""
+    """Mirror each image with probability one half."""
     init: Path | None = None
     """model.safetensors of the same architecture, whose weights the training starts from."""
     epochs: int = 100
@@ -197,7 +206,10 @@ class Sample(Sampling):
         at_least("--num-images", self.num_images, 1)
         at_least("--calls", self.calls, 1)
         for flag, path in (("--grid", self.grid), ("--plots-dir", self.plots_dir)):
-            if path is not None and self.output_dir.resolve() in path.resolve().parents:
+            if path is None:
+                continue
+            place_of_it = path.resolve()
+            if self.output_dir.resolve() in (place_of_it, *place_of_it.parents):
                 raise UserError(f"{flag} {path}: must not lie in --output-dir")
         if self.grid is not None and self.grid.suffix != ".png":
             raise UserError(f"--grid {self.grid}: must end in .png")
@@ -244,9 +256,9 @@ def train(args: Train) -> dict[str, Any]:
 
     torch.manual_seed(derive_seed(args.seed, "init"))
     bare_net = place(make_net(args), device)
+    initial = load_init(args, bare_net) if args.init else None
     states = FaceStates(bare_net, pixels, args.flip)
-    levels = measure_levels(states, args)
-    origin = load_init(args, bare_net, levels) if args.init else {}
+    levels = initial.levels if initial else measure_levels(states, args)
     ema = copy.deepcopy(bare_net)
     weights = [weight for weight in bare_net.parameters() if weight.requires_grad]
     adam = torch.optim.AdamW(weights, weight_decay=args.weight_decay, fused=True)
@@ -288,7 +300,9 @@ def train(args: Train) -> dict[str, Any]:
     if run.is_main:
         save_gif(read_grids(run.dir / "samples"), run.dir / "figures" / "training.gif", 400)
         extra = {"noise_levels": levels.to_config(), "size": args.size, "seed": args.seed}
-        run.save_model(ema, ema.config | extra | origin)
+        if initial:
+            extra["init"] = initial.digest
+        run.save_model(ema, ema.config | extra)
         run.finish(run.history()[-1])
     return run.result or {}
 
@@ -305,8 +319,8 @@ def denoising_losses(
 ) -> dict[str, Tensor]:
     """The loss: the weighted squared error of D(x_0 + σ z, σ), in expectation least at the score.
 
-    `x0` is (batch, channels, height, width). The errors are also summed and counted by quarter of
-    log σ, for the record.
+    `x0` is (batch, channels, height, width). The weighted errors are also summed and counted by
+    quarter of log σ, for the record.
     """
     sigma = levels.draw(len(x0), rng, x0.device)
     noise = torch.randn(x0.shape, generator=rng, device=x0.device)
@@ -326,7 +340,7 @@ def denoising_losses(
 
 def measure_levels(states: FaceStates, args: Train) -> NoiseLevels:
     """The noise levels for this folder of images: what is not given is measured."""
-    some = states.sample(PAIRS).cpu()
+    some = states.sample(PAIRS, make_rng(args.seed, "sample")).cpu()
     sigma_max = args.sigma_max
     try:
         if sigma_max is None:
@@ -352,22 +366,39 @@ def log_levels(run: Run, levels: NoiseLevels, shape: tuple[int, ...]) -> None:
     )
 
 
-def load_init(args: Train, net: FaceNet, levels: NoiseLevels) -> dict[str, Any]:
-    """Copy the weights of --init into the network; returns what the new checkpoint says of it.
+class Initial(NamedTuple):
+    """What the weights of --init bring along: their noise levels, and the hash of the file."""
 
-    Raises UserError if they are another network's, or were trained with other noise levels.
+    levels: NoiseLevels
+    digest: str
+
+
+def load_init(args: Train, net: FaceNet) -> Initial:
+    """Copy the weights of --init into the network. They only fit the noise levels they know.
+
+    Raises UserError if they are another network's, for other latents, or if an option asks for
+    other noise levels.
     """
     assert args.init is not None
     kind = net.config["net"]
     found, config = load_net(args.init, {kind: type(net)}, "--init")
-    theirs = config.get("noise_levels", {}).get("parametrization")
-    if found.config != net.config or theirs != levels.parametrization:
+    if "noise_levels" not in config:
+        raise UserError(f"--init {args.init}: is not a score-based model")
+    if found.config != net.config:
         raise UserError(
-            f"--init {args.init}: is another network, or not a score-based one with "
-            f"--parametrization {levels.parametrization}"
+            f"--init {args.init}: has the arguments {found.config['arguments']}, "
+            f"but this run has {net.config['arguments']}"
         )
+    refuse_other_autoencoder(net, found, args.init)
+    levels = NoiseLevels(**config["noise_levels"])
+    for name in ("parametrization", "sigma_min", "sigma_max"):
+        asked = getattr(args, name)
+        known = getattr(levels, name)
+        if asked is not None and asked != known:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {asked}: the network in --init {args.init} has {known}")
     net.load_state_dict(found.state_dict())
-    return {"init": str(args.init)}
+    return Initial(levels, hashlib.sha256(args.init.read_bytes()).hexdigest())
 
 
 def end_epoch(run: Run, row: dict[str, Any]) -> None:
@@ -443,7 +474,7 @@ def langevin(
 def predictor_corrector(
     denoise: Denoise, x: Tensor, sigmas: list[float], snr: float, draw: ImageNoise
 ) -> Iterator[State]:
-    """At each level an ancestral step to the next, then a Langevin step there (algorithm 4)."""
+    """At each level an ancestral step to the next, then a Langevin step there (algorithm 2)."""
     for number, sigma in enumerate(sigmas):
         denoised = denoise(x, sigma)
         yield State(sigma, x, denoised)
@@ -498,19 +529,24 @@ class Plan(NamedTuple):
     steps: int
     calls: int
 
+    @property
+    def states(self) -> int:
+        """How many states the sampler yields."""
+        return self.calls if self.sampler == "langevin" else len(self.sigmas)
+
 
 def make_plan(model: Model, sampler: Sampler, calls: int, rho: float = 7.0) -> Plan:
-    """The noise levels of a sampler for at most `calls` calls of the network, or one more.
+    """The noise levels of a sampler for at most `calls` calls of the network.
 
     Langevin dynamics takes as many levels as it needs, if the calls suffice, and more steps at each
-    if there are calls left. Its final denoising is a call of its own.
+    if there are calls left. Its final denoising is a call of its own, so that it takes at least 2.
     """
     levels = model.levels
     high, low = levels.sigma_max, levels.sigma_min
     if sampler == "langevin":
         needed = levels_needed(high, low, math.prod(model.net.shape))
-        steps = max(1, calls // needed)
-        count = max(1, calls // steps)
+        steps = max(1, (calls - 1) // needed)
+        count = max(1, (calls - 1) // steps)
         return Plan(sampler, geometric_levels(high, low, count), steps, count * steps + 1)
     if sampler == "pc":
         count = (calls + 1) // 2
@@ -529,8 +565,9 @@ def make_plan(model: Model, sampler: Sampler, calls: int, rho: float = 7.0) -> P
 def sample_faces(model: Model, numbers: range, plan: Plan, args: Sampling) -> Iterator[State]:
     """Sample the images with these numbers; yields the state at every call but the correctors'.
 
-    The last state is at sigma_min. Its `denoised` is the result of the final denoising: by
-    Tweedie's formula the mean of the clean images that x could come from.
+    The last state is at sigma_min (at sigma_max if that is the only level). Its `denoised` is the
+    result of the final denoising: by Tweedie's formula the mean of the clean images that x could
+    come from.
     """
     device = model.accelerator.device
     draw = ImageNoise(args.seed, numbers, model.net.shape, device)
@@ -588,6 +625,8 @@ def sample(args: Sample) -> None:
     make_output_dir(args.output_dir, only=names)
     if args.grid is not None:
         make_output_dir(args.grid.parent, "--grid")
+    if args.plots_dir is not None:
+        make_output_dir(args.plots_dir, "--plots-dir")
     describe(model, plan)
 
     # Under torchrun, each process takes every n-th batch, so that batches stay the same.
@@ -619,10 +658,10 @@ def describe(model: Model, plan: Plan) -> None:
     if plan.sampler == "langevin" and len(plan.sigmas) > 1:
         ratio = plan.sigmas[0] / plan.sigmas[1]
         e = langevin_length(ratio, plan.steps)
-        left = langevin_variance(e, ratio, plan.steps)
+        left = annealed_variance(ratio, plan.steps, len(plan.sigmas))
         text += (
-            f"; {plan.steps} steps a level of {e:.4g} σ², "
-            f"which leave {left:.3g} times the noise's variance"
+            f"; steps of {e:.4g} σ², {plan.steps} at each level, "
+            f"which leave {left:.3g} times the variance of sigma_min"
         )
     print(text)
 
@@ -632,13 +671,13 @@ def draw_denoising(model: Model, plan: Plan, folder: Path, args: Sampling) -> No
 
     x is multiplied by σ_data / √(σ² + σ_data²), which gives it the range of the data.
     """
-    make_output_dir(folder, "--plots-dir")
-    states = list(sample_faces(model, range(10), plan, args))
+    shown = evenly_chosen(plan.states, 10)
     noisy = []
     denoised = []
     columns = []
-    for number in evenly_chosen(len(states), 10):
-        sigma, x, clean = states[number]
+    for number, (sigma, x, clean) in enumerate(sample_faces(model, range(10), plan, args)):
+        if number not in shown:
+            continue
         shrink = model.levels.sigma_data / math.hypot(sigma, model.levels.sigma_data)
         noisy.append(decode_pixels(model, shrink * x))
         denoised.append(decode_pixels(model, clean))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common.checkpoints import load_net
 from common.cli import UserError
-from common.data import list_images, load_folder, normalise
+from common.data import SUFFIXES, list_images, load_folder, normalise
 from models.autoencoder import Autoencoder
 from models.ddim_unet import DdimUnet
 from models.latent_unet import LatentUnet
@@ -52,7 +52,9 @@ def make_face_net(
         "patch": patch,
     }
     if side % (4 * patch):
-        raise UserError(f"--patch {patch}: 4 times it must divide {side}, the size of the latents")
+        raise UserError(
+            f"--patch {patch}: 4 times that must divide {side}, the latents' side"
+        )
     net = LatentUnet(unet, arguments)
     net.autoencoder.load_state_dict(found.state_dict())
     return net
@@ -68,7 +70,24 @@ def load_autoencoder(path: Path) -> Autoencoder:
     return found.autoencoder if isinstance(found, LatentUnet) else found
 
 
-def make_pixel_net(size: int, width: int, blocks: int, patch: int, dropout: float) -> DdimUnet:
+def refuse_other_autoencoder(net: FaceNet, found: FaceNet, path: Path) -> None:
+    """Raise UserError if the weights of --init are for the latents of another autoencoder."""
+    if isinstance(net, LatentUnet) and isinstance(found, LatentUnet):
+        other = found.autoencoder.state_dict()
+        for name, value in net.autoencoder.state_dict().items():
+            if not torch.equal(value.cpu(), other[name]):
+                raise UserError(f"--init {path}: has another autoencoder than --autoencoder")
+
+
+def make_pixel_net(
+    size: int,
+    width: int,
+    blocks: int,
+    patch: int,
+    dropout: float,
+    channels: int = 3,
+    n_classes: int = 0,
+) -> DdimUnet:
     """A DdimUnet of at most four levels; its last, where the size becomes odd, has attention."""
     if size % patch:
         raise UserError(f"--patch {patch}: must divide {size}, the size of the images")
@@ -76,21 +95,29 @@ def make_pixel_net(size: int, width: int, blocks: int, patch: int, dropout: floa
     while len(sizes) < 4 and sizes[-1] % 2 == 0:
         sizes.append(sizes[-1] // 2)
     return DdimUnet(
-        3,
+        channels,
         size,
         width,
         multipliers=(1, 2, 2, 4)[: len(sizes)],
         attention=sizes[-1:],
         blocks=blocks,
         dropout=dropout,
+        n_classes=n_classes,
         patch=patch,
     )
 
 
 def face_folder(data_dir: Path) -> Path:
-    """The folder of training images: face/train of a data folder, or else `data_dir` itself."""
+    """The folder of training images: face/train of a data folder, or else `data_dir` itself.
+
+    Raises UserError if there are neither.
+    """
     folder = data_dir / "face" / "train"
-    return folder if folder.is_dir() else data_dir
+    if folder.is_dir():
+        return folder
+    if not any(path.suffix.lower() in SUFFIXES for path in data_dir.glob("*")):
+        raise UserError(f"--data-dir {data_dir}: has neither a folder face/train nor images")
+    return data_dir
 
 
 def load_faces(data_dir: Path, size: int, cache_dir: Path | None = None) -> Tensor:
@@ -112,7 +139,7 @@ class FaceStates:
     """
 
     def __init__(self, net: FaceNet, pixels: Tensor, flip: bool) -> None:
-        """`pixels` are uint8 (n, 3, height, width); `flip` mirrors every second image drawn."""
+        """`pixels` are uint8 (n, 3, height, width). `flip` mirrors with probability one half."""
         self.flip = flip
         self.count = len(pixels)
         self.pixels: Tensor | None = pixels
@@ -124,26 +151,33 @@ class FaceStates:
 
     def draw(self, rows: Tensor, rng: torch.Generator) -> Tensor:
         """x_0 of some rows (batch,): float32 (batch, channels, height, width)."""
-        mirrored = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        if self.pixels is not None:
+            images = normalise(self.pixels[rows])
+            return mirror_some(images, rng) if self.flip else images
+        version = torch.zeros_like(rows)  # 0, or 1 for a mirrored image
         if self.flip:
-            mirrored = torch.rand(len(rows), generator=rng, device=rows.device) < 0.5
-        if self.pixels is None:
-            return self.latents[mirrored.long(), rows]  # (version, image)
-        x0 = normalise(self.pixels[rows])
-        return torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(3), x0)
+            version = (torch.rand(len(rows), generator=rng, device=rows.device) < 0.5).long()
+        return self.latents[version, rows]
 
-    def sample(self, count: int) -> Tensor:
-        """The first `count` clean states, not mirrored, float32."""
+    def sample(self, count: int, rng: torch.Generator) -> Tensor:
+        """At most `count` different clean states at random, not mirrored, float32."""
+        rows = torch.randperm(self.count, generator=rng)[:count]
         if self.pixels is None:
-            return self.latents[0, :count]
-        return normalise(self.pixels[:count])
+            return self.latents[0, rows.to(self.latents.device)]
+        return normalise(self.pixels[rows.to(self.pixels.device)])
+
+
+def mirror_some(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Mirror each image (batch, channels, height, width) with probability one half."""
+    mirrored = torch.rand(len(images), generator=rng, device=images.device) < 0.5
+    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
 
 
 @torch.inference_mode()
 def encode_all(net: LatentUnet, pixels: Tensor) -> Tensor:
     """Latents (n, *net.shape) of images uint8 (n, 3, height, width)."""
     latents = [net.encode(normalise(some)) for some in pixels.split(AT_A_TIME)]
-    return torch.cat(latents).clone()
+    return torch.cat(latents)
 
 
 def face_names(count: int) -> list[str]:

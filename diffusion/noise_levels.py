@@ -65,8 +65,8 @@ class NoiseLevels:
         """Random σ (count,) for training, within the range.
 
         "edm": log-normal around 0.6 times the data's deviation, with deviation 1.2 in log σ, where
-        there is most to learn. That is EDM's choice (-1.2, for a deviation of 0.5). "ncsn":
-        log-uniform.
+        there is most to learn. That is EDM's choice (-1.2, for a deviation of 0.5). The few σ
+        beyond the range become its ends. "ncsn": log-uniform.
         """
         low, high = math.log(self.sigma_min), math.log(self.sigma_max)
         if self.parametrization == "edm":
@@ -173,8 +173,8 @@ def level_ratio(dimensions: int) -> float:
 
     Noise of deviation σ in D dimensions lies on a thin shell: its length is about normal, with mean
     σ √D and deviation σ / √2. The shells of two levels must overlap, or a sample of the higher
-    level is improbable at the lower one. Technique 2 asks that a sample of level γ σ falls within
-    three deviations of the shell of γ σ's neighbour σ with probability one half:
+    level is improbable at the lower one. Technique 2 asks that a sample of the lower level σ lies
+    within three deviations of the shell of the higher level γ σ with probability one half:
 
         Φ(√(2D) (γ - 1) + 3γ) - Φ(√(2D) (γ - 1) - 3γ) = 0.5
 
@@ -208,7 +208,7 @@ def langevin_variance(e: float, ratio: float, steps: int) -> float:
     """The variance, relative to σ², after `steps` Langevin steps from one `ratio`² times as large.
 
     For noise alone the score is -x / σ². A step of length e σ² then turns the variance v σ² into
-    ((1 - e)² v + 2e) σ², whose fixed point is a = 2 / (2 - e). After T steps from γ² (equation 7
+    ((1 - e)² v + 2e) σ², whose fixed point is a = 2 / (2 - e). After T steps from γ² (equation 4
     of NCSNv2) that is (1 - e)^(2T) (γ² - a) + a. Exact sampling would leave 1.
     """
     a = 2 / (2 - e)
@@ -224,8 +224,21 @@ def langevin_length(ratio: float, steps: int) -> float:
     """
     from scipy.optimize import minimize_scalar
 
-    def excess(e: float) -> float:
-        return abs(langevin_variance(e, ratio, steps) - 1)
-
-    found: Any = minimize_scalar(excess, bounds=(1e-6, 1.0), options={"xatol": 1e-9})
+    found: Any = minimize_scalar(
+        lambda e: langevin_variance(e, ratio, steps), bounds=(1e-6, 1.0), options={"xatol": 1e-9}
+    )
     return float(found.x)
+
+
+def annealed_variance(ratio: float, steps: int, levels: int) -> float:
+    """The variance, relative to σ_min², that annealed Langevin dynamics leaves of noise alone.
+
+    The rule for e acts as if each level began with exactly the variance of the level before. In
+    truth it begins with what was left there, so that the excess adds up over the levels. With one
+    step at each level it comes to 2, whatever the ratio.
+    """
+    e = langevin_length(ratio, steps)
+    variance = langevin_variance(e, 1.0, steps)  # the first level starts from its own noise
+    for _ in range(levels - 1):
+        variance = langevin_variance(e, ratio * math.sqrt(variance), steps)
+    return variance

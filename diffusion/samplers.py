@@ -163,7 +163,7 @@ def ve_ancestral_step(
 
 
 def ode_slope(x: Tensor, denoised: Tensor, sigma: float) -> Tensor:
-    """dx/dσ = (x - D) / σ along the probability-flow ODE: equation 3 of EDM with σ(t) = t."""
+    """dx/dσ = (x - D) / σ along the probability-flow ODE: equations 1 and 3 of EDM, σ(t) = t."""
     return (x - denoised) / sigma
 
 

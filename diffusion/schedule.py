@@ -45,9 +45,9 @@ class Schedule:
         kind "linear": β rises from beta_start to beta_end. That range belongs to T = 1000, and
         `rule` says what becomes of it for another T:
 
-        - "as-given": nothing. Ten steps then leave 90 % of ᾱ, so that training never shows pure
-          noise, from which sampling starts.
-        - "scaled": β times 1000 / T. It exceeds 1 for T < 21.
+        - "as-given": nothing. ᾱ_T is then 0.904 at T = 10, so that training never shows pure noise,
+          from which sampling starts.
+        - "scaled": β times 1000 / T. β reaches 1 for T ≤ 20.
         - "respaced": ᾱ_t is that of step 1000 t / T of the 1,000 steps, as if a sampler took only T
           of them (Nichol and Dhariwal, 2021). It needs a T of at most 1,000.
 

