@@ -52,9 +52,7 @@ def make_face_net(
         "patch": patch,
     }
     if side % (4 * patch):
-        raise UserError(
-            f"--patch {patch}: 4 times that must divide {side}, the latents' side"
-        )
+        raise UserError(f"--patch {patch}: 4 times that must divide {side}, the latents' side")
     net = LatentUnet(unet, arguments)
     net.autoencoder.load_state_dict(found.state_dict())
     return net
