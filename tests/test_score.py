@@ -336,10 +336,11 @@ def small(faces_dir: Path, name: str, **options) -> Train:
     return Train(**(defaults | options))
 
 
-@pytest.fixture
-def trained(faces_dir: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint after one epoch."""
-    args = small(faces_dir, "trained", epochs=1)
+    folder = save_images(tmp_path_factory.mktemp("trained") / "faces", noise(6, size=16))
+    args = small(folder, "run", epochs=1)
     train(args)
     return args.output_dir / "model.safetensors"
 
