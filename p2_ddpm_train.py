@@ -45,7 +45,8 @@ from common.faces import (
     make_pixel_net,
     refuse_other_autoencoder,
 )
-from common.figures import read_grids, save_curves, save_gif, save_grid
+from common.figures import read_grids, save_gif, save_grid
+from common.quarters import QUARTERS, add_quarters, end_epoch
 from common.rng import ImageNoise, derive_seed, make_rng, seed_dropout
 from common.run import Run
 from common.training import update_ema, warmup_cosine
@@ -60,7 +61,6 @@ from models.network import Network
 
 FACES = "faces"  # the domain that is a folder without labels
 FACE_SIZE = 64
-QUARTERS = 4  # of t, for the losses on record
 SIGNAL_LEFT = 0.01  # ᾱ_T above which there is a warning
 
 
@@ -116,8 +116,7 @@ class Train:
     schedule: Kind = "linear"
     """Noise schedule."""
     rule: Rule = "scaled"
-    """What another T makes of the linear schedule, whose β, 1e-4 to 0.02, are meant for T = 1000:
-    nothing (as-given), β times 1000 / T (scaled), or T of the 1,000 noise levels (respaced)."""
+    """Linear β for another T: as given; times 1000 / T; or T of the 1,000 noise levels."""
     prediction: Prediction = "eps"
     """What the network learns to predict: the noise (eps), or the velocity (v)."""
     drop: float = 0.1
@@ -272,7 +271,7 @@ def train(args: Train) -> dict[str, Any]:
         if epoch_ends:
             row = {"step": step + 1, "epoch": epoch, "learning_rate": learning_rate}
             row |= run.epoch_means(steps_per_epoch)
-            end_epoch(run, args, row)
+            end_epoch(run, row, "t", "loss by quarter of t")
             if epoch % args.grid_every == 0 or epoch == args.epochs:
                 draw_samples(run, ema, schedule, shape, classes, epoch)
             if args.keep_every and epoch % args.keep_every == 0 and run.is_main:
@@ -318,10 +317,7 @@ def noise_losses(
 
     losses = {"loss": (weights * errors).mean()}
     quarter = (t - 1) * QUARTERS // schedule.T
-    for number in range(QUARTERS):
-        inside = quarter == number
-        losses[f"loss_t{number}"] = errors.where(inside, 0).sum()
-        losses[f"count_t{number}"] = inside.float().sum()
+    add_quarters(losses, errors, quarter, "t")
     return losses
 
 
@@ -453,24 +449,6 @@ def domain_labels(data: list[Images], device: torch.device) -> list[Tensor]:
         if images.labels is not None:
             labels.append((images.labels + 10 * number).to(device))
     return labels
-
-
-def end_epoch(run: Run, args: Train, row: dict[str, Any]) -> None:
-    """Log the epoch and draw the curves."""
-    if not run.is_main:
-        return
-    for number in range(QUARTERS):  # sums and counts become means
-        count = row.pop(f"count_t{number}")
-        row[f"loss_t{number}"] /= max(count, 1e-9)
-    run.log_metrics(row)
-    run.log_row(row)
-    panels = {
-        "loss": ["loss"],
-        "loss by quarter of t": [f"loss_t{number}" for number in range(QUARTERS)],
-        "gradient's norm": ["gradient_norm"],
-        "learning rate": ["learning_rate"],
-    }
-    save_curves(run.history(), panels, run.dir / "figures" / "curves.png")
 
 
 @torch.inference_mode()

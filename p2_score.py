@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, assert_never
 import torch
 from torch import Tensor
 
-from common.checkpoints import load_net
+from common.checkpoints import load_net, save_net
 from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
 from common.data import decode_images, draw_batch, to_uint8
 from common.device import Device, Precision, make_accelerator, place
@@ -42,9 +42,10 @@ from common.faces import (
     make_face_net,
     refuse_other_autoencoder,
 )
-from common.figures import read_grids, save_curves, save_gif, save_grid, save_image
+from common.figures import read_grids, save_gif, save_grid, save_image
 from common.files import make_output_dir
 from common.progress import show_progress
+from common.quarters import QUARTERS, add_quarters, end_epoch
 from common.reverse_process import draw_way, evenly_chosen
 from common.rng import ImageNoise, derive_seed, make_rng, seed_dropout
 from common.run import Run
@@ -75,8 +76,8 @@ if TYPE_CHECKING:
 
 Sampler = Literal["langevin", "pc", "ancestral", "euler", "heun"]
 FIRST = 32  # images of a grid
+SNR = 0.16  # of the corrector, as for CIFAR-10 in Song et al., 2021
 PAIRS = 2_000  # of images, whose largest distance is sigma_max
-QUARTERS = 4  # of the range of log σ, for the losses on record
 
 
 @dataclass(kw_only=True)
@@ -125,6 +126,8 @@ class Train:
     """Decay of the averaged network, which is the one that is sampled and saved."""
     grid_every: int = 10
     """Epochs between grids of samples from fixed noise."""
+    keep_every: int | None = None
+    """Epochs between copies of the averaged network, epochs/0010.safetensors; none without it."""
     seed: int = 0
     """Seed of initialisation, order and noise."""
     device: Device = "auto"
@@ -153,6 +156,7 @@ class Train:
         above("--clip", self.clip, 0, 1e6)
         below("--ema-decay", self.ema_decay, 0, 1)
         at_least("--grid-every", self.grid_every, 1)
+        at_least("--keep-every", self.keep_every, 1)
         is_seed("--seed", self.seed)
 
 
@@ -166,7 +170,7 @@ class Sampling:
     """Folder for the result."""
     final_denoising: bool = True
     """Remove the noise of sigma_min with a last step; without it that noise stays in the image."""
-    snr: float = 0.16
+    snr: float = SNR
     """Signal-to-noise ratio r of the corrector's steps, for --sampler pc."""
     rho: float = 7.0
     """Spacing of the levels of euler and heun; a larger one gives shorter steps near sigma_min."""
@@ -259,6 +263,13 @@ def train(args: Train) -> dict[str, Any]:
     initial = load_init(args, bare_net) if args.init else None
     states = FaceStates(bare_net, pixels, args.flip)
     levels = initial.levels if initial else measure_levels(states, args)
+    config = bare_net.config | {
+        "noise_levels": levels.to_config(),
+        "size": args.size,
+        "seed": args.seed,
+    }
+    if initial:
+        config["init"] = initial.digest
     ema = copy.deepcopy(bare_net)
     weights = [weight for weight in bare_net.parameters() if weight.requires_grad]
     adam = torch.optim.AdamW(weights, weight_decay=args.weight_decay, fused=True)
@@ -292,17 +303,16 @@ def train(args: Train) -> dict[str, Any]:
         if epoch_ends:
             row = {"step": step + 1, "epoch": epoch, "learning_rate": learning_rate}
             row |= run.epoch_means(steps_per_epoch)
-            end_epoch(run, row)
+            end_epoch(run, row, "sigma", "loss by quarter of log σ")
             if epoch % args.grid_every == 0 or epoch == args.epochs:
                 draw_samples(run, ema, levels, epoch)
+            if args.keep_every and epoch % args.keep_every == 0 and run.is_main:
+                save_net(run.dir / "epochs" / f"{epoch:04d}.safetensors", ema, config)
         if run.save_due() or epoch_ends:
             run.save_state(step + 1, parts)
     if run.is_main:
         save_gif(read_grids(run.dir / "samples"), run.dir / "figures" / "training.gif", 400)
-        extra = {"noise_levels": levels.to_config(), "size": args.size, "seed": args.seed}
-        if initial:
-            extra["init"] = initial.digest
-        run.save_model(ema, ema.config | extra)
+        run.save_model(ema, config)
         run.finish(run.history()[-1])
     return run.result or {}
 
@@ -331,10 +341,7 @@ def denoising_losses(
 
     losses = {"loss": weighted.mean()}
     quarter = (levels.time(sigma) * QUARTERS / 1_000).long().clamp(0, QUARTERS - 1)
-    for number in range(QUARTERS):
-        inside = quarter == number
-        losses[f"loss_sigma{number}"] = weighted.where(inside, 0).sum()
-        losses[f"count_sigma{number}"] = inside.float().sum()
+    add_quarters(losses, weighted, quarter, "sigma")
     return losses
 
 
@@ -401,33 +408,14 @@ def load_init(args: Train, net: FaceNet) -> Initial:
     return Initial(levels, hashlib.sha256(args.init.read_bytes()).hexdigest())
 
 
-def end_epoch(run: Run, row: dict[str, Any]) -> None:
-    """Log the epoch and draw the curves."""
-    if not run.is_main:
-        return
-    for number in range(QUARTERS):  # sums and counts become means
-        count = row.pop(f"count_sigma{number}")
-        row[f"loss_sigma{number}"] /= max(count, 1e-9)
-    run.log_metrics(row)
-    run.log_row(row)
-    panels = {
-        "loss": ["loss"],
-        "loss by quarter of log σ": [f"loss_sigma{number}" for number in range(QUARTERS)],
-        "gradient's norm": ["gradient_norm"],
-        "learning rate": ["learning_rate"],
-    }
-    save_curves(run.history(), panels, run.dir / "figures" / "curves.png")
-
-
 def draw_samples(run: Run, ema: FaceNet, levels: NoiseLevels, epoch: int) -> None:
     """Draw 32 samples from fixed noise with Heun's method in 35 calls."""
     if not run.is_main:
         return
     model = Model(ema.eval(), levels, run.accelerator)
-    options = Sample(checkpoint=Path("-"), output_dir=run.dir)
-    states = sample_faces(model, range(FIRST), make_plan(model, "heun", 35), options)
+    states = sample_faces(model, range(FIRST), make_plan(model, "heun", 35), seed=0)
     file = run.dir / "samples" / f"epoch_{epoch:04d}.png"
-    save_grid(final_pixels(model, states, options), file, columns=8)
+    save_grid(final_pixels(model, states), file, columns=8)
 
 
 # Sampling
@@ -562,7 +550,9 @@ def make_plan(model: Model, sampler: Sampler, calls: int, rho: float = 7.0) -> P
 
 
 @torch.inference_mode()
-def sample_faces(model: Model, numbers: range, plan: Plan, args: Sampling) -> Iterator[State]:
+def sample_faces(
+    model: Model, numbers: range, plan: Plan, seed: int, snr: float = SNR
+) -> Iterator[State]:
     """Sample the images with these numbers; yields the state at every call but the correctors'.
 
     The last state is at sigma_min (at sigma_max if that is the only level). Its `denoised` is the
@@ -570,14 +560,14 @@ def sample_faces(model: Model, numbers: range, plan: Plan, args: Sampling) -> It
     come from.
     """
     device = model.accelerator.device
-    draw = ImageNoise(args.seed, numbers, model.net.shape, device)
+    draw = ImageNoise(seed, numbers, model.net.shape, device)
     x = plan.sigmas[0] * draw()
     if plan.sampler == "langevin":
         ratio = plan.sigmas[0] / plan.sigmas[1] if len(plan.sigmas) > 1 else 1.0
         e = langevin_length(ratio, plan.steps)
         yield from langevin(model.denoise, x, plan.sigmas, plan.steps, e, draw)
     elif plan.sampler == "pc":
-        yield from predictor_corrector(model.denoise, x, plan.sigmas, args.snr, draw)
+        yield from predictor_corrector(model.denoise, x, plan.sigmas, snr, draw)
     elif plan.sampler == "ancestral":
         yield from ancestral(model.denoise, x, plan.sigmas, draw)
     elif plan.sampler == "euler":
@@ -588,12 +578,12 @@ def sample_faces(model: Model, numbers: range, plan: Plan, args: Sampling) -> It
         assert_never(plan.sampler)
 
 
-def final_pixels(model: Model, states: Iterator[State], args: Sampling) -> Tensor:
+def final_pixels(model: Model, states: Iterator[State], final_denoising: bool = True) -> Tensor:
     """Run a sampler to its end; returns the images, uint8 (n, 3, height, width), on the CPU."""
     last = next(states)
     for state in states:
         last = state
-    x = last.denoised if args.final_denoising else last.x
+    x = last.denoised if final_denoising else last.x
     return decode_pixels(model, x)
 
 
@@ -635,7 +625,8 @@ def sample(args: Sample) -> None:
     mine = starts[accelerator.process_index :: accelerator.num_processes]
     for start in show_progress(mine, len(mine), f"{args.sampler}, batches"):
         numbers = range(start, min(start + args.batch_size, args.num_images))
-        pixels = final_pixels(model, sample_faces(model, numbers, plan, args), args)
+        states = sample_faces(model, numbers, plan, args.seed, args.snr)
+        pixels = final_pixels(model, states, args.final_denoising)
         for number, image in zip(numbers, pixels, strict=True):
             save_image(image, args.output_dir / names[number])
     accelerator.wait_for_everyone()
@@ -675,7 +666,8 @@ def draw_denoising(model: Model, plan: Plan, folder: Path, args: Sampling) -> No
     noisy = []
     denoised = []
     columns = []
-    for number, (sigma, x, clean) in enumerate(sample_faces(model, range(10), plan, args)):
+    states = sample_faces(model, range(10), plan, args.seed, args.snr)
+    for number, (sigma, x, clean) in enumerate(states):
         if number not in shown:
             continue
         shrink = model.levels.sigma_data / math.hypot(sigma, model.levels.sigma_data)

@@ -64,7 +64,7 @@ case ${TORCH:-} in
 *) fail "TORCH=$TORCH: cpu, or nothing for the usual wheels" ;;
 esac
 
-requirements_hash=$(cksum <"$root/requirements.txt")
+requirements_hash=$(cat "$root/requirements.txt" - <<<"$features" | cksum)
 if [ "$(cat "$venv/requirements.hash" 2>/dev/null)" != "$requirements_hash" ] || ! "$venv/bin/python" -c '' 2>/dev/null; then
     python=$(find_python) || fail "Python 3.11 to 3.14 with venv is needed (PYTHON=/path/to/python names one)"
     echo "Setting up .venv with $("$python" --version) (a few minutes, about 6 GB with the CUDA libraries)"

@@ -58,13 +58,13 @@ def make_face_net(
     return net
 
 
-def load_autoencoder(path: Path) -> Autoencoder:
+def load_autoencoder(path: Path, flag: str = "--autoencoder") -> Autoencoder:
     """The autoencoder in a file of its own, or the one in the file of a network for its latents.
 
     Raises UserError for another file.
     """
     kinds = {"autoencoder": Autoencoder, "latent_unet": LatentUnet}
-    found, _ = load_net(path, kinds, "--autoencoder")
+    found, _ = load_net(path, kinds, flag)
     return found.autoencoder if isinstance(found, LatentUnet) else found
 
 

@@ -38,7 +38,6 @@ class Schedule:
         rule: Rule = "scaled",
         prediction: Prediction = "eps",
         counted_to: int = USUAL_T,
-        as_given: bool = False,
     ) -> None:
         """Compute the schedule in float64.
 
@@ -59,17 +58,15 @@ class Schedule:
 
         counted_to: a network that counts steps reads up to this number for every T (see `time`).
 
-        as_given: the older name of rule "as-given", with steps counted to T.
-
         Raises ValueError for T < 2, for a β outside (0, 1), and for T > 1000 steps respaced.
         """
         self.kind = kind
         self.beta_start = beta_start
         self.beta_end = beta_end
-        self.rule: Rule = "as-given" if as_given else rule
+        self.rule: Rule = rule
         self.prediction = prediction
         self.T = timesteps
-        self.counted_to = timesteps if as_given else counted_to
+        self.counted_to = counted_to
         if timesteps < 2:
             raise ValueError(f"a noise schedule needs at least 2 steps, not {timesteps}")
         betas = self._linear_betas() if kind == "linear" else self._cosine_betas()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,33 +32,44 @@ class Reference(NamedTuple):
     """Folders of real images, resized as for training: to compare with, and a row of their own."""
 
     val: Path
-    train: Path
+    train: dict[int, Path]  # by their number of images
     description: str
 
 
 def write_reference(
-    output_dir: Path, data_dir: Path, size: int, count: int, seed: int
+    output_dir: Path, data_dir: Path, size: int, counts: Collection[int], seed: int
 ) -> Reference:
-    """Write the validation images and `count` training images as the training sees them.
+    """Write the validation images and sets of training images as the training sees them.
+
+    A set has as many images as one of `counts`.
 
     Raises UserError if there are fewer training images.
     """
     cache = output_dir / "cache"
     val = load_folder(data_dir / "face" / "val", (size, size), cache).pixels
     train = load_faces(data_dir, size, cache)
-    if len(train) < count:
-        raise UserError(f"--count {count}: there are only {len(train):,} training images")
+    most = max(counts)
+    if len(train) < most:
+        raise UserError(f"--count {most}: there are only {len(train):,} training images")
     order = torch.randperm(len(train), generator=make_rng(seed, "reference"))
     folder = output_dir / "reference"
-    for name, pixels in (("val", val), ("train", train[order[:count]])):
-        for file, image in zip(face_names(len(pixels)), pixels, strict=True):
-            if not (folder / name / file).exists():
-                save_image(image, folder / name / file)
+    write_missing(val, folder / "val")
+    folders = {}
+    for count in counts:
+        folders[count] = folder / f"train-{count}"
+        write_missing(train[order[:count]], folders[count])
     description = (
         f"seed {seed}, against {len(val):,} validation images of {data_dir}, "
         f"all cropped to squares and resized to {size}x{size} (PIL, bicubic)"
     )
-    return Reference(folder / "val", folder / "train", description)
+    return Reference(folder / "val", folders, description)
+
+
+def write_missing(pixels: torch.Tensor, folder: Path) -> None:
+    """Write the images, uint8 (n, 3, height, width), that the folder does not have."""
+    for file, image in zip(face_names(len(pixels)), pixels, strict=True):
+        if not (folder / file).exists():
+            save_image(image, folder / file)
 
 
 class Scores(NamedTuple):

@@ -258,7 +258,9 @@ def sample_gan(args: Table, checkpoint: Path, folder: Path) -> None:
 
 def draw_curve(args: Table, reference: Reference) -> None:
     """Measure the copies of every training; write curve.csv and curve.png, with the floor."""
-    floor = curve_distance(args, reference.train, args.output_dir / "real" / "curve", reference)
+    floor = curve_distance(
+        args, reference.train[args.count], args.output_dir / "real" / "curve", reference
+    )
     points: dict[int, dict[str, Any]] = {}
     names = [net.name for net in nets_of(args)]
     for net in nets_of(args):
@@ -302,7 +304,7 @@ def curve_distance(args: Table, images: Path, folder: Path, reference: Reference
 def main(args: Table) -> list[list[str]]:
     """Train, sample and evaluate what is missing; returns the lines of the table."""
     check_shared(args.output_dir, {name: getattr(args, name) for name in SHARED})
-    reference = write_reference(args.output_dir, args.data_dir, args.size, args.count, args.seed)
+    reference = write_reference(args.output_dir, args.data_dir, args.size, [args.count], args.seed)
     title = (
         f"{args.images:,} images a training; {args.count:,} images a row, {reference.description}"
     )
@@ -322,7 +324,9 @@ def main(args: Table) -> list[list[str]]:
         images = folder / "images"
         seconds = timed(folder, args.count, partial(sample_gan, args, checkpoint, images))
         lines.add(["", "", checkpoint.stem, ""], folder, images, seconds)
-    lines.add(["", "", "real images", ""], args.output_dir / "real", reference.train, None)
+    lines.add(
+        ["", "", "real images", ""], args.output_dir / "real", reference.train[args.count], None
+    )
     lines.draw_samples(args.size)
     draw_curve(args, reference)
     lines.print()

@@ -6,9 +6,10 @@ with exactly one face, and the seconds an image takes, start included. Langevin 
 the variance that its steps leave of the noise of sigma_min: 1 would be exact, and with few calls it
 cannot be.
 
-All rows use the same checkpoint and the seeds of the same images; the last is that of real training
-images. The same command again measures what is missing. Beside the table there is samples.png with
-the first faces of every row.
+All rows use the same checkpoint and the seeds of the same images. One row leaves out the final
+denoising. The last rows are those of real training images, as many as other rows have. The same
+command again measures what is missing. Beside the table there is samples.png with the first faces
+of every row.
 
     python experiments/score_samplers.py --checkpoint runs/p2/score/model.safetensors \
         --output-dir runs/p2/score-table
@@ -22,6 +23,7 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import p2_score
@@ -29,10 +31,42 @@ from common.cli import run_cli
 from common.device import available_devices
 from diffusion.noise_levels import annealed_variance, level_ratio, levels_needed
 from experiments.face_rows import Lines, Reference, check_shared, timed, write_reference
-from p2_score import Model, Plan, Sample, Table
+from p2_score import Model, Plan, Sample, Sampler, Table
 
 FEW_CALLS = 100  # up to which a CPU samples all --count images
 COLUMNS = ["sampler", "calls", "levels", "variance left", "images"]
+
+
+class Row(NamedTuple):
+    """A sampler with its calls of the network."""
+
+    sampler: Sampler
+    calls: int
+    final_denoising: bool = True
+
+    @property
+    def words(self) -> str:
+        """The sampler in words."""
+        return self.sampler if self.final_denoising else f"{self.sampler}, no final denoising"
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        end = "" if self.final_denoising else "-noisy"
+        return f"{self.sampler}-{self.calls}{end}"
+
+
+def rows_of(args: Table) -> list[Row]:
+    """Every sampler with every number of calls; the last sampler also without final denoising."""
+    rows = [
+        Row(sampler, calls, args.final_denoising)
+        for calls in args.calls
+        for sampler in args.samplers
+    ]
+    if args.final_denoising:
+        few = [calls for calls in args.calls if calls <= FEW_CALLS]
+        rows.append(Row(args.samplers[-1], max(few or args.calls), final_denoising=False))
+    return rows
 
 
 def main(args: Table) -> list[list[str]]:
@@ -54,26 +88,22 @@ def main(args: Table) -> list[list[str]]:
         },
     )
     size = model.net.image_size
-    reference = write_reference(args.output_dir, args.data_dir, size, args.count, args.seed)
+    counts = sorted({count_of(args, calls) for calls in args.calls}, reverse=True)
+    reference = write_reference(args.output_dir, args.data_dir, size, counts, args.seed)
     title = title_of(args, model, reference)
     lines = Lines(COLUMNS, args.output_dir, reference, title, args.device, args.weights)
-    for calls in args.calls:
-        for sampler in args.samplers:
-            plan = p2_score.make_plan(model, sampler, calls, args.rho)
-            count = count_of(args, calls)
-            folder = args.output_dir / "rows" / f"{sampler}-{calls}"
-            options = sample_options(args, plan, calls, count, folder / "images")
-            seconds = timed(folder, count, partial(p2_score.sample, options))
-            words = [
-                sampler,
-                f"{plan.calls:,}",
-                str(len(plan.sigmas)),
-                variance_left(plan),
-                f"{count:,}",
-            ]
-            lines.add(words, folder, folder / "images", seconds)
-    words = ["real images", "", "", "", f"{args.count:,}"]
-    lines.add(words, args.output_dir / "real", reference.train, None)
+    for row in rows_of(args):
+        plan = p2_score.make_plan(model, row.sampler, row.calls, args.rho)
+        count = count_of(args, row.calls)
+        folder = args.output_dir / "rows" / row.name
+        options = sample_options(args, row, count, folder / "images")
+        seconds = timed(folder, count, partial(p2_score.sample, options))
+        levels = str(len(plan.sigmas))
+        words = [row.words, f"{plan.calls:,}", levels, variance_left(plan), f"{count:,}"]
+        lines.add(words, folder, folder / "images", seconds)
+    for count in counts:
+        words = ["real images", "", "", "", f"{count:,}"]
+        lines.add(words, args.output_dir / f"real-{count}", reference.train[count], None)
     lines.draw_samples(size)
     lines.print()
     return lines.rows
@@ -103,13 +133,14 @@ def count_of(args: Table, calls: int) -> int:
     return args.count
 
 
-def sample_options(args: Table, plan: Plan, calls: int, count: int, folder: Path) -> Sample:
+def sample_options(args: Table, row: Row, count: int, folder: Path) -> Sample:
     """The options of `p2_score.py sample` for a row."""
     shared = {}
     for field in dataclasses.fields(p2_score.Sampling):
         shared[field.name] = getattr(args, field.name)
     shared["output_dir"] = folder
-    return Sample(**shared, sampler=plan.sampler, calls=calls, num_images=count)
+    shared["final_denoising"] = row.final_denoising
+    return Sample(**shared, sampler=row.sampler, calls=row.calls, num_images=count)
 
 
 def variance_left(plan: Plan) -> str:

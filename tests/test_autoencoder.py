@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import p2_autoencoder
-from common.checkpoints import load_weights
+from common.checkpoints import load_net, load_weights
+from common.data import normalise, to_uint8
 from common.rng import make_rng
 from models.autoencoder import Autoencoder
 from models.latent_unet import LatentUnet
-from p2_autoencoder import Train, train
+from p2_autoencoder import Reconstruct, Train, train
 from tests.conftest import noise, save_images
 
 SMALL = {"size": 16, "latent_channels": 2, "encoder_width": 16, "decoder_width": 16}
@@ -76,6 +79,24 @@ def test_a_decoder_that_is_trained_further_reads_the_same_latents(faces_dir):
         assert same != name.startswith("decoder"), name
 
 
+def test_reconstructions_have_the_names_of_the_images(faces_dir):
+    args = small(faces_dir, "run", epochs=1)
+    train(args)
+    checkpoint = args.output_dir / "model.safetensors"
+    folder = faces_dir.parent / "reconstructed"
+    p2_autoencoder.main(
+        Reconstruct(checkpoint=checkpoint, image_dir=faces_dir, output_dir=folder, device="cpu")
+    )
+    names = [file.name for file in sorted(faces_dir.iterdir())]
+    assert [file.name for file in sorted(folder.iterdir())] == names
+    net, _ = load_net(checkpoint, {"autoencoder": Autoencoder})
+    pixels = torch.from_numpy(np.asarray(Image.open(faces_dir / names[0]))).permute(2, 0, 1)
+    with torch.inference_mode():
+        decoded = to_uint8(net.decode(net.encode(normalise(pixels[None]))))[0]
+    written = torch.from_numpy(np.asarray(Image.open(folder / names[0]))).permute(2, 0, 1)
+    assert (decoded.int() - written.int()).abs().max() <= 1
+
+
 def test_the_distance_of_features_is_0_for_equal_images(faces_dir, monkeypatch):
     timm = pytest.importorskip("timm")
     net = timm.create_model("tf_efficientnet_lite0").eval()
@@ -107,7 +128,7 @@ def test_a_latent_net_keeps_its_autoencoder_frozen_and_in_eval_mode():
 def test_bad_input_is_named(faces_dir, tmp_path, error_of):
     def error(*words: object) -> str:
         options = ["--output-dir", tmp_path / "new", "--data-dir", faces_dir]
-        return error_of(Train, p2_autoencoder.main, *options, *words)
+        return error_of(Train | Reconstruct, p2_autoencoder.main, "train", *options, *words)
 
     assert "--size 20: must be a multiple of 8" in error("--size", 20)
     assert "--encoder-width 17: must be a multiple of 16" in error("--encoder-width", 17)

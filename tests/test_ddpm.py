@@ -733,7 +733,10 @@ def test_bad_options_of_training_are_named(data_dir, tmp_path, monkeypatch, erro
         (["--domains", "mnistm", "mars"], "has no digit domain 'mars'"),
         (["--domains", "mnistm", "faces"], "faces have no digits"),
         (["--domains", "faces"], "--net context: is for 28x28 digits; take --net ddim"),
-        (["--domains", "faces", "--net", "ddim"], "hw2_data: has neither a folder face/train nor images"),
+        (
+            ["--domains", "faces", "--net", "ddim"],
+            "hw2_data: has neither a folder face/train",
+        ),
         (["--flip"], "--flip: is for --domains faces, not mnistm"),
         (["--size", 28], "--size: is for --domains faces"),
         (["--autoencoder", "x"], "--autoencoder: is for --domains faces"),

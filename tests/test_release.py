@@ -151,7 +151,7 @@ def latent_net() -> LatentUnet:
 
 
 def with_another_decoder(net: LatentUnet) -> Autoencoder:
-    """The autoencoder of the network after `p2_autoencoder.py --decoder-only`."""
+    """The autoencoder of the network after `p2_autoencoder.py train --decoder-only`."""
     other = Autoencoder(**net.autoencoder.config["arguments"])
     other.load_state_dict(net.autoencoder.state_dict())
     with torch.no_grad():
@@ -221,7 +221,7 @@ def test_an_autoencoder_and_a_ddpm_in_latents_have_a_card(latent_net, tmp_path):
     run = make_run(tmp_path / "ddpm" / "run", latent_net, **config)
     release.main(Release(run, "ddpm", output_dir=out))
     card = (out / "ddpm.md").read_text()
-    assert "| noise levels | 1,000 steps, linear; predicts v |" in card
+    assert "| noise levels | 1,000 steps, linear (respaced); predicts v |" in card
     assert "| sampling | spacing trailing, clamp none |" in card
     assert "| data | CelebA: train split |" in card
 

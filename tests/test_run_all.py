@@ -586,7 +586,7 @@ def leave_files(script: str, *arguments: str) -> None:
                 "clip_zeroshot/train",
             ):
                 (after("--data-dir") / part).mkdir(parents=True)
-        case ["p2_ddpm_train.py" | "p2_autoencoder.py", *_] | ["p2_score.py", "train"]:
+        case ["p2_ddpm_train.py", *_] | ["p2_autoencoder.py" | "p2_score.py", "train"]:
             (after("--output-dir") / "model.safetensors").touch()
         case ["p2_ddim.py", "eta-grid"]:
             (after("--output-dir") / "eta_grid.png").touch()

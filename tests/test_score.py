@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 import evaluate
+import p2_ddim
+import p2_ddpm_infer
 import p2_score
 from common.checkpoints import load_weights
 from common.cli import UserError
@@ -352,7 +354,7 @@ def read_folder(folder: Path) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("parametrization", ["edm", "ncsn"])
 def test_training_measures_its_levels_and_keeps_them(parametrization, faces_dir, capsys):
-    args = small(faces_dir, "run", parametrization=parametrization)
+    args = small(faces_dir, "run", parametrization=parametrization, keep_every=1)
     result = train(args)
     assert math.isfinite(result["loss"])
     weights, config = load_weights(args.output_dir / "model.safetensors")
@@ -366,6 +368,8 @@ def test_training_measures_its_levels_and_keeps_them(parametrization, faces_dir,
     assert levels["sigma_min"] == 0.02
     assert levels["parametrization"] == parametrization
     assert "768 dimensions: Langevin dynamics needs" in capsys.readouterr().out
+    copies = sorted(file.name for file in (args.output_dir / "epochs").iterdir())
+    assert copies == ["0001.safetensors", "0002.safetensors"]
     state = torch.load(args.output_dir / "last.pt", weights_only=True)
     assert torch.equal(weights["out.2.weight"], state["ema"]["out.2.weight"])
     assert not torch.equal(weights["out.2.weight"], state["net"]["out.2.weight"])
@@ -427,7 +431,7 @@ def test_the_calls_that_are_printed_are_made(trained):
         made.clear()
         plan = p2_score.make_plan(model, sampler, calls)
         assert plan.calls == spent
-        list(p2_score.sample_faces(model, range(1), plan, options))
+        list(p2_score.sample_faces(model, range(1), plan, seed=0))
         assert len(made) == spent, sampler
     assert accelerator.device.type == "cpu"
 
@@ -510,9 +514,11 @@ def test_the_table_has_a_row_for_every_sampler_and_number_of_calls(trained, tmp_
         ["langevin", "2", "1"],
         ["heun", "101", "51"],
         ["langevin", "101", "100"],
+        ["langevin, no final denoising", "2", "1"],
+        ["real images", "", ""],
         ["real images", "", ""],
     ]
-    assert [row[4] for row in rows] == ["4", "4", "2", "2", "4"]
+    assert [row[4] for row in rows] == ["4", "4", "2", "2", "4", "4", "2"]
     assert rows[1][3] == ""  # one level leaves no ratio
     assert float(rows[3][3]) == pytest.approx(2, abs=0.1)  # Langevin's variance, one step a level
     assert (tmp_path / "table" / "samples.png").is_file()
@@ -546,6 +552,16 @@ def test_bad_input_is_named(faces_dir, trained, tmp_path, error_of):
     ddpm = save_net(make_face_net(16, 32, 1, 4), tmp_path / "ddpm.safetensors")
     message = error("sample", "--checkpoint", ddpm, *out)
     assert f"--checkpoint {ddpm}: is not a score-based model" in message
+    plots = tmp_path / "images"
+    assert f"--plots-dir {plots}: must not lie" in error(*sample, "--plots-dir", plots)
+
+    # The other way round: scripts for DDPM refuse a score-based model.
+    torch.save(torch.zeros(1, 3, 16, 16), tmp_path / "00.pt")
+    ddim = ["generate", "--noise-dir", tmp_path, "--checkpoint", trained, *out]
+    is_refused = f"--checkpoint {trained}: is a score-based model"
+    assert is_refused in error_of(p2_ddim.Generate | p2_ddim.EtaGrid, p2_ddim.main, *ddim)
+    infer = ["--checkpoint", trained, *out]
+    assert is_refused in error_of(p2_ddpm_infer.Generate, p2_ddpm_infer.main, *infer)
     assert not (tmp_path / "new" / "config.json").exists()
 
 

@@ -6,7 +6,7 @@ r"""Cut a release from a finished run: checkpoints/NAME.safetensors in half prec
 The same run gives the same bytes, and `load_net` loads them into float32. For results of the half
 precision: release, evaluate what was released, and release again. A network for latents has its
 autoencoder in the file; --decoder puts a decoder in it that was trained further since
-(p2_autoencoder.py --decoder-only).
+(p2_autoencoder.py train --decoder-only).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.checkpoints import load_net
 from common.cli import UserError, run_cli
 from common.files import ROOT, atomic_write
+from diffusion.schedule import Schedule
 from models import dann, gan
 from models.autoencoder import Autoencoder
 from models.latent_unet import LatentUnet
@@ -132,11 +133,10 @@ def replace_decoder(net: Network, path: Path) -> str:
 def describe_sampling(about: dict[str, Any]) -> dict[str, str]:
     """The card's lines about a diffusion model: its noise levels, its samplers' defaults."""
     facts = {}
-    schedule = about.get("schedule")
-    if schedule:
-        facts["noise levels"] = (
-            f"{schedule['steps']:,} steps, {schedule['kind']}; predicts {schedule['prediction']}"
-        )
+    if "schedule" in about:
+        schedule = Schedule.from_config(about["schedule"])
+        kind = f"linear ({schedule.rule})" if schedule.kind == "linear" else schedule.kind
+        facts["noise levels"] = f"{schedule.T:,} steps, {kind}; predicts {schedule.prediction}"
     levels = about.get("noise_levels")
     if levels:
         facts["noise levels"] = (

@@ -12,16 +12,16 @@ cd "$(dirname "$0")/.."
 gpu="--device cuda --precision bf16"
 
 # 1. The autoencoder: about 280,000 images.
-python p2_autoencoder.py --data-dir "$data" --output-dir "$out/autoencoder" \
+python p2_autoencoder.py train --data-dir "$data" --output-dir "$out/autoencoder" \
     --epochs 40 --batch-size 32 $gpu
 latents="--autoencoder $out/autoencoder/model.safetensors"
 
 # 2. The score-based model and the DDPM in its latents: 4 million images each.
 python p2_score.py train --data-dir "$data" --output-dir "$out/score" $latents \
-    --epochs 40 --images-per-epoch 100000 --batch-size 256 --lr 1e-3 --dropout 0.1 \
+    --blocks 1 --epochs 40 --images-per-epoch 100000 --batch-size 256 --lr 1e-3 \
     --ema-decay 0.9995 $gpu
-python p2_ddpm_train.py --domains faces --net ddim --width 64 --prediction v --rule respaced \
-    --data-dir "$data" --output-dir "$out/ddpm" $latents --flip --dropout 0.1 \
+python p2_ddpm_train.py --domains faces --net ddim --width 64 --blocks 1 --prediction v --rule respaced \
+    --data-dir "$data" --output-dir "$out/ddpm" $latents --flip \
     --epochs 40 --images-per-epoch 100000 --batch-size 256 --lr 1e-3 $gpu
 
 # 3. The tables: faces by T, and the samplers by number of calls.
