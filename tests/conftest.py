@@ -21,6 +21,11 @@ from common.run import Run
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the test that takes minutes first, so that no process waits for it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
 def save_net(net: torch.nn.Module, path: Path, **config: object) -> Path:
     """Write a checkpoint as the scripts write them; returns its path."""
     checkpoints.save_net(path, net, net.config | config)

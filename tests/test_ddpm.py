@@ -667,7 +667,7 @@ def test_options_of_others_are_refused(checkpoint, autoencoder, tmp_path, error_
         (face, ["--per-class", 3], "--per-class: is for digits, but"),
         (face, ["--guidance", 2], "--guidance: is for digits, but"),
         (face, ["--steps", 11], "--steps 11: the network was trained with 10 steps"),
-        (score, [], "has no noise schedule; networks of p2_score.py"),
+        (score, [], "has no noise schedule; p2_ddim.py makes"),
         (checkpoint, ["--num-images", 3], "--num-images: is for faces, but"),
     ):
         options = ["--output-dir", tmp_path / "y", "--checkpoint", file, *words]

@@ -185,6 +185,25 @@ def test_neither_batches_nor_the_order_of_files_matter(tmp_path):
     assert turned["distance"] == pytest.approx(first["distance"], rel=1e-6)
 
 
+def test_features_of_real_images_are_kept_until_a_file_changes(tmp_path, monkeypatch):
+    embedded = []
+
+    def embed(folder: Path, *arguments) -> Tensor:
+        embedded.append(folder.name)
+        return embed_images(folder, *arguments)
+
+    embed_images = features.embed_images
+    monkeypatch.setattr(features, "embed_images", embed)
+    real = save_images(tmp_path / "real", noise(4, size=16, seed=1))
+    first = save_images(tmp_path / "first", noise(4, size=16, seed=2))
+    before = random_kid(first, real)["distance"]
+    assert random_kid(first, real)["distance"] == before
+    assert embedded.count("real") == 1
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(real / "000.png")
+    assert random_kid(first, real)["distance"] != before
+    assert embedded.count("real") == 2
+
+
 def test_kid_names_what_is_wrong(tmp_path, error_of):
     good = save_images(tmp_path / "good", noise(3))
     one = save_images(tmp_path / "one", noise(1))
