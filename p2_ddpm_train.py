@@ -51,6 +51,7 @@ from common.rng import ImageNoise, derive_seed, make_rng, seed_dropout
 from common.run import Run
 from common.training import update_ema, warmup_cosine
 from diffusion.guidance import predict_eps
+from diffusion.noise_levels import NoiseLevels
 from diffusion.samplers import Clamp, clamp_x0, ddim_step, step_pairs
 from diffusion.schedule import Kind, Prediction, Rule, Schedule, spaced_steps
 from models.attention_unet import AttentionUnet
@@ -94,7 +95,7 @@ class Train:
     autoencoder: Path | None = None
     """Work in the latents of this model.safetensors of p2_autoencoder.py (or a latent network)."""
     init: Path | None = None
-    """model.safetensors of the same architecture, whose weights the training starts from."""
+    """Weights of the same architecture that the training starts from, also of a score model."""
     shares: tuple[int, ...] = ()
     """Ratio of the domains' images in a batch, such as 1 3; equal shares if not given."""
     balance_classes: bool = False
@@ -402,6 +403,10 @@ def load_init(args: Train, net: Network, schedule: Schedule) -> dict[str, str]:
         "domains": list(args.domains),
         "schedule": schedule.to_config(),
     }
+    is_score_based = "noise_levels" in config
+    if is_score_based:
+        theirs["domains"] = [FACES]
+        theirs["schedule"] = ours["schedule"]  # its noise levels are those of any schedule
     for name, value in ours.items():
         if theirs[name] != value:
             raise UserError(
@@ -410,7 +415,40 @@ def load_init(args: Train, net: Network, schedule: Schedule) -> dict[str, str]:
     if isinstance(net, LatentUnet):
         refuse_other_autoencoder(net, found, args.init)
     net.load_state_dict(found.state_dict())
+    if is_score_based:
+        refuse_other_outputs(args, NoiseLevels(**config["noise_levels"]))
+        negate_output(net)
     return {"init": hashlib.sha256(args.init.read_bytes()).hexdigest()}
+
+
+def refuse_other_outputs(args: Train, levels: NoiseLevels) -> None:
+    """Raise UserError if a score-based model in --init does not predict -v (see negate_output)."""
+    if levels.parametrization != "edm":
+        raise UserError(f"--init {args.init}: is {levels.parametrization}; only edm fits a DDPM")
+    if abs(levels.sigma_data - 1) > 0.05:
+        raise UserError(
+            f"--init {args.init}: its data has the deviation {levels.sigma_data:.3g}, but a DDPM "
+            "can only start from a model of latents, whose deviation is 1"
+        )
+    if args.prediction != "v":
+        raise UserError(
+            f"--prediction {args.prediction}: the score-based model in --init predicts -v; "
+            "take --prediction v"
+        )
+
+
+def negate_output(net: Network) -> None:
+    """Make a network that predicts v of one that EDM's preconditioning was trained with.
+
+    For data of deviation 1 the network of EDM reads c_in x = x / √(1 + σ²), which is x_t with
+    ᾱ_t = 1 / (1 + σ²). Its x_0 is √ᾱ_t x_t + √(1 - ᾱ_t) F, and that of v-prediction is
+    √ᾱ_t x_t - √(1 - ᾱ_t) v, so that v = -F. Only the time that it reads is another.
+    """
+    unet = net.unet if isinstance(net, LatentUnet) else net
+    assert isinstance(unet, DdimUnet)
+    with torch.no_grad():
+        for parameter in unet.out[-1].parameters():
+            parameter.neg_()
 
 
 def load_data(args: Train) -> list[Images]:

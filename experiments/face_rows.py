@@ -11,14 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 import evaluate
 from common.cli import UserError
 from common.data import decode_images, load_folder
-from common.device import Device
+from common.device import Device, available_devices
 from common.faces import face_names, load_faces
 from common.figures import save_image, save_labelled, save_table
 from common.files import atomic_write, make_output_dir
@@ -26,6 +26,27 @@ from common.rng import make_rng
 from metrics.features import EFFICIENTNET_PACKAGE, MissingPackageError
 
 STRIP = 10  # faces of a row in samples.png
+FEW_CALLS = 100  # of the network for an image, up to which a CPU makes all images of a row
+
+
+class Counts(Protocol):
+    """The options of a table that say how many images a row has."""
+
+    count: int
+    count_above: int
+    device: Device
+
+
+def device_of(device: Device) -> str:
+    """Where the rows are computed."""
+    return available_devices()[0] if device == "auto" else device
+
+
+def count_of(args: Counts, calls: int) -> int:
+    """How many images a row has: fewer on a CPU if they take many calls of the network."""
+    if calls > FEW_CALLS and device_of(args.device) == "cpu":
+        return min(args.count, args.count_above)
+    return args.count
 
 
 class Reference(NamedTuple):

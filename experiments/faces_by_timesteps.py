@@ -10,7 +10,8 @@ generator can honestly beat.
 Columns: KID × 1,000 (EfficientNet features; – without the package), the Fréchet distance of random
 features and with --weights FID, the share of images with exactly one face, and the seconds an image
 takes, start included. All sets are compared with the validation images, resized as for training.
-Distances compare only with those of as many images.
+Distances compare only with those of as many images; on a CPU, rows of more than 100 steps have
+fewer.
 
 Beside the table there are samples.png with the first faces of every row, and curve.png and
 curve.csv with the distance by epoch: the averaged network, DDIM, the same noises each time. The
@@ -19,6 +20,9 @@ same command again continues; trainings and rows that are there are kept.
     python experiments/faces_by_timesteps.py --output-dir runs/p2/timesteps --width 64
     python experiments/faces_by_timesteps.py --output-dir runs/p2/timesteps-latents --width 128 \
         --autoencoder runs/p2/autoencoder/model.safetensors
+    python experiments/faces_by_timesteps.py --output-dir runs/p2/timesteps-from --blocks 1 \
+        --autoencoder checkpoints/score_faces.safetensors --prediction v \
+        --init checkpoints/score_faces.safetensors
 """
 
 from __future__ import annotations
@@ -45,6 +49,7 @@ from experiments.face_rows import (
     Lines,
     Reference,
     check_shared,
+    count_of,
     read_or_compute,
     timed,
     write_reference,
@@ -53,9 +58,9 @@ from p2_ddpm_infer import Sampler
 
 GANS = tuple(ROOT / "checkpoints" / f"{name}_faces.safetensors" for name in ("dcgan", "wgangp"))
 CURVE_STEPS = 50  # of DDIM, or T
-COLUMNS = ["T", "rule", "sampler", "steps"]
+COLUMNS = ["T", "rule", "sampler", "steps", "images"]
 # What all rows must share; a training run itself refuses other options of training.
-SHARED = ("count", "seed", "size", "data_dir", "device", "precision")
+SHARED = ("count", "count_above", "seed", "size", "data_dir", "device", "precision")
 
 
 @dataclass(kw_only=True)
@@ -68,6 +73,8 @@ class Table:
     """Data folder with face/train and face/val."""
     autoencoder: Path | None = None
     """model.safetensors of p2_autoencoder.py, in whose latents the networks work."""
+    init: Path | None = None
+    """Score-based model in the same latents that every training starts from."""
     timesteps: tuple[int, ...] = (10, 100, 1_000)
     """Numbers T of steps of noise, each trained with both rules."""
     steps: tuple[int, ...] = (10, 100)
@@ -82,6 +89,8 @@ class Table:
     """Epochs between the points of the curve."""
     count: int = 1_000
     """Generated images of each row, and of each point of the curve."""
+    count_above: int = 128
+    """Images of a row with more than 100 calls of the network, on a CPU."""
     size: int = p2_ddpm_train.FACE_SIZE
     """Side of the images."""
     width: int = 64
@@ -119,6 +128,7 @@ class Table:
         at_least("--epochs", self.epochs, 1)
         at_least("--keep-every", self.keep_every, 1)
         at_least("--count", self.count, 2)
+        at_least("--count-above", self.count_above, 2)
         at_least("--sampling-batch", self.sampling_batch, 1)
         is_seed("--seed", self.seed)
         training(self, Net("respaced", 2))  # checks the options that it shares
@@ -204,6 +214,7 @@ def training(args: Table, net: Net) -> p2_ddpm_train.Train:
         blocks=args.blocks,
         patch=args.patch,
         autoencoder=args.autoencoder,
+        init=args.init,
         epochs=args.epochs,
         images_per_epoch=max(1, args.images // args.epochs),
         batch_size=args.batch_size,
@@ -223,12 +234,12 @@ def training(args: Table, net: Net) -> p2_ddpm_train.Train:
 
 
 def sample(args: Table, row: Row, checkpoint: Path, folder: Path) -> None:
-    """Write the faces of a row, with the same noises as in every other."""
+    """Write the faces of a row; image k starts from the same noise in every row."""
     p2_ddpm_infer.main(
         p2_ddpm_infer.Generate(
             checkpoint=checkpoint,
             output_dir=folder,
-            num_images=args.count,
+            num_images=count_of(args, row.steps),
             sampler=row.sampler,
             steps=row.steps,
             large_sigma=row.large_sigma,
@@ -258,9 +269,8 @@ def sample_gan(args: Table, checkpoint: Path, folder: Path) -> None:
 
 def draw_curve(args: Table, reference: Reference) -> None:
     """Measure the copies of every training; write curve.csv and curve.png, with the floor."""
-    floor = curve_distance(
-        args, reference.train[args.count], args.output_dir / "real" / "curve", reference
-    )
+    real = args.output_dir / f"real-{args.count}" / "curve"
+    floor = curve_distance(args, reference.train[args.count], real, reference)
     points: dict[int, dict[str, Any]] = {}
     names = [net.name for net in nets_of(args)]
     for net in nets_of(args):
@@ -304,10 +314,11 @@ def curve_distance(args: Table, images: Path, folder: Path, reference: Reference
 def main(args: Table) -> list[list[str]]:
     """Train, sample and evaluate what is missing; returns the lines of the table."""
     check_shared(args.output_dir, {name: getattr(args, name) for name in SHARED})
-    reference = write_reference(args.output_dir, args.data_dir, args.size, [args.count], args.seed)
-    title = (
-        f"{args.images:,} images a training; {args.count:,} images a row, {reference.description}"
-    )
+    longest = max(args.timesteps)
+    counts = sorted({args.count, count_of(args, longest)}, reverse=True)
+    reference = write_reference(args.output_dir, args.data_dir, args.size, counts, args.seed)
+    started = f", which starts from {args.init}" if args.init else ""
+    title = f"{args.images:,} images a training{started}; {reference.description}"
     lines = Lines(COLUMNS, args.output_dir, reference, title, args.device, args.weights)
     for net in nets_of(args):
         options = training(args, net)
@@ -316,17 +327,18 @@ def main(args: Table) -> list[list[str]]:
         for row in rows_of(args, net):
             folder = args.output_dir / "rows" / row.name
             images = folder / "images"
-            seconds = timed(folder, args.count, partial(sample, args, row, checkpoint, images))
-            words = [str(net.timesteps), net.rules, row.method, str(row.steps)]
+            count = count_of(args, row.steps)
+            seconds = timed(folder, count, partial(sample, args, row, checkpoint, images))
+            words = [str(net.timesteps), net.rules, row.method, str(row.steps), f"{count:,}"]
             lines.add(words, folder, images, seconds)
     for checkpoint in args.gans:
         folder = args.output_dir / "rows" / checkpoint.stem
         images = folder / "images"
         seconds = timed(folder, args.count, partial(sample_gan, args, checkpoint, images))
-        lines.add(["", "", checkpoint.stem, ""], folder, images, seconds)
-    lines.add(
-        ["", "", "real images", ""], args.output_dir / "real", reference.train[args.count], None
-    )
+        lines.add(["", "", checkpoint.stem, "", f"{args.count:,}"], folder, images, seconds)
+    for count in counts:
+        words = ["", "", "real images", "", f"{count:,}"]
+        lines.add(words, args.output_dir / f"real-{count}", reference.train[count], None)
     lines.draw_samples(args.size)
     draw_curve(args, reference)
     lines.print()

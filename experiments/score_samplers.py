@@ -28,12 +28,19 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import p2_score
 from common.cli import run_cli
-from common.device import available_devices
 from diffusion.noise_levels import annealed_variance, level_ratio, levels_needed
-from experiments.face_rows import Lines, Reference, check_shared, timed, write_reference
+from experiments.face_rows import (
+    FEW_CALLS,
+    Lines,
+    Reference,
+    check_shared,
+    count_of,
+    device_of,
+    timed,
+    write_reference,
+)
 from p2_score import Model, Plan, Sample, Sampler, Table
 
-FEW_CALLS = 100  # up to which a CPU samples all --count images
 COLUMNS = ["sampler", "calls", "levels", "variance left", "images"]
 
 
@@ -83,7 +90,7 @@ def main(args: Table) -> list[list[str]]:
             "final_denoising": args.final_denoising,
             "snr": args.snr,
             "rho": args.rho,
-            "device": device_of(args),
+            "device": device_of(args.device),
             "precision": args.precision,
         },
     )
@@ -119,18 +126,6 @@ def title_of(args: Table, model: Model, reference: Reference) -> str:
         "Distances compare only with those of as many images. Langevin dynamics needs "
         f"{needed} levels at a ratio of {level_ratio(dimensions):.4f}; with fewer it must fail."
     )
-
-
-def device_of(args: Table) -> str:
-    """Where the rows are sampled."""
-    return available_devices()[0] if args.device == "auto" else args.device
-
-
-def count_of(args: Table, calls: int) -> int:
-    """How many images a row has: fewer on a CPU if they take many calls."""
-    if calls > FEW_CALLS and device_of(args) == "cpu":
-        return min(args.count, args.count_above)
-    return args.count
 
 
 def sample_options(args: Table, row: Row, count: int, folder: Path) -> Sample:

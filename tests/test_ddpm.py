@@ -23,6 +23,7 @@ from common.device import make_accelerator
 from common.faces import make_face_net
 from common.files import ROOT
 from common.rng import ImageNoise, derive_seed, make_rng
+from diffusion.noise_levels import NoiseLevels
 from diffusion.schedule import Schedule
 from models.autoencoder import Autoencoder
 from models.context_unet import ContextUnet
@@ -216,6 +217,69 @@ def test_weights_of_another_kind_of_run_are_refused(data_dir, tmp_path, changes,
     init = save_net(net, tmp_path / "init.safetensors", domains=args.domains, schedule=schedule)
     with pytest.raises(UserError, match=message):
         train(dataclasses.replace(args, init=init, **changes))
+
+
+def score_model(tmp_path: Path, autoencoder: Path, **changes) -> Path:
+    """A score-based model of latents whose output is not zero, as p2_score.py saves it."""
+    net = make_face_net(16, 32, 1, autoencoder=autoencoder)
+    nn.init.normal_(net.get_parameter("unet.out.2.weight"))
+    levels = {"sigma_min": 0.02, "sigma_max": 50.0, "sigma_data": 1.0, "parametrization": "edm"}
+    return save_net(net, tmp_path / "score.safetensors", noise_levels=levels | changes, size=16)
+
+
+def faces_args(tmp_path: Path, init: Path, **options) -> Train:
+    """Options of a training on the latents of 16x16 faces that starts from `init`."""
+    return Train(
+        output_dir=tmp_path / "run",
+        domains=("faces",),
+        net="ddim",
+        size=16,
+        width=32,
+        blocks=1,
+        autoencoder=init,
+        init=init,
+        **{"prediction": "v"} | options,
+    )
+
+
+def test_a_score_based_model_starts_one_that_predicts_v(autoencoder, tmp_path):
+    init = score_model(tmp_path, autoencoder)
+    args = faces_args(tmp_path, init)
+    schedule = p2_ddpm_train.make_schedule(args)
+    net = make_net(args, (3, 16, 16), 0).eval()
+    p2_ddpm_train.load_init(args, net, schedule)
+
+    found, config = load_net(init, {"latent_unet": LatentUnet}, "--init")
+    levels = NoiseLevels(**config["noise_levels"])
+    t = torch.tensor([30, 400])
+    signal, noise = schedule.coefficients(t)
+    x_t = torch.randn(2, *found.shape, generator=make_rng(0))
+    sigma = (noise / signal).flatten()
+    # One time for both networks, although each reads the noise from a clock of its own.
+    with torch.no_grad():
+        x0_of_v = signal * x_t - noise * net(x_t, levels.time(sigma))
+        x0 = levels.denoise(found.eval(), x_t / signal, sigma)
+    assert x0.std() > 0.1
+    torch.testing.assert_close(x0_of_v, x0, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_run", "message"),
+    [
+        ({}, {"prediction": "eps"}, "--prediction eps: the score-based model in --init"),
+        ({"parametrization": "ncsn"}, {}, "is ncsn; only edm"),
+        ({"sigma_data": 0.5}, {}, "its data has the deviation 0.5"),
+        ({}, {"width": 64}, "has the arguments"),
+    ],
+)
+def test_a_score_based_model_that_does_not_fit_is_refused(
+    of_model, of_run, message, autoencoder, tmp_path
+):
+    init = score_model(tmp_path, autoencoder, **of_model)
+    args = dataclasses.replace(faces_args(tmp_path, init), **of_run)
+    net = make_net(args, (3, 16, 16), 0)
+    with pytest.raises(UserError, match=message):
+        p2_ddpm_train.load_init(args, net, p2_ddpm_train.make_schedule(args))
 
 
 @pytest.mark.parametrize("net", ["context", "attention", "ddim"])

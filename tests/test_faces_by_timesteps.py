@@ -48,9 +48,9 @@ def test_every_rule_is_trained_and_sampled_once(table, monkeypatch):
     monkeypatch.setattr(faces_by_timesteps.evaluate, "open_embedding", lambda *_: embedding)
     rows = faces_by_timesteps.main(table)
     kinds = ("ancestral, β", "ancestral, β̃", "DDIM, η = 0")
-    expected = [["2", rule, kind, "2"] for rule in ("as given", "respaced") for kind in kinds]
-    assert [row[:4] for row in rows] == [*expected, ["", "", "real images", ""]]
-    assert all(float(cell) >= 0 for row in rows[:-1] for cell in row[5:])
+    expected = [["2", rule, kind, "2", "3"] for rule in ("as given", "respaced") for kind in kinds]
+    assert [row[:5] for row in rows] == [*expected, ["", "", "real images", "", "3"]]
+    assert all(float(cell) >= 0 for row in rows[:-1] for cell in row[6:])
 
     with (table.output_dir / "curve.csv").open() as file:
         header, *lines = csv.reader(file)
@@ -78,6 +78,12 @@ def test_a_thousand_steps_are_trained_once_and_sampled_in_fewer(tmp_path):
     assert nets[-1].rules == "as given = respaced"
     assert [row.steps for row in rows_of(table, nets[-1])] == [1000] * 3 + [10] * 3 + [100] * 3
     assert len({row.name for net in nets for row in rows_of(table, net)}) == 4 * 3 + 9
+
+
+def test_a_cpu_makes_fewer_images_in_many_steps(tmp_path):
+    table = Table(output_dir=tmp_path, count=9, count_above=4, device="cpu")
+    assert [face_rows.count_of(table, calls) for calls in (10, 100, 101)] == [9, 9, 4]
+    assert face_rows.count_of(dataclasses.replace(table, device="cuda"), 101) == 9
 
 
 def test_options_are_those_of_a_training(tmp_path):
