@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from common.checkpoints import load_weights
+from common.attributes import read_attributes
 from common.cli import UserError
 from common.data import DIGIT_SIZE, list_images, read_labels
 
@@ -199,19 +200,13 @@ def inspect_faces(folder: Path, report: Report) -> None:
 
 def inspect_attributes(file: Path, report: Report) -> None:
     """CelebA's list_attr_celeba.txt: the number of rows, the names, then a row for each image."""
-    lines = file.read_text().splitlines()
-    columns = len(lines[1].split()) if len(lines) > 1 else 0
-    rows = max(len(lines) - 2, 0)
-    bad = []  # line numbers
-    for number, line in enumerate(lines[2:], 3):
-        values = line.split()[1:]
-        if len(values) != columns or set(values) - {"1", "-1"}:
-            bad.append(number)
-    if rows == 0 or lines[0].strip() != str(rows):
-        report.problems.append(f"{file}: line 1 is not the number of rows, {rows}")
-    if bad:
-        report.problems.append(f"{file}: {len(bad):,} bad rows, the first in line {bad[0]}")
-    report.rows.append(("face", "attributes", f"{rows:,}", "", "", f"{columns} of each image"))
+    try:
+        table = read_attributes(file)
+    except UserError as error:
+        report.problems.append(str(error))
+        return
+    rows = f"{len(table.images):,}"
+    report.rows.append(("face", "attributes", rows, "", "", f"{len(table.names)} of each image"))
 
 
 # What DDIM starts from
