@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from common.checkpoints import load_weights
 from common.attributes import read_attributes
+from common.checkpoints import load_weights
 from common.cli import UserError
 from common.data import DIGIT_SIZE, list_images, read_labels
 
