@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -75,6 +76,20 @@ def refuse_other_autoencoder(net: FaceNet, found: FaceNet, path: Path) -> None:
         for name, value in net.autoencoder.state_dict().items():
             if not torch.equal(value.cpu(), other[name]):
                 raise UserError(f"--init {path}: has another autoencoder than --autoencoder")
+
+
+def digest_of_states(net: FaceNet) -> str:
+    """What a diffusion's clean states are: pixels, or the latents of the encoder with this hash.
+
+    The decoder does not count. Weights are compared in half precision, in which they are released.
+    """
+    if not isinstance(net, LatentUnet):
+        return f"pixels {net.image_size}x{net.image_size}"
+    digest = hashlib.sha256()
+    for part in (net.autoencoder.encoder, net.autoencoder.standard):
+        for value in part.state_dict().values():
+            digest.update(value.cpu().half().numpy().tobytes())
+    return f"latents {digest.hexdigest()}"
 
 
 def make_pixel_net(

@@ -33,7 +33,7 @@ class Sinusoid(nn.Module):
         return torch.cat((angles.sin(), angles.cos()), 1)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm with 32 groups, or fewer where a group would have less than 4 channels.
 
     Groups of one channel would remove the time that was added to it.
@@ -47,10 +47,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, before: int, after: int, time: int, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
-        self.norm1 = _norm(before)
+        self.norm1 = group_norm(before)
         self.conv1 = nn.Conv2d(before, after, 3, padding=1)
         self.time = nn.Sequential(nn.SiLU(), nn.Linear(time, after))
-        self.norm2 = _norm(after)
+        self.norm2 = group_norm(after)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1)
         self.skip = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
 
@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
@@ -94,6 +94,26 @@ class Block(nn.Module):
         return self.attention(self.resblocks(x, time))
 
 
+class AttributeEmbedding(nn.Module):
+    """Attributes with three states, 1, -1 and 0 for unknown → a vector that is added to the time's.
+
+    The network sees each value and whether it is known. The last layer starts with zeros, so that
+    a network that is trained further begins as it was.
+    """
+
+    def __init__(self, count: int, time: int) -> None:
+        super().__init__()
+        self.count = count
+        self.first = nn.Linear(2 * count, time)
+        self.last = nn.Linear(time, time)
+
+    def forward(self, attributes: Tensor) -> Tensor:
+        """(batch, count) → (batch, time)."""
+        values = attributes.to(self.first.weight.dtype)
+        hidden = self.first(torch.cat((values, values.abs()), 1))
+        return self.last(F.silu(hidden))
+
+
 class DdimUnet(Network):
     """Predicts the noise (or v) in images of `size` pixels.
 
@@ -107,6 +127,7 @@ class DdimUnet(Network):
     less (Hoogeboom et al., 2023, https://arxiv.org/abs/2301.11093).
 
     `n_classes` > 0 adds a label embedding to that of the time; a dropped class adds nothing.
+    `n_attributes` > 0 adds an embedding of attributes (AttributeEmbedding).
     """
 
     counts_steps = True  # its t is the number of the step, from 0; the digits' networks read t / T
@@ -122,6 +143,7 @@ class DdimUnet(Network):
         dropout: float = 0.0,
         n_classes: int = 0,
         patch: int = 1,
+        n_attributes: int = 0,
     ) -> None:
         super().__init__()
         self.config = {
@@ -136,6 +158,7 @@ class DdimUnet(Network):
                 "dropout": dropout,
                 "n_classes": n_classes,
                 "patch": patch,
+                "n_attributes": n_attributes,
             },
         }
         self.patch = patch
@@ -147,6 +170,7 @@ class DdimUnet(Network):
             Sinusoid(width), nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time)
         )
         self.label = nn.Embedding(n_classes, time) if n_classes else None
+        self.attributes = AttributeEmbedding(n_attributes, time) if n_attributes else None
         self.lengths = {"down": 0, "mid": 0, "up": 0}
 
         levels = []  # (width, whether it has attention)
@@ -179,7 +203,7 @@ class DdimUnet(Network):
             if level > 0:
                 double = nn.Upsample(scale_factor=2)  # twice the height and width
                 self._append("up", nn.Sequential(double, nn.Conv2d(now, now, 3, padding=1)))
-        self.out = nn.Sequential(_norm(now), nn.SiLU(), nn.Conv2d(now, pixels, 3, padding=1))
+        self.out = nn.Sequential(group_norm(now), nn.SiLU(), nn.Conv2d(now, pixels, 3, padding=1))
         self._initialise()
 
     def _append(self, part: str, layer: nn.Module) -> None:
@@ -206,22 +230,31 @@ class DdimUnet(Network):
                 nn.init.zeros_(module.conv2.weight)
             elif isinstance(module, SelfAttention):
                 nn.init.zeros_(module.out.weight)
+            elif isinstance(module, AttributeEmbedding):
+                nn.init.zeros_(module.last.weight)
         last = self.out[2]
         assert isinstance(last, nn.Conv2d)
         nn.init.zeros_(last.weight)
 
     def forward(
-        self, x: Tensor, t: Tensor, classes: Tensor | None = None, drop: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        classes: Tensor | None = None,
+        drop: Tensor | None = None,
+        attributes: Tensor | None = None,
     ) -> Tensor:
         """Noisy images (batch, in_channels, height, width) → the noise in them, same shape.
 
         `t`, float (batch,), is the number of the step itself, not divided. It counts from 0: step
         1 … T of a schedule enters as 0 … T - 1, and the caller subtracts. The course's 1, 21, …,
         981 are such numbers. `classes` is int64 (batch,), or None for no class. `drop` is bool
-        (batch,), True where the class of a row is withheld. Raises ValueError for classes given to
-        a network without them.
+        (batch,), True where the class of a row is withheld. `attributes` is (batch, n_attributes)
+        with 1, -1 or 0 for unknown; None is unknown for all. Raises ValueError for classes or
+        attributes given to a network without them.
         """
         time = self._embed(t, classes, drop)
+        time = self._embed_attributes(attributes, time)
         # (batch, in_channels, height, width) → (batch, pixels, height / patch, width / patch)
         x = F.pixel_unshuffle(x, self.patch)
         kept = []
@@ -256,3 +289,13 @@ class DdimUnet(Network):
         if drop is not None:
             labels = labels.masked_fill(drop[:, None], 0.0)
         return time + labels
+
+    def _embed_attributes(self, attributes: Tensor | None, time: Tensor) -> Tensor:
+        """`time` (batch, 4 width) with the embedding of the attributes added to it."""
+        if self.attributes is None:
+            if attributes is not None:
+                raise ValueError("this network has no attributes (n_attributes is 0)")
+            return time
+        if attributes is None:
+            attributes = time.new_zeros(len(time), self.attributes.count)
+        return time + self.attributes(attributes)

@@ -50,10 +50,15 @@ class LatentUnet(Network):
         return self
 
     def forward(
-        self, x: Tensor, t: Tensor, classes: Tensor | None = None, drop: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        classes: Tensor | None = None,
+        drop: Tensor | None = None,
+        attributes: Tensor | None = None,
     ) -> Tensor:
         """Noisy latents (batch, *shape) → the noise in them; the rest is as in DdimUnet."""
-        return self.unet(x, t, classes, drop)
+        return self.unet(x, t, classes, drop, attributes)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images in [-1, 1] → latents (batch, *shape)."""
