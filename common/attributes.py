@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from common.cli import UserError
+from common.data import list_images
 
 ATTRIBUTES_FILE = "list_attr_celeba.txt"  # in the folder face/ of a data folder
 # The ten of the course's task.
@@ -32,6 +33,7 @@ TEN_ATTRIBUTES = (
     "Smiling",
     "Young",
 )
+MOST_EVALUATOR_VAL = 1_000  # faces of val that train the classifier that measures
 
 
 class AttributeTable(NamedTuple):
@@ -124,3 +126,52 @@ def refuse_twice(words: Sequence[str], what: str) -> None:
     word, count = Counter(words).most_common(1)[0]
     if count > 1:
         raise UserError(f"{what} {word} {count} times")
+
+
+# Who sees which faces
+
+
+class Split(NamedTuple):
+    """Four sets of faces without a common one: names of files in face/train and face/val.
+
+    The classifier that guides a diffusion model and the one that measures its images must not
+    learn from the same faces, or the second would share the mistakes of the first.
+    """
+
+    guidance: list[str]  # of train, for the classifier that guides
+    evaluator_train: list[str]  # of train, for the classifier that measures
+    evaluator_val: list[str]  # of val, for it too
+    measure: list[str]  # of val: nothing learns from them
+
+
+def split_faces(train: Sequence[str], val: Sequence[str] = ()) -> Split:
+    """Split the names of the files in face/train and face/val, in sorted order.
+
+    The first 5/7 of the training faces are for guidance, the rest for the evaluator. Of the val
+    faces the evaluator gets the first half, at most 1,000; the rest measures. The course's 7,000
+    and 2,025 faces give 5,000, 2,000 + 1,000, and 1,025.
+
+    Raises UserError for fewer than two training faces, and for a name that is there twice.
+    """
+    if len(train) < 2:
+        raise UserError(f"face/train: has {len(train)} image, but a split needs at least 2")
+    refuse_twice([Path(name).stem for name in (*train, *val)], "face/train and face/val: have")
+    train = sorted(train)
+    val = sorted(val)
+    cut_train = len(train) * 5 // 7
+    cut_val = min(len(val) // 2, MOST_EVALUATOR_VAL)
+    return Split(train[:cut_train], train[cut_train:], val[:cut_val], val[cut_val:])
+
+
+def split_of(data_dir: Path) -> Split:
+    """`split_faces` of the files in face/train and face/val of a data folder.
+
+    Raises UserError if one of them has fewer than two.
+    """
+    names = []
+    for part in ("train", "val"):
+        folder = data_dir / "face" / part
+        names.append([file.name for file in list_images(folder)])
+        if len(names[-1]) < 2:
+            raise UserError(f"{folder}: has one image, but a split needs at least 2")
+    return split_faces(*names)
