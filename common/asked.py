@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common.attributes import AttributeTable
-from common.cli import UserError, each_once, in_range
+from common.cli import UserError, each_once
 from common.rng import make_rng
 
 Others = Literal["unknown", "real", "absent"]
@@ -46,7 +46,8 @@ def read_request(words: Sequence[str]) -> list[Asked]:
                 number = float(weight)
             except ValueError:
                 raise UserError(f"--attributes {word}: {weight!r} is not a weight") from None
-            in_range("--attributes", number, 0, 1_000)
+            if not 0 <= number <= 1_000:
+                raise UserError(f"--attributes {word}: the weight must be between 0 and 1,000")
         asked.append(Asked(name, int(value), number))
     each_once("--attributes", [item.name for item in asked], at_least_one=False)
     return asked

@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,6 @@ from common.checkpoints import load_weights
 from common.cli import UserError
 from common.device import make_accelerator
 from common.faces import FaceStates, make_face_net
-from common.files import ROOT
 from common.rng import make_rng
 from diffusion.guidance import predict_eps
 from diffusion.noise_levels import (
@@ -47,7 +44,7 @@ from metrics.features import random_features
 from models.autoencoder import Autoencoder
 from models.ddim_unet import DdimUnet, Sinusoid
 from p2_score import Sample, Table, Train, train
-from tests.conftest import noise, save_images, save_net
+from tests.conftest import noise, run_with_two_processes, save_images, save_net
 
 SPREAD = 0.5  # deviation of the Gaussian data
 HIGH, LOW = 20.0, 0.01  # noise levels
@@ -454,20 +451,10 @@ def test_plots_show_ten_images_at_ten_levels(trained, tmp_path):
     assert len(read_folder(tmp_path / "images")) == 33
 
 
-def run_with_two_processes(*words: object) -> None:
-    """Run p2_score.py under torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc_per_node", "2", ROOT / "p2_score.py", *words]
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=180, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_two_processes_sample_the_same_bytes(trained, tmp_path):
     words = ["--num-images", 6, "--batch-size", 2, "--calls", 3, "--device", "cpu"]
     options = ["sample", "--checkpoint", trained, "--precision", "fp32", *words]
-    run_with_two_processes(*options, "--output-dir", tmp_path / "two")
+    run_with_two_processes("p2_score.py", *options, "--output-dir", tmp_path / "two")
     args = Sample(
         checkpoint=trained,
         output_dir=tmp_path / "one",
@@ -488,7 +475,7 @@ def test_two_processes_train(faces_dir):
     for name in ("data_dir", "output_dir", "size", "width", "blocks", "patch", "epochs"):
         flags += [f"--{name.replace('_', '-')}", getattr(args, name)]
     flags += ["--images-per-epoch", 4, "--batch-size", 4, "--device", "cpu"]
-    run_with_two_processes("train", *flags, "--precision", "fp32")
+    run_with_two_processes("p2_score.py", "train", *flags, "--precision", "fp32")
     weights, _ = load_weights(args.output_dir / "model.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
 

@@ -1,0 +1,968 @@
+r"""Faces by attribute: one network with attributes, classifier-free and classifier guidance.
+
+`train` teaches a diffusion model of faces to read attributes with three states: there (1), not
+there (-1) and unknown (0). `train-classifier` trains a classifier of noisy images, whose gradient
+can guide any diffusion model of the same images, also one without attributes. `sample` asks for
+attributes in either way, or in both; `grid` draws a row of faces for each attribute.
+
+Classifier guidance: Dhariwal and Nichol, 2021, https://arxiv.org/abs/2105.05233.
+Classifier-free guidance: Ho and Salimans, 2022, https://arxiv.org/abs/2207.12598.
+Several conditions: Liu et al., 2022, https://arxiv.org/abs/2206.01714.
+
+    python p2_guided.py train --init checkpoints/ddpm_faces.safetensors --output-dir runs/p2/guided
+    python p2_guided.py train-classifier --checkpoint checkpoints/ddpm_faces.safetensors \
+        --output-dir runs/p2/noisy-classifier
+    python p2_guided.py sample --checkpoint runs/p2/guided/model.safetensors --guidance free \
+        --attributes Smiling=1 Male=-1 --output-dir runs/smiling
+    python p2_guided.py sample --checkpoint checkpoints/ddpm_faces.safetensors \
+        --classifier runs/p2/noisy-classifier/model.safetensors --guidance classifier \
+        --attributes Eyeglasses=1 --output-dir runs/glasses
+    python p2_guided.py grid --checkpoint runs/p2/guided/model.safetensors --guidance free \
+        --output-dir runs/p2/attributes
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.asked import (
+    Asked,
+    Others,
+    RealRows,
+    read_request,
+    refuse_unknown,
+    values_of,
+    weights_of,
+)
+from common.attributes import (
+    ATTRIBUTES_FILE,
+    TEN_ATTRIBUTES,
+    attributes_of,
+    split_faces,
+)
+from common.checkpoints import load_net
+from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
+from common.data import draw_batch, list_images, load_folder, to_uint8
+from common.device import Device, Precision, make_accelerator, place
+from common.faces import FACE_NETS, FaceNet, FaceStates, digest_of_states, face_names
+from common.figures import save_curves, save_grid, save_image, save_labelled
+from common.files import atomic_write, make_output_dir
+from common.progress import show_progress
+from common.quarters import QUARTERS, add_quarters, end_epoch
+from common.reverse_process import State
+from common.rng import ImageNoise, derive_seed, make_rng, seed_dropout
+from common.run import Run
+from common.training import update_ema, warmup_cosine
+from diffusion.guidance import attribute_eps, classifier_gradient, composed_eps, shifted_eps
+from diffusion.samplers import Clamp, ancestral_step, clamp_x0, ddim_step, step_pairs
+from diffusion.schedule import Schedule, spaced_steps
+from models.latent_unet import LatentUnet
+from models.noisy_classifier import NoisyClassifier
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Guidance = Literal["none", "free", "classifier", "both"]
+FREE_SCALE = 3.0
+CLASSIFIER_SCALE = 3.0
+ASKED_FILE = "asked.json"  # beside the images: what was asked of each
+SCALES = (0.0, 1.0, 2.0, 3.0, 5.0, 8.0)
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Teach a diffusion model of faces to read attributes. The last epoch is the result."""
+
+    output_dir: Path
+    """Run directory. The same command again continues an interrupted run."""
+    init: Path
+    """Network for faces of p2_ddpm_train.py that the training starts from, with its schedule."""
+    data_dir: Path = Path("hw2_data")
+    """Data folder with face/train and face/list_attr_celeba.txt."""
+    attributes: tuple[str, ...] = TEN_ATTRIBUTES
+    """Attributes to learn, by the names in the file."""
+    drop_each: float = 0.3
+    """Probability that an attribute of an image is unknown, each on its own."""
+    drop_all: float = 0.1
+    """Probability that all attributes of an image are unknown."""
+    largest_weight: float = 5.0
+    """How much more often images with rare attributes are drawn, at most; 1 draws all alike."""
+    flip: bool = True
+    """Mirror each face with probability one half."""
+    epochs: int = 20
+    """Epochs of --images-per-epoch images."""
+    images_per_epoch: int = 56_000
+    """Images of an epoch, whatever the size of the data."""
+    batch_size: int = 128
+    """Images of a step, over all processes."""
+    lr: float = 4e-4
+    """Peak learning rate of AdamW: warmed up over 2 % of the steps, then a half cosine to 0."""
+    weight_decay: float = 0.01
+    """AdamW weight decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    ema_decay: float = 0.9995
+    """Decay of the averaged network, which is the one that is sampled and saved."""
+    grid_every: int = 10
+    """Epochs between grids of samples from fixed noise, a row for each attribute."""
+    seed: int = 0
+    """Seed of the new weights, order and noise."""
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "auto"
+    """bf16 autocast where the hardware is fast at it, or fp32."""
+
+    def __post_init__(self) -> None:
+        each_once("--attributes", self.attributes)
+        in_range("--drop-each", self.drop_each, 0, 1)
+        in_range("--drop-all", self.drop_all, 0, 1)
+        in_range("--largest-weight", self.largest_weight, 1, 1_000)
+        at_least("--epochs", self.epochs, 1)
+        at_least("--images-per-epoch", self.images_per_epoch, 1)
+        at_least("--batch-size", self.batch_size, 2)
+        above("--lr", self.lr, 0, 1)
+        in_range("--weight-decay", self.weight_decay, 0, 100)
+        above("--clip", self.clip, 0, 1e6)
+        below("--ema-decay", self.ema_decay, 0, 1)
+        at_least("--grid-every", self.grid_every, 1)
+        is_seed("--seed", self.seed)
+
+
+@dataclass(kw_only=True)
+class TrainClassifier:
+    """Train a classifier of noisy faces for guidance. The last epoch is the result.
+
+    It sees the first five sevenths of the training images: the rest is the evaluator's.
+    """
+
+    output_dir: Path
+    """Run directory. The same command again continues an interrupted run."""
+    checkpoint: Path
+    """Diffusion model of faces, whose states and noise schedule the classifier is for."""
+    data_dir: Path = Path("hw2_data")
+    """Data folder with face/train, face/val and face/list_attr_celeba.txt."""
+    attributes: tuple[str, ...] = TEN_ATTRIBUTES
+    """Attributes to learn, by the names in the file."""
+    width: int = 64
+    """Channels of the network's first level."""
+    blocks: int = 1
+    """Residual blocks of each level."""
+    patch: int = 1
+    """Side of the squares of pixels that the network sees as one position; 2 is faster."""
+    dropout: float = 0.1
+    """Dropout in the residual blocks."""
+    largest_weight: float = 10.0
+    """Largest weight of the rarer value of an attribute in the loss; 1 weighs all alike."""
+    flip: bool = True
+    """Mirror each face with probability one half."""
+    epochs: int = 20
+    """Epochs of --images-per-epoch images."""
+    images_per_epoch: int = 20_000
+    """Images of an epoch, whatever the size of the data."""
+    batch_size: int = 128
+    """Images of a step, over all processes."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW: warmed up over 2 % of the steps, then a half cosine to 0."""
+    weight_decay: float = 0.05
+    """AdamW weight decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    ema_decay: float = 0.999
+    """Decay of the averaged network, which is the one that is saved."""
+    seed: int = 1
+    """Seed of initialisation, order and noise."""
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "auto"
+    """bf16 autocast where the hardware is fast at it, or fp32."""
+
+    def __post_init__(self) -> None:
+        each_once("--attributes", self.attributes)
+        if self.width < 32 or self.width % 32 or self.width > 4_096:
+            raise UserError(f"--width {self.width}: must be a multiple of 32, up to 4,096")
+        in_range("--blocks", self.blocks, 1, 100)
+        in_range("--patch", self.patch, 1, 1_024)
+        below("--dropout", self.dropout, 0, 1)
+        in_range("--largest-weight", self.largest_weight, 1, 1_000)
+        at_least("--epochs", self.epochs, 1)
+        at_least("--images-per-epoch", self.images_per_epoch, 1)
+        at_least("--batch-size", self.batch_size, 2)
+        above("--lr", self.lr, 0, 1)
+        in_range("--weight-decay", self.weight_decay, 0, 100)
+        above("--clip", self.clip, 0, 1e6)
+        below("--ema-decay", self.ema_decay, 0, 1)
+        is_seed("--seed", self.seed)
+
+
+@dataclass(kw_only=True)
+class Sampling:
+    """Options of the commands that sample."""
+
+    checkpoint: Path
+    """Network of train; with --guidance classifier also one of p2_ddpm_train.py for faces."""
+    output_dir: Path
+    """Folder for the images."""
+    classifier: Path | None = None
+    """model.safetensors of train-classifier, for --guidance classifier and both."""
+    guidance: Guidance = "none"
+    """Who is asked: the network (none), also against itself (free), the classifier, or both."""
+    scale: tuple[float, ...] = ()
+    """Strength of the guidance, for both two numbers: free, classifier. 3 if not given."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """The range of t / T in which guidance is on."""
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    """DDIM, without noise or with --eta, or ancestral sampling (ddpm)."""
+    steps: int = 50
+    """Steps of the sampler."""
+    eta: float = 0.0
+    """Randomness of ddim: 0 adds no noise, 1 as much as ddpm."""
+    others: Others = "unknown"
+    """What the network hears of the others: unknown, as in a random real image, or absent."""
+    data_dir: Path = Path("hw2_data")
+    """Data folder, whose attributes are counted and, for --others real, drawn from."""
+    seed: int = 0
+    """Seed of the noise. Image k depends on it and on k alone."""
+    batch_size: int = 50
+    """Images computed at a time."""
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "auto"
+    """bf16 autocast of the network where the hardware is fast at it; gradients are fp32."""
+
+    def __post_init__(self) -> None:
+        wanted = {"none": 0, "free": 1, "classifier": 1, "both": 2}[self.guidance]
+        if self.scale and len(self.scale) != wanted:
+            given = " ".join(f"{scale:g}" for scale in self.scale)
+            raise UserError(f"--scale {given}: --guidance {self.guidance} has {wanted} strengths")
+        for scale in self.scale:
+            in_range("--scale", scale, 0, 1_000)
+        needs_classifier = self.guidance in ("classifier", "both")
+        if needs_classifier and self.classifier is None:
+            raise UserError(f"--guidance {self.guidance}: needs --classifier")
+        if self.classifier is not None and not needs_classifier:
+            raise UserError(f"--classifier {self.classifier}: is not used by {self.guidance}")
+        if self.others != "unknown" and self.guidance == "classifier":
+            raise UserError(f"--others {self.others}: the classifier is only asked what you ask")
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise UserError(f"--interval {low:g} {high:g}: must rise and lie between 0 and 1")
+        at_least("--steps", self.steps, 1)
+        in_range("--eta", self.eta, 0, 1)
+        if self.eta > 0 and self.sampler != "ddim":
+            raise UserError(f"--eta {self.eta:g}: only --sampler ddim adds noise in this way")
+        is_seed("--seed", self.seed)
+        at_least("--batch-size", self.batch_size, 1)
+
+
+@dataclass(kw_only=True)
+class Sample(Sampling):
+    """Write faces 0000.png, 0001.png, … with attributes, and asked.json with what was asked."""
+
+    attributes: tuple[str, ...] = ()
+    """NAME=1 or NAME=-1 for each; NAME=1:3 weighs each with its own strength (Liu et al.)."""
+    num_images: int = 100
+    """Number of images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        read_request(self.attributes)
+        at_least("--num-images", self.num_images, 1)
+
+
+@dataclass(kw_only=True)
+class Grid(Sampling):
+    """Draw ten faces for each attribute, and ten faces at several strengths of the guidance.
+
+    Every row of attributes.png starts from the same ten noises, and so does every column of
+    scales.png, whose attribute is the first.
+    """
+
+    attributes: tuple[str, ...] = ()
+    """NAME=1 or NAME=-1, a row for each; all that the network knows, 1, if not given."""
+    scales: tuple[float, ...] = SCALES
+    """Strengths of the guidance in scales.png; with both they are the first one's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        read_request(self.attributes)
+        each_once("--scales", self.scales)
+        for scale in self.scales:
+            in_range("--scales", scale, 0, 1_000)
+
+
+# Training of the network
+
+
+def train(args: Train) -> dict[str, Any]:
+    """Train one run; returns the content of result.json (on the main process)."""
+    accelerator = make_accelerator(args.device, args.precision)
+    device = accelerator.device
+    run = Run(args, accelerator)
+    if run.result is not None:
+        return run.result if run.is_main else {}
+    start = load_start(args.init, "--init")
+    refuse_other_attributes(args, start)
+    schedule = start.schedule
+    folder = args.data_dir / "face" / "train"
+    images = load_folder(folder, (start.size, start.size), args.output_dir.parent / "cache")
+    labels = attributes_of(args.data_dir).of(images.names, args.attributes)
+    weights = weights_of_values(labels, args.largest_weight)
+    drawn = repeat_rare(labels, weights).to(device)  # rows, those of rare faces more than once
+
+    torch.manual_seed(derive_seed(args.seed, "init"))
+    bare_net = place(with_attributes(start.net, len(args.attributes)), device)
+    ema = copy.deepcopy(bare_net)
+    trained = [parameter for parameter in bare_net.parameters() if parameter.requires_grad]
+    adam = torch.optim.AdamW(trained, weight_decay=args.weight_decay, fused=True)
+    net, adam = accelerator.prepare(bare_net, adam)
+    parts = {"net": bare_net, "ema": ema, "adam": adam}
+    states = FaceStates(bare_net, images.pixels.to(device), args.flip)
+    labels = labels.to(device)
+
+    steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
+    last = args.epochs * steps_per_epoch
+    first = run.load_state(parts)
+    log_shares(run, args.attributes, labels, weights)
+    for step in run.steps(first, last, args.batch_size):
+        net.train()
+        learning_rate = args.lr * warmup_cosine(step / last, warm_up=0.02)
+        adam.param_groups[0]["lr"] = learning_rate
+        rng = make_rng(args.seed, "step", step, accelerator.process_index, device=device)
+        seed_dropout(args.seed, step, accelerator.process_index)
+        turns = draw_batch(len(drawn), step, args.batch_size, accelerator, args.seed, "order")
+        rows = drawn[turns]
+        x0 = states.draw(rows, rng).contiguous(memory_format=torch.channels_last)
+        attributes = drop_some(labels[rows], args.drop_each, args.drop_all, rng)
+
+        losses = noise_losses(net, schedule, x0, attributes, rng)
+        adam.zero_grad()
+        accelerator.backward(losses["loss"])
+        norm = accelerator.clip_grad_norm_(trained, args.clip)
+        losses["gradient_norm"] = torch.as_tensor(norm)
+        adam.step()
+        update_ema(ema, bare_net, args.ema_decay, step)
+
+        run.add_losses(step, losses)
+        epoch, rest = divmod(step + 1, steps_per_epoch)
+        epoch_ends = rest == 0
+        if epoch_ends:
+            row = {"step": step + 1, "epoch": epoch, "learning_rate": learning_rate}
+            row |= run.epoch_means(steps_per_epoch)
+            end_epoch(run, row, "t", "loss by quarter of t")
+            if epoch % args.grid_every == 0 or epoch == args.epochs:
+                draw_samples(run, ema, start, args.attributes, epoch)
+        if run.save_due() or epoch_ends:
+            run.save_state(step + 1, parts)
+    if run.is_main:
+        run.save_model(ema, config_of(args, ema, start, weights))
+        run.finish(run.history()[-1])
+    return run.result or {}
+
+
+def noise_losses(
+    net: torch.nn.Module,
+    schedule: Schedule,
+    x0: Tensor,
+    attributes: Tensor,
+    rng: torch.Generator,
+) -> dict[str, Tensor]:
+    """The loss: mean squared error of the predicted noise (or v) at random t, as for DDPM.
+
+    `x0` is (batch, channels, height, width), `attributes` (batch, attributes) with 0 for unknown.
+    The errors are also summed and counted by quarter of t, for the record.
+    """
+    t = torch.randint(1, schedule.T + 1, (len(x0),), generator=rng, device=x0.device)
+    eps = torch.randn(x0.shape, generator=rng, device=x0.device)
+    x_t = schedule.q_sample(x0, t, eps)
+    bare_net = getattr(net, "module", net)
+    output = net(x_t, schedule.time(t, bare_net), attributes=attributes).float()
+    errors = (output - schedule.target(x0, t, eps)).square().flatten(1).mean(1)  # (batch,)
+
+    losses = {"loss": errors.mean()}
+    add_quarters(losses, errors, quarter_of(t, schedule), "t")
+    return losses
+
+
+def quarter_of(t: Tensor, schedule: Schedule) -> Tensor:
+    """The quarter 0 … 3 of the schedule that steps t (batch,) are in."""
+    return (t - 1) * QUARTERS // schedule.T
+
+
+def drop_some(labels: Tensor, drop_each: float, drop_all: float, rng: torch.Generator) -> Tensor:
+    """Make some attributes unknown: float32 (batch, attributes) with 1, -1 and 0 for unknown."""
+    known = torch.rand(labels.shape, generator=rng, device=labels.device) >= drop_each
+    any_known = torch.rand(len(labels), 1, generator=rng, device=labels.device) >= drop_all
+    return labels.float() * known * any_known
+
+
+def weights_of_values(labels: Tensor, largest: float) -> Tensor:
+    """How much more often the rarer value of each attribute is drawn: (attributes,), at least 1.
+
+    It is the square root of how rare that value is, at most `largest`: a value that one image in
+    fifty has is drawn five times as often.
+    """
+    share = (labels == 1).float().mean(0)
+    rarer = torch.minimum(share, 1 - share)
+    return (0.5 / rarer.clamp(min=1e-9)).sqrt().clamp(max=largest)
+
+
+def repeat_rare(labels: Tensor, weights: Tensor) -> Tensor:
+    """Rows of images, int64, with those of rare faces repeated; 4 times for a weight of 1.
+
+    An image has the largest weight among its rare values.
+    """
+    rarer_value = torch.where((labels == 1).float().mean(0) <= 0.5, 1, -1)
+    of_images = torch.where(labels == rarer_value, weights, 1.0).amax(1)
+    repeats = (4 * of_images).round().long()
+    return torch.repeat_interleave(torch.arange(len(labels)), repeats)
+
+
+def log_shares(run: Run, names: Sequence[str], labels: Tensor, weights: Tensor) -> None:
+    """Print how frequent each attribute is, and how much more often its rarer value is drawn."""
+    shares = 100 * (labels == 1).float().mean(0)
+    words = [
+        f"{name} {share:.1f} % (weight {weight:.2f})"
+        for name, share, weight in zip(names, shares.tolist(), weights.tolist(), strict=True)
+    ]
+    run.log("attributes of the training images: " + ", ".join(words))
+
+
+class Start(NamedTuple):
+    """A diffusion model of faces, as p2_ddpm_train.py or this script saves it."""
+
+    net: FaceNet
+    schedule: Schedule
+    size: int
+    names: list[str]  # of its attributes, if it has any
+    config: dict[str, Any]
+    digest: str
+
+
+def load_start(path: Path, flag: str) -> Start:
+    """Read a diffusion model of faces. Raises UserError for other files."""
+    net, config = load_net(path, FACE_NETS, flag)
+    if "schedule" not in config:
+        raise UserError(f"{flag} {path}: has no noise schedule; give a model of p2_ddpm_train.py")
+    if config.get("domains") != ["faces"]:
+        raise UserError(f"{flag} {path}: is a model of digits, not of faces")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    schedule = Schedule.from_config(config["schedule"])
+    names = config.get("attributes", [])
+    return Start(net, schedule, config["size"], names, config, digest)
+
+
+def refuse_other_attributes(args: Train, start: Start) -> None:
+    """Raise UserError if --init has learned other attributes than this run shall."""
+    if start.names and start.names != list(args.attributes):
+        raise UserError(f"--init {args.init}: has learned {' '.join(start.names)}; ask for those")
+
+
+def with_attributes(net: FaceNet, count: int) -> FaceNet:
+    """The same network with an embedding of `count` attributes, which adds nothing as yet."""
+    arguments = copy.deepcopy(net.config["arguments"])
+    of_unet = arguments["unet"] if isinstance(net, LatentUnet) else arguments
+    of_unet["n_attributes"] = count
+    wider = type(net)(**arguments)
+    missing, unexpected = wider.load_state_dict(net.state_dict(), strict=False)
+    assert not unexpected
+    assert all("attributes." in name for name in missing)
+    return wider
+
+
+def config_of(args: Train, net: FaceNet, start: Start, weights: Tensor) -> dict[str, Any]:
+    """What the checkpoint keeps besides the weights."""
+    kept = {name: start.config[name] for name in ("domains", "size", "schedule", "sampling")}
+    return (
+        net.config
+        | kept
+        | {
+            "attributes": list(args.attributes),
+            "weights": dict(zip(args.attributes, weights.tolist(), strict=True)),
+            "init": start.digest,
+            "seed": args.seed,
+        }
+    )
+
+
+@torch.inference_mode()
+def draw_samples(run: Run, ema: FaceNet, start: Start, names: Sequence[str], epoch: int) -> None:
+    """Draw a grid of samples with 25 steps of DDIM: a row for each attribute, the same 8 noises."""
+    if not run.is_main:
+        return
+    device = run.accelerator.device
+    schedule = start.schedule
+    ema.eval()
+    asked = torch.eye(len(names), device=device).repeat_interleave(8, dim=0)
+    x = ImageNoise(0, range(8), ema.shape, device)().repeat(len(names), 1, 1, 1)
+    steps = spaced_steps(schedule.T, min(25, schedule.T), start.config["sampling"]["spacing"])
+    with run.accelerator.autocast():
+        for t, previous in step_pairs(steps):
+            eps = attribute_eps(ema, schedule, x, t, asked)
+            x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), start.config["sampling"]["clamp"])
+            x = ddim_step(schedule, x0, eps, t, previous)
+        pixels = to_uint8(ema.decode(x))
+    save_grid(pixels, run.dir / "samples" / f"epoch_{epoch:04d}.png", columns=8)
+
+
+# Training of the classifier of noisy images
+
+
+def train_classifier(args: TrainClassifier) -> dict[str, Any]:
+    """Train one run; returns the content of result.json (on the main process)."""
+    accelerator = make_accelerator(args.device, args.precision)
+    device = accelerator.device
+    run = Run(args, accelerator)
+    if run.result is not None:
+        return run.result if run.is_main else {}
+    start = load_start(args.checkpoint, "--checkpoint")
+    schedule = start.schedule
+    folder = args.data_dir / "face" / "train"
+    images = load_folder(folder, (start.size, start.size), args.output_dir.parent / "cache")
+    labels = attributes_of(args.data_dir).of(images.names, args.attributes).to(device)
+    states = FaceStates(place(start.net, device), images.pixels.to(device), args.flip)
+    own_names = split_faces(images.names).guidance  # the other images are the evaluator's
+    is_own = torch.tensor([name in set(own_names) for name in images.names])
+    own = is_own.nonzero().flatten().to(device)  # rows
+    others = (~is_own).nonzero().flatten().to(device)
+
+    torch.manual_seed(derive_seed(args.seed, "init"))
+    bare_net = place(make_classifier(args, start.net.shape), device)
+    ema = copy.deepcopy(bare_net)
+    adam = torch.optim.AdamW(bare_net.parameters(), weight_decay=args.weight_decay, fused=True)
+    net, adam = accelerator.prepare(bare_net, adam)
+    parts = {"net": bare_net, "ema": ema, "adam": adam}
+    positive_weight = weight_of_positives(labels[own], args.largest_weight)
+
+    steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
+    last = args.epochs * steps_per_epoch
+    first = run.load_state(parts)
+    for step in run.steps(first, last, args.batch_size):
+        net.train()
+        learning_rate = args.lr * warmup_cosine(step / last, warm_up=0.02)
+        adam.param_groups[0]["lr"] = learning_rate
+        rng = make_rng(args.seed, "step", step, accelerator.process_index, device=device)
+        seed_dropout(args.seed, step, accelerator.process_index)
+        turns = draw_batch(len(own), step, args.batch_size, accelerator, args.seed, "order")
+        rows = own[turns]
+        x0 = states.draw(rows, rng).contiguous(memory_format=torch.channels_last)
+
+        t = torch.randint(1, schedule.T + 1, (len(x0),), generator=rng, device=device)
+        noise = torch.randn(x0.shape, generator=rng, device=device)
+        x_t = schedule.q_sample(x0, t, noise)
+        logits = net(x_t, schedule.time(t, bare_net)).float()
+        truth = (labels[rows] == 1).float()
+        loss = F.binary_cross_entropy_with_logits(logits, truth, pos_weight=positive_weight)
+        adam.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(bare_net.parameters(), args.clip)
+        adam.step()
+        update_ema(ema, bare_net, args.ema_decay, step)
+
+        run.add_losses(step, {"loss": loss})
+        epoch, rest = divmod(step + 1, steps_per_epoch)
+        epoch_ends = rest == 0
+        if epoch_ends:
+            row = {"step": step + 1, "epoch": epoch} | run.epoch_means(steps_per_epoch)
+            end_classifier_epoch(run, row, ema, schedule, states, labels, others)
+        if run.save_due() or epoch_ends:
+            run.save_state(step + 1, parts)
+    if run.is_main:
+        kept = {
+            "attributes": list(args.attributes),
+            "schedule": schedule.to_config(),
+            "states": digest_of_states(start.net),
+            "trained_on": [Path(name).stem for name in own_names],
+            "seed": args.seed,
+        }
+        run.save_model(ema, ema.config | kept)
+        run.finish(run.history()[-1])
+    return run.result or {}
+
+
+def make_classifier(args: TrainClassifier, shape: tuple[int, ...]) -> NoisyClassifier:
+    """The classifier of the options for states of `shape` (channels, size, size)."""
+    channels, size, _ = shape
+    if size % args.patch:
+        raise UserError(f"--patch {args.patch}: must divide {size}, the size of the states")
+    sizes = [size // args.patch]
+    while len(sizes) < 4 and sizes[-1] % 2 == 0 and sizes[-1] > 4:
+        sizes.append(sizes[-1] // 2)
+    return NoisyClassifier(
+        channels,
+        size,
+        args.width,
+        multipliers=(1, 2, 2, 4)[: len(sizes)],
+        attention=sizes[-2:],
+        blocks=args.blocks,
+        dropout=args.dropout,
+        patch=args.patch,
+        n_attributes=len(args.attributes),
+    )
+
+
+def weight_of_positives(labels: Tensor, largest: float) -> Tensor:
+    """The weight of the value 1 of each attribute in the loss: (attributes,), 1 for one half."""
+    share = (labels == 1).float().mean(0).clamp(1e-9, 1 - 1e-9)
+    return ((1 - share) / share).clamp(1 / largest, largest)
+
+
+def end_classifier_epoch(
+    run: Run,
+    row: dict[str, Any],
+    ema: NoisyClassifier,
+    schedule: Schedule,
+    states: FaceStates,
+    labels: Tensor,
+    rows: Tensor,
+) -> None:
+    """Log the epoch with the balanced accuracy by quarter of t; draw the curves.
+
+    `rows` are images that the classifier does not learn from.
+    """
+    if not run.is_main:
+        return
+    found = accuracy_by_quarter(ema, schedule, states, labels, rows)
+    columns = [f"accuracy_t{number}" for number in range(QUARTERS)]
+    row |= dict(zip(columns, found, strict=True))
+    run.log_metrics(row)
+    run.log_row(row)
+    panels = {"loss": ["loss"], "balanced accuracy by quarter of t, %": columns}
+    save_curves(run.history(), panels, run.dir / "figures" / "curves.png")
+
+
+@torch.inference_mode()
+def accuracy_by_quarter(
+    net: NoisyClassifier, schedule: Schedule, states: FaceStates, labels: Tensor, rows: Tensor
+) -> list[float]:
+    """Balanced accuracy in percent, mean over the attributes, with noise of each quarter of t.
+
+    Those that all images have, or none, are left out.
+    """
+    net.eval()
+    device = rows.device
+    found = []
+    truth = labels[rows] == 1
+    for number in range(QUARTERS):
+        rng = make_rng(0, "quarter", number, device=device)
+        low = number * schedule.T // QUARTERS + 1
+        high = (number + 1) * schedule.T // QUARTERS + 1
+        guesses = []
+        for some in rows.split(500):
+            x0 = states.draw(some, rng)
+            t = torch.randint(low, max(high, low + 1), (len(x0),), generator=rng, device=device)
+            x_t = schedule.q_sample(x0, t, torch.randn(x0.shape, generator=rng, device=device))
+            guesses.append(net(x_t, schedule.time(t, net)) > 0)
+        guess = torch.cat(guesses)
+        hits_of_present = (guess & truth).sum(0) / truth.sum(0)
+        hits_of_absent = (~guess & ~truth).sum(0) / (~truth).sum(0)
+        found.append(50 * (hits_of_present + hits_of_absent).nanmean().item())
+    return found
+
+
+# Sampling
+
+
+class Model(NamedTuple):
+    """A diffusion model with the steps of the sampler, and perhaps a classifier that guides it."""
+
+    net: FaceNet
+    schedule: Schedule
+    steps: list[int]
+    clamp: Clamp
+    names: list[str]  # of the network's attributes, if it has any
+    classifier: NoisyClassifier | None
+    classifier_names: list[str]
+    accelerator: Accelerator
+
+
+class Request(NamedTuple):
+    """What is asked of a batch of images.
+
+    `known` is what the network hears, (batch, attributes), and None if it is not asked. `terms`
+    (terms, batch, attributes) and `weights` are those of `composed_eps`; without free guidance
+    `terms` is None. `classifier` is the `asked` of `classifier_gradient`, or None without one.
+    """
+
+    known: Tensor | None
+    terms: Tensor | None
+    weights: Tensor
+    classifier: Tensor | None
+
+
+@torch.inference_mode()
+def sample_faces(
+    model: Model, request: Request, numbers: Sequence[int], args: Sampling
+) -> Iterator[State]:
+    """Sample faces number k; yields the noise and the state of every step, latents or images."""
+    schedule = model.schedule
+    low, high = args.interval
+    draw = ImageNoise(args.seed, numbers, model.net.shape, model.accelerator.device)
+    x = draw().contiguous(memory_format=torch.channels_last)
+    yield State(schedule.T, x, None)
+    for t, previous in step_pairs(model.steps):
+        is_guided = low <= t / schedule.T <= high
+        with model.accelerator.autocast():
+            if is_guided and request.terms is not None:
+                eps = composed_eps(model.net, schedule, x, t, request.terms, request.weights)
+            else:
+                eps = attribute_eps(model.net, schedule, x, t, request.known)
+        if is_guided and request.classifier is not None:
+            assert model.classifier is not None
+            gradient = classifier_gradient(model.classifier, schedule, x, t, request.classifier)
+            eps = shifted_eps(schedule, eps, gradient, t)
+        x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), model.clamp)
+        if args.sampler == "ddpm":
+            noise = draw() if previous > 0 else None
+            x = ancestral_step(schedule, x, x0, t, previous, noise)
+        else:
+            noise = draw() if previous > 0 and args.eta > 0 else None
+            x = ddim_step(schedule, x0, eps, t, previous, args.eta, noise)
+        yield State(previous, x, x0)
+
+
+def make_request(
+    model: Model,
+    asked: Sequence[Asked],
+    numbers: Sequence[int],
+    args: Sampling,
+    real: RealRows | None,
+) -> Request:
+    """What `asked` and the options mean for the images `numbers`."""
+    device = model.accelerator.device
+    if not asked:
+        return Request(None, None, torch.ones(0), None)
+    free, of_classifier = scales_of(args)
+    known = terms = for_classifier = None
+    weights = torch.ones(0)
+    if args.guidance != "classifier":
+        known = others_of(model, asked, numbers, args, real).to(device)
+        if args.guidance != "none":
+            terms, weights = terms_of(model, asked, known, free)
+    if args.guidance == "both":
+        asked = [item._replace(weight=None) for item in asked]  # its weights are the network's
+    if args.guidance in ("classifier", "both"):
+        names = model.classifier_names
+        weighted = values_of(asked, names) * weights_of(asked, names, of_classifier)
+        if weighted.any():
+            for_classifier = weighted.expand(len(numbers), -1).to(device)
+    if len(weights) and not weights.any():
+        known = terms = None  # without strength it is the network that hears nothing
+    return Request(known, terms, weights.to(device), for_classifier)
+
+
+def terms_of(
+    model: Model, asked: Sequence[Asked], known: Tensor, free: float
+) -> tuple[Tensor, Tensor]:
+    """The terms of `composed_eps` and their weights: all that is asked as one, or each its own."""
+    if all(item.weight is None for item in asked):
+        return known[None], torch.tensor([free])
+    terms = torch.stack([values_of([item], model.names) for item in asked])
+    terms = terms[:, None].expand(-1, len(known), -1).to(known.device)
+    weights = weights_of(asked, [item.name for item in asked], free)
+    return terms, weights
+
+
+def others_of(
+    model: Model,
+    asked: Sequence[Asked],
+    numbers: Sequence[int],
+    args: Sampling,
+    real: RealRows | None,
+) -> Tensor:
+    """What the network hears: what is asked, and the other attributes as --others says.
+
+    float32 (numbers, attributes), 1, -1 or 0 for unknown.
+    """
+    if args.others == "real":
+        assert real is not None
+        return real.draw(asked, model.names, args.seed, numbers)
+    values = values_of(asked, model.names)
+    if args.others == "absent":
+        values = torch.where(values == 0, -1.0, values)
+    return values.expand(len(numbers), -1)
+
+
+def scales_of(args: Sampling) -> tuple[float, float]:
+    """The strengths of classifier-free guidance and of the classifier's."""
+    if args.guidance == "both" and args.scale:
+        return args.scale[0], args.scale[1]
+    if args.guidance == "free" and args.scale:
+        return args.scale[0], CLASSIFIER_SCALE
+    if args.guidance == "classifier" and args.scale:
+        return FREE_SCALE, args.scale[0]
+    return FREE_SCALE, CLASSIFIER_SCALE
+
+
+def load_model(args: Sampling) -> Model:
+    """Load the network, its schedule and the classifier.
+
+    Raises UserError for files that do not fit each other, or the options.
+    """
+    accelerator = make_accelerator(args.device, args.precision)
+    start = load_start(args.checkpoint, "--checkpoint")
+    timesteps = start.schedule.T
+    if args.steps > timesteps:
+        raise UserError(f"--steps {args.steps}: the network was trained with {timesteps:,} steps")
+    classifier = None
+    classifier_names = []
+    if args.classifier is not None:
+        kinds = {"noisy_classifier": NoisyClassifier}
+        classifier, config = load_net(args.classifier, kinds, "--classifier")
+        classifier_names = config["attributes"]
+        if config["states"] != digest_of_states(start.net):
+            raise UserError(
+                f"--classifier {args.classifier}: was trained on the states of another model than "
+                f"{args.checkpoint}"
+            )
+        if config["schedule"] != start.schedule.to_config():
+            raise UserError(
+                f"--classifier {args.classifier}: has another noise schedule than {args.checkpoint}"
+            )
+        classifier = place(classifier, accelerator.device).eval().requires_grad_(False)
+    sampling = start.config["sampling"]
+    return Model(
+        place(start.net, accelerator.device).eval(),
+        start.schedule,
+        spaced_steps(timesteps, args.steps, sampling["spacing"]),
+        sampling["clamp"],
+        start.names,
+        classifier,
+        classifier_names,
+        accelerator,
+    )
+
+
+def check_request(model: Model, asked: Sequence[Asked], args: Sampling) -> RealRows | None:
+    """Check what is asked, print how many training images have it, and return their attributes.
+
+    None without a file of attributes. Raises UserError for what nobody here knows.
+    """
+    if args.guidance != "classifier":
+        refuse_unknown(asked, model.names, str(args.checkpoint))
+    if args.guidance in ("classifier", "both"):
+        refuse_unknown(asked, model.classifier_names, str(args.classifier))
+    for item in asked:
+        if item.weight is not None and args.guidance == "none":
+            raise UserError(f"--attributes {item.words}: a weight needs --guidance free")
+        if item.weight is not None and args.others != "unknown":
+            raise UserError(f"--others {args.others}: does not go with {item.words}")
+    folder = args.data_dir / "face"
+    if args.others != "real" and not (folder / ATTRIBUTES_FILE).is_file():
+        return None
+    files = [path.name for path in list_images(folder / "train")]
+    real = RealRows.read(attributes_of(args.data_dir), files)
+    refuse_unknown(asked, real.names, f"{folder / ATTRIBUTES_FILE}")
+    return real
+
+
+def sample(args: Sample) -> None:
+    """Write the images and what was asked of each; several processes take turns at the batches."""
+    model = load_model(args)
+    accelerator = model.accelerator
+    asked = read_request(args.attributes)
+    real = check_request(model, asked, args)
+    if asked and real is not None and accelerator.is_main_process:
+        print(real.sentence(asked))
+    names = face_names(args.num_images)
+    make_output_dir(args.output_dir, only=[*names, ASKED_FILE])
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
+
+    starts = range(0, args.num_images, args.batch_size)
+    mine = starts[accelerator.process_index :: accelerator.num_processes]
+    for start in show_progress(mine, len(mine), "faces, batches"):
+        numbers = range(start, min(start + args.batch_size, args.num_images))
+        request = make_request(model, asked, numbers, args, real)
+        pixels = last_pixels(model, request, numbers, args)
+        for number, image in zip(numbers, pixels, strict=True):
+            save_image(image, args.output_dir / names[number])
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        of_each = {item.name: item.value for item in asked}
+        content = json.dumps(dict.fromkeys(names, of_each), indent=1)
+        atomic_write(args.output_dir / ASKED_FILE, content + "\n")
+        print(f"{args.num_images:,} faces: {args.output_dir}")
+
+
+@torch.inference_mode()
+def last_pixels(model: Model, request: Request, numbers: Sequence[int], args: Sampling) -> Tensor:
+    """The finished images of a batch: uint8 (n, 3, height, width), on the CPU."""
+    x = torch.empty(0)
+    for state in sample_faces(model, request, numbers, args):
+        x = state.x
+    with model.accelerator.autocast():
+        return to_uint8(model.net.decode(x)).cpu()
+
+
+def grid(args: Grid) -> None:
+    """Draw attributes.png, and scales.png where there is a strength to vary."""
+    model = load_model(args)
+    words = args.attributes or tuple(f"{name}=1" for name in model.names or model.classifier_names)
+    asked = read_request(words)
+    real = check_request(model, asked, args)
+    make_output_dir(args.output_dir)
+    columns = [f"noise {number}" for number in range(10)]
+    rows = []
+    for item in show_progress(asked, len(asked), "attributes"):
+        request = make_request(model, [item], range(10), args, real)
+        rows.append(last_pixels(model, request, range(10), args))
+    about = describe(args)
+    row_names = [item.words for item in asked]
+    file = args.output_dir / "attributes.png"
+    save_labelled(torch.cat(rows), file, row_names, columns, about)
+    print(file)
+    if args.guidance == "none":
+        return
+
+    first = asked[0]._replace(weight=None)
+    strips = []
+    for scale in show_progress(args.scales, len(args.scales), "scales"):
+        scales = (scale, scales_of(args)[1]) if args.guidance == "both" else (scale,)
+        scaled = dataclasses.replace(args, scale=scales)
+        request = make_request(model, [first], range(10), scaled, real)
+        strips.append(last_pixels(model, request, range(10), scaled))
+    row_names = [f"{first.words}, scale {scale:g}" for scale in args.scales]
+    file = args.output_dir / "scales.png"
+    save_labelled(torch.cat(strips), file, row_names, columns, about)
+    print(file)
+
+
+def describe(args: Sampling) -> str:
+    """How the faces of a grid were made, in words."""
+    scales = {
+        "none": "",
+        "free": f" {scales_of(args)[0]:g}",
+        "classifier": f" {scales_of(args)[1]:g}",
+        "both": f" {scales_of(args)[0]:g} and {scales_of(args)[1]:g}",
+    }
+    return (
+        f"guidance: {args.guidance}{scales[args.guidance]}; the others: {args.others}; "
+        f"{args.sampler}, {args.steps} steps, seed {args.seed}"
+    )
+
+
+def main(args: Train | TrainClassifier | Sample | Grid) -> Any:
+    """Run one command."""
+    match args:
+        case Train():
+            return train(args)
+        case TrainClassifier():
+            return train_classifier(args)
+        case Sample():
+            return sample(args)
+        case Grid():
+            return grid(args)
+
+
+if __name__ == "__main__":
+    run_cli(Train | TrainClassifier | Sample | Grid, main)
