@@ -46,7 +46,7 @@ from common.faces import (
     refuse_other_autoencoder,
 )
 from common.figures import read_grids, save_gif, save_grid
-from common.quarters import QUARTERS, add_quarters, end_epoch
+from common.quarters import add_quarters, end_epoch, quarter_of
 from common.rng import ImageNoise, derive_seed, make_rng, seed_dropout
 from common.run import Run
 from common.training import update_ema, warmup_cosine
@@ -317,8 +317,7 @@ def noise_losses(
         weights = schedule.min_snr_weight(t, args.min_snr)
 
     losses = {"loss": (weights * errors).mean()}
-    quarter = (t - 1) * QUARTERS // schedule.T
-    add_quarters(losses, errors, quarter, "t")
+    add_quarters(losses, errors, quarter_of(t, schedule.T), "t")
     return losses
 
 

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from common.asked import (
     Asked,
@@ -49,17 +47,23 @@ from common.attributes import (
     ATTRIBUTES_FILE,
     TEN_ATTRIBUTES,
     attributes_of,
-    split_faces,
 )
 from common.checkpoints import load_net
 from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
 from common.data import draw_batch, list_images, load_folder, to_uint8
 from common.device import Device, Precision, make_accelerator, place
-from common.faces import FACE_NETS, FaceNet, FaceStates, digest_of_states, face_names
-from common.figures import save_curves, save_grid, save_image, save_labelled
+from common.faces import (
+    FaceModel,
+    FaceNet,
+    FaceStates,
+    digest_of_states,
+    face_names,
+    load_face_model,
+)
+from common.figures import save_grid, save_image, save_labelled
 from common.files import atomic_write, make_output_dir
 from common.progress import show_progress
-from common.quarters import QUARTERS, add_quarters, end_epoch
+from common.quarters import add_quarters, end_epoch, quarter_of
 from common.reverse_process import State
 from common.rng import ImageNoise, derive_seed, make_rng, seed_dropout
 from common.run import Run
@@ -69,6 +73,7 @@ from diffusion.samplers import Clamp, ancestral_step, clamp_x0, ddim_step, step_
 from diffusion.schedule import Schedule, spaced_steps
 from models.latent_unet import LatentUnet
 from models.noisy_classifier import NoisyClassifier
+from p2_guided_classifier import TrainClassifier, train_classifier
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -136,72 +141,6 @@ class Train:
         above("--clip", self.clip, 0, 1e6)
         below("--ema-decay", self.ema_decay, 0, 1)
         at_least("--grid-every", self.grid_every, 1)
-        is_seed("--seed", self.seed)
-
-
-@dataclass(kw_only=True)
-class TrainClassifier:
-    """Train a classifier of noisy faces for guidance. The last epoch is the result.
-
-    It sees the first five sevenths of the training images: the rest is the evaluator's.
-    """
-
-    output_dir: Path
-    """Run directory. The same command again continues an interrupted run."""
-    checkpoint: Path
-    """Diffusion model of faces, whose states and noise schedule the classifier is for."""
-    data_dir: Path = Path("hw2_data")
-    """Data folder with face/train, face/val and face/list_attr_celeba.txt."""
-    attributes: tuple[str, ...] = TEN_ATTRIBUTES
-    """Attributes to learn, by the names in the file."""
-    width: int = 64
-    """Channels of the network's first level."""
-    blocks: int = 1
-    """Residual blocks of each level."""
-    patch: int = 1
-    """Side of the squares of pixels that the network sees as one position; 2 is faster."""
-    dropout: float = 0.1
-    """Dropout in the residual blocks."""
-    largest_weight: float = 10.0
-    """Largest weight of the rarer value of an attribute in the loss; 1 weighs all alike."""
-    flip: bool = True
-    """Mirror each face with probability one half."""
-    epochs: int = 20
-    """Epochs of --images-per-epoch images."""
-    images_per_epoch: int = 20_000
-    """Images of an epoch, whatever the size of the data."""
-    batch_size: int = 128
-    """Images of a step, over all processes."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW: warmed up over 2 % of the steps, then a half cosine to 0."""
-    weight_decay: float = 0.05
-    """AdamW weight decay."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    ema_decay: float = 0.999
-    """Decay of the averaged network, which is the one that is saved."""
-    seed: int = 1
-    """Seed of initialisation, order and noise."""
-    device: Device = "auto"
-    """Where to compute."""
-    precision: Precision = "auto"
-    """bf16 autocast where the hardware is fast at it, or fp32."""
-
-    def __post_init__(self) -> None:
-        each_once("--attributes", self.attributes)
-        if self.width < 32 or self.width % 32 or self.width > 4_096:
-            raise UserError(f"--width {self.width}: must be a multiple of 32, up to 4,096")
-        in_range("--blocks", self.blocks, 1, 100)
-        in_range("--patch", self.patch, 1, 1_024)
-        below("--dropout", self.dropout, 0, 1)
-        in_range("--largest-weight", self.largest_weight, 1, 1_000)
-        at_least("--epochs", self.epochs, 1)
-        at_least("--images-per-epoch", self.images_per_epoch, 1)
-        at_least("--batch-size", self.batch_size, 2)
-        above("--lr", self.lr, 0, 1)
-        in_range("--weight-decay", self.weight_decay, 0, 100)
-        above("--clip", self.clip, 0, 1e6)
-        below("--ema-decay", self.ema_decay, 0, 1)
         is_seed("--seed", self.seed)
 
 
@@ -311,7 +250,7 @@ def train(args: Train) -> dict[str, Any]:
     run = Run(args, accelerator)
     if run.result is not None:
         return run.result if run.is_main else {}
-    start = load_start(args.init, "--init")
+    start = load_face_model(args.init, "--init")
     refuse_other_attributes(args, start)
     schedule = start.schedule
     folder = args.data_dir / "face" / "train"
@@ -390,13 +329,8 @@ def noise_losses(
     errors = (output - schedule.target(x0, t, eps)).square().flatten(1).mean(1)  # (batch,)
 
     losses = {"loss": errors.mean()}
-    add_quarters(losses, errors, quarter_of(t, schedule), "t")
+    add_quarters(losses, errors, quarter_of(t, schedule.T), "t")
     return losses
-
-
-def quarter_of(t: Tensor, schedule: Schedule) -> Tensor:
-    """The quarter 0 … 3 of the schedule that steps t (batch,) are in."""
-    return (t - 1) * QUARTERS // schedule.T
 
 
 def drop_some(labels: Tensor, drop_each: float, drop_all: float, rng: torch.Generator) -> Tensor:
@@ -438,31 +372,7 @@ def log_shares(run: Run, names: Sequence[str], labels: Tensor, weights: Tensor) 
     run.log("attributes of the training images: " + ", ".join(words))
 
 
-class Start(NamedTuple):
-    """A diffusion model of faces, as p2_ddpm_train.py or this script saves it."""
-
-    net: FaceNet
-    schedule: Schedule
-    size: int
-    names: list[str]  # of its attributes, if it has any
-    config: dict[str, Any]
-    digest: str
-
-
-def load_start(path: Path, flag: str) -> Start:
-    """Read a diffusion model of faces. Raises UserError for other files."""
-    net, config = load_net(path, FACE_NETS, flag)
-    if "schedule" not in config:
-        raise UserError(f"{flag} {path}: has no noise schedule; give a model of p2_ddpm_train.py")
-    if config.get("domains") != ["faces"]:
-        raise UserError(f"{flag} {path}: is a model of digits, not of faces")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    schedule = Schedule.from_config(config["schedule"])
-    names = config.get("attributes", [])
-    return Start(net, schedule, config["size"], names, config, digest)
-
-
-def refuse_other_attributes(args: Train, start: Start) -> None:
+def refuse_other_attributes(args: Train, start: FaceModel) -> None:
     """Raise UserError if --init has learned other attributes than this run shall."""
     if start.names and start.names != list(args.attributes):
         raise UserError(f"--init {args.init}: has learned {' '.join(start.names)}; ask for those")
@@ -480,7 +390,7 @@ def with_attributes(net: FaceNet, count: int) -> FaceNet:
     return wider
 
 
-def config_of(args: Train, net: FaceNet, start: Start, weights: Tensor) -> dict[str, Any]:
+def config_of(args: Train, net: FaceNet, start: FaceModel, weights: Tensor) -> dict[str, Any]:
     """What the checkpoint keeps besides the weights."""
     kept = {name: start.config[name] for name in ("domains", "size", "schedule", "sampling")}
     return (
@@ -496,7 +406,9 @@ def config_of(args: Train, net: FaceNet, start: Start, weights: Tensor) -> dict[
 
 
 @torch.inference_mode()
-def draw_samples(run: Run, ema: FaceNet, start: Start, names: Sequence[str], epoch: int) -> None:
+def draw_samples(
+    run: Run, ema: FaceNet, start: FaceModel, names: Sequence[str], epoch: int
+) -> None:
     """Draw a grid of samples with 25 steps of DDIM: a row for each attribute, the same 8 noises."""
     if not run.is_main:
         return
@@ -513,161 +425,6 @@ def draw_samples(run: Run, ema: FaceNet, start: Start, names: Sequence[str], epo
             x = ddim_step(schedule, x0, eps, t, previous)
         pixels = to_uint8(ema.decode(x))
     save_grid(pixels, run.dir / "samples" / f"epoch_{epoch:04d}.png", columns=8)
-
-
-# Training of the classifier of noisy images
-
-
-def train_classifier(args: TrainClassifier) -> dict[str, Any]:
-    """Train one run; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
-    device = accelerator.device
-    run = Run(args, accelerator)
-    if run.result is not None:
-        return run.result if run.is_main else {}
-    start = load_start(args.checkpoint, "--checkpoint")
-    schedule = start.schedule
-    folder = args.data_dir / "face" / "train"
-    images = load_folder(folder, (start.size, start.size), args.output_dir.parent / "cache")
-    labels = attributes_of(args.data_dir).of(images.names, args.attributes).to(device)
-    states = FaceStates(place(start.net, device), images.pixels.to(device), args.flip)
-    own_names = split_faces(images.names).guidance  # the other images are the evaluator's
-    is_own = torch.tensor([name in set(own_names) for name in images.names])
-    own = is_own.nonzero().flatten().to(device)  # rows
-    others = (~is_own).nonzero().flatten().to(device)
-
-    torch.manual_seed(derive_seed(args.seed, "init"))
-    bare_net = place(make_classifier(args, start.net.shape), device)
-    ema = copy.deepcopy(bare_net)
-    adam = torch.optim.AdamW(bare_net.parameters(), weight_decay=args.weight_decay, fused=True)
-    net, adam = accelerator.prepare(bare_net, adam)
-    parts = {"net": bare_net, "ema": ema, "adam": adam}
-    positive_weight = weight_of_positives(labels[own], args.largest_weight)
-
-    steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
-    last = args.epochs * steps_per_epoch
-    first = run.load_state(parts)
-    for step in run.steps(first, last, args.batch_size):
-        net.train()
-        learning_rate = args.lr * warmup_cosine(step / last, warm_up=0.02)
-        adam.param_groups[0]["lr"] = learning_rate
-        rng = make_rng(args.seed, "step", step, accelerator.process_index, device=device)
-        seed_dropout(args.seed, step, accelerator.process_index)
-        turns = draw_batch(len(own), step, args.batch_size, accelerator, args.seed, "order")
-        rows = own[turns]
-        x0 = states.draw(rows, rng).contiguous(memory_format=torch.channels_last)
-
-        t = torch.randint(1, schedule.T + 1, (len(x0),), generator=rng, device=device)
-        noise = torch.randn(x0.shape, generator=rng, device=device)
-        x_t = schedule.q_sample(x0, t, noise)
-        logits = net(x_t, schedule.time(t, bare_net)).float()
-        truth = (labels[rows] == 1).float()
-        loss = F.binary_cross_entropy_with_logits(logits, truth, pos_weight=positive_weight)
-        adam.zero_grad()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(bare_net.parameters(), args.clip)
-        adam.step()
-        update_ema(ema, bare_net, args.ema_decay, step)
-
-        run.add_losses(step, {"loss": loss})
-        epoch, rest = divmod(step + 1, steps_per_epoch)
-        epoch_ends = rest == 0
-        if epoch_ends:
-            row = {"step": step + 1, "epoch": epoch} | run.epoch_means(steps_per_epoch)
-            end_classifier_epoch(run, row, ema, schedule, states, labels, others)
-        if run.save_due() or epoch_ends:
-            run.save_state(step + 1, parts)
-    if run.is_main:
-        kept = {
-            "attributes": list(args.attributes),
-            "schedule": schedule.to_config(),
-            "states": digest_of_states(start.net),
-            "trained_on": [Path(name).stem for name in own_names],
-            "seed": args.seed,
-        }
-        run.save_model(ema, ema.config | kept)
-        run.finish(run.history()[-1])
-    return run.result or {}
-
-
-def make_classifier(args: TrainClassifier, shape: tuple[int, ...]) -> NoisyClassifier:
-    """The classifier of the options for states of `shape` (channels, size, size)."""
-    channels, size, _ = shape
-    if size % args.patch:
-        raise UserError(f"--patch {args.patch}: must divide {size}, the size of the states")
-    sizes = [size // args.patch]
-    while len(sizes) < 4 and sizes[-1] % 2 == 0 and sizes[-1] > 4:
-        sizes.append(sizes[-1] // 2)
-    return NoisyClassifier(
-        channels,
-        size,
-        args.width,
-        multipliers=(1, 2, 2, 4)[: len(sizes)],
-        attention=sizes[-2:],
-        blocks=args.blocks,
-        dropout=args.dropout,
-        patch=args.patch,
-        n_attributes=len(args.attributes),
-    )
-
-
-def weight_of_positives(labels: Tensor, largest: float) -> Tensor:
-    """The weight of the value 1 of each attribute in the loss: (attributes,), 1 for one half."""
-    share = (labels == 1).float().mean(0).clamp(1e-9, 1 - 1e-9)
-    return ((1 - share) / share).clamp(1 / largest, largest)
-
-
-def end_classifier_epoch(
-    run: Run,
-    row: dict[str, Any],
-    ema: NoisyClassifier,
-    schedule: Schedule,
-    states: FaceStates,
-    labels: Tensor,
-    rows: Tensor,
-) -> None:
-    """Log the epoch with the balanced accuracy by quarter of t; draw the curves.
-
-    `rows` are images that the classifier does not learn from.
-    """
-    if not run.is_main:
-        return
-    found = accuracy_by_quarter(ema, schedule, states, labels, rows)
-    columns = [f"accuracy_t{number}" for number in range(QUARTERS)]
-    row |= dict(zip(columns, found, strict=True))
-    run.log_metrics(row)
-    run.log_row(row)
-    panels = {"loss": ["loss"], "balanced accuracy by quarter of t, %": columns}
-    save_curves(run.history(), panels, run.dir / "figures" / "curves.png")
-
-
-@torch.inference_mode()
-def accuracy_by_quarter(
-    net: NoisyClassifier, schedule: Schedule, states: FaceStates, labels: Tensor, rows: Tensor
-) -> list[float]:
-    """Balanced accuracy in percent, mean over the attributes, with noise of each quarter of t.
-
-    Those that all images have, or none, are left out.
-    """
-    net.eval()
-    device = rows.device
-    found = []
-    truth = labels[rows] == 1
-    for number in range(QUARTERS):
-        rng = make_rng(0, "quarter", number, device=device)
-        low = number * schedule.T // QUARTERS + 1
-        high = (number + 1) * schedule.T // QUARTERS + 1
-        guesses = []
-        for some in rows.split(500):
-            x0 = states.draw(some, rng)
-            t = torch.randint(low, max(high, low + 1), (len(x0),), generator=rng, device=device)
-            x_t = schedule.q_sample(x0, t, torch.randn(x0.shape, generator=rng, device=device))
-            guesses.append(net(x_t, schedule.time(t, net)) > 0)
-        guess = torch.cat(guesses)
-        hits_of_present = (guess & truth).sum(0) / truth.sum(0)
-        hits_of_absent = (~guess & ~truth).sum(0) / (~truth).sum(0)
-        found.append(50 * (hits_of_present + hits_of_absent).nanmean().item())
-    return found
 
 
 # Sampling
@@ -810,7 +567,7 @@ def load_model(args: Sampling) -> Model:
     Raises UserError for files that do not fit each other, or the options.
     """
     accelerator = make_accelerator(args.device, args.precision)
-    start = load_start(args.checkpoint, "--checkpoint")
+    start = load_face_model(args.checkpoint, "--checkpoint")
     timesteps = start.schedule.T
     if args.steps > timesteps:
         raise UserError(f"--steps {args.steps}: the network was trained with {timesteps:,} steps")

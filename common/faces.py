@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from common.checkpoints import load_net
 from common.cli import UserError
 from common.data import SUFFIXES, list_images, load_folder, normalise
+from diffusion.schedule import Schedule
 from models.autoencoder import Autoencoder
 from models.ddim_unet import DdimUnet
 from models.latent_unet import LatentUnet
@@ -143,6 +145,30 @@ def load_faces(data_dir: Path, size: int, cache_dir: Path | None = None) -> Tens
     if count < 2:
         raise UserError(f"--data-dir {data_dir}: has {count} image, but training needs at least 2")
     return load_folder(folder, (size, size), cache_dir).pixels
+
+
+class FaceModel(NamedTuple):
+    """A diffusion model of faces, as p2_ddpm_train.py and p2_guided.py save it."""
+
+    net: FaceNet
+    schedule: Schedule
+    size: int
+    names: list[str]  # of its attributes, if it has any
+    config: dict[str, Any]
+    digest: str
+
+
+def load_face_model(path: Path, flag: str) -> FaceModel:
+    """Read a diffusion model of faces. Raises UserError for other files."""
+    net, config = load_net(path, FACE_NETS, flag)
+    if "schedule" not in config:
+        raise UserError(f"{flag} {path}: has no noise schedule; give a model of p2_ddpm_train.py")
+    if config.get("domains") != ["faces"]:
+        raise UserError(f"{flag} {path}: is a model of digits, not of faces")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    schedule = Schedule.from_config(config["schedule"])
+    names = config.get("attributes", [])
+    return FaceModel(net, schedule, config["size"], names, config, digest)
 
 
 class FaceStates:

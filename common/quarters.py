@@ -27,6 +27,11 @@ def add_quarters(losses: dict[str, Tensor], errors: Tensor, quarter: Tensor, nam
         losses[f"count_{name}{number}"] = inside.float().sum()
 
 
+def quarter_of(t: Tensor, timesteps: int) -> Tensor:
+    """The quarter 0 … 3 of the schedule that steps t (batch,) are in."""
+    return (t - 1) * QUARTERS // timesteps
+
+
 def end_epoch(run: Run, row: dict[str, Any], name: str, title: str) -> None:
     """Log an epoch's row of metrics and draw the curves; `title` is that of the quarters' panel."""
     if not run.is_main:

@@ -12,11 +12,12 @@ from torch import nn
 
 import p2_ddpm_infer
 import p2_guided
+import p2_guided_classifier
 from common.asked import RealRows, read_request, values_of
 from common.checkpoints import load_net, load_weights
 from common.cli import UserError
 from common.data import load_folder
-from common.faces import make_face_net
+from common.faces import FaceStates, digest_of_states, load_face_model, make_face_net
 from diffusion.schedule import Schedule
 from models.autoencoder import Autoencoder
 from models.latent_unet import LatentUnet
@@ -25,16 +26,14 @@ from p2_guided import (
     Grid,
     Sample,
     Train,
-    TrainClassifier,
     drop_some,
     load_model,
     make_request,
     repeat_rare,
     train,
-    train_classifier,
-    weight_of_positives,
     weights_of_values,
 )
+from p2_guided_classifier import TrainClassifier, train_classifier, weight_of_positives
 from preparation.layout import write_attributes
 from tests.conftest import noise, run_with_two_processes, save_images, save_net
 
@@ -126,7 +125,7 @@ def conditional(unconditional: Path, tmp_path: Path) -> Path:
 def classifier(unconditional: Path, tmp_path: Path) -> Path:
     """A classifier of the same noisy latents, not trained."""
     torch.manual_seed(1)
-    start = p2_guided.load_start(unconditional, "--checkpoint")
+    start = load_face_model(unconditional, "--checkpoint")
     channels, size, _ = start.net.shape
     net = NoisyClassifier(channels, size, 32, (1,), (size,), n_attributes=2)
     return save_net(
@@ -134,7 +133,7 @@ def classifier(unconditional: Path, tmp_path: Path) -> Path:
         tmp_path / "classifier.safetensors",
         attributes=list(NAMES),
         schedule=start.schedule.to_config(),
-        states=p2_guided.digest_of_states(start.net),
+        states=digest_of_states(start.net),
     )
 
 
@@ -179,12 +178,12 @@ def test_the_classifier_resumes_bit_for_bit_and_leaves_the_last_images_alone(
 ):
     seen = []
 
-    class Spy(p2_guided.FaceStates):
+    class Spy(FaceStates):
         def draw(self, rows, rng):
             seen.append(rows)
             return super().draw(rows, rng)
 
-    monkeypatch.setattr(p2_guided, "FaceStates", Spy)
+    monkeypatch.setattr(p2_guided_classifier, "FaceStates", Spy)
     whole = small_classifier(data_dir, unconditional, "whole")
     broken = small_classifier(data_dir, unconditional, "broken")
     train_classifier(whole)
