@@ -635,20 +635,33 @@ def sample(args: Sample) -> None:
     make_output_dir(args.output_dir, only=[*names, ASKED_FILE])
     accelerator.wait_for_everyone()  # all have looked before the first one writes
 
-    starts = range(0, args.num_images, args.batch_size)
-    mine = starts[accelerator.process_index :: accelerator.num_processes]
-    for start in show_progress(mine, len(mine), "faces, batches"):
-        numbers = range(start, min(start + args.batch_size, args.num_images))
-        request = make_request(model, asked, numbers, args, real)
-        pixels = last_pixels(model, request, numbers, args)
-        for number, image in zip(numbers, pixels, strict=True):
-            save_image(image, args.output_dir / names[number])
+    write_faces(model, asked, range(args.num_images), args, real, names)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         of_each = {item.name: item.value for item in asked}
         content = json.dumps(dict.fromkeys(names, of_each), indent=1)
         atomic_write(args.output_dir / ASKED_FILE, content + "\n")
         print(f"{args.num_images:,} faces: {args.output_dir}")
+
+
+def write_faces(
+    model: Model,
+    asked: Sequence[Asked],
+    numbers: Sequence[int],
+    args: Sampling,
+    real: RealRows | None,
+    names: Sequence[str],
+) -> None:
+    """Write the faces `numbers` under their names; several processes take turns at the batches."""
+    accelerator = model.accelerator
+    starts = range(0, len(numbers), args.batch_size)
+    mine = starts[accelerator.process_index :: accelerator.num_processes]
+    for start in show_progress(mine, len(mine), "faces, batches"):
+        some = numbers[start : start + args.batch_size]
+        request = make_request(model, asked, some, args, real)
+        pixels = last_pixels(model, request, some, args)
+        for name, image in zip(names[start:], pixels, strict=False):
+            save_image(image, args.output_dir / name)
 
 
 @torch.inference_mode()

@@ -19,6 +19,8 @@ from common.cli import UserError
 from common.data import load_folder
 from common.faces import FaceStates, digest_of_states, load_face_model, make_face_net
 from diffusion.schedule import Schedule
+from experiments import guidance
+from metrics.features import random_features
 from models.autoencoder import Autoencoder
 from models.latent_unet import LatentUnet
 from models.noisy_classifier import NoisyClassifier
@@ -493,3 +495,65 @@ def test_bad_input_is_named(data_dir, unconditional, conditional, classifier, tm
     assert f"--init {bare}: has no noise schedule" in error(
         "train", "--init", bare, "--output-dir", tmp_path / "new"
     )
+
+
+# The table
+
+
+def test_a_table_of_guidance_is_filled_once(
+    data_dir, conditional, unconditional, classifier, tmp_path, monkeypatch
+):
+    save_images(data_dir / "face" / "val", noise(4, size=16, seed=1))
+    rates = {"balanced": 80.0}
+    found = {
+        "balanced_hit_rate": 75.0,
+        "percent_of_real": 90.0,
+        "attributes": dict.fromkeys(NAMES, rates),
+        "diversity": {"all": {"percent_of_real": 60.0}},
+    }
+    seen = []
+
+    def score(args, names, folder):
+        own = guidance.own_opinion(args, names, folder / "asked")
+        asked = json.loads((folder / "asked" / "asked.json").read_text())
+        files = {path.name for path in (folder / "asked").glob("*.png")}
+        assert asked.keys() == files
+        seen.append((folder.name, len(files)))
+        return found | {"own": own}
+
+    monkeypatch.setattr(guidance, "score", score)
+    embedding = random_features()  # in place of EfficientNet, which may not be installed
+    monkeypatch.setattr(guidance.evaluate, "open_embedding", lambda *_: embedding)
+    table = guidance.Table(
+        checkpoint=conditional,
+        unconditional=unconditional,
+        classifier=classifier,
+        evaluator=classifier,
+        output_dir=tmp_path / "table",
+        data_dir=data_dir,
+        free_scales=(2.0,),
+        classifier_scales=(5.0,),
+        count=1,
+        pooled=3,
+        steps=2,
+        **CPU,
+    )
+    rows = guidance.main(table)
+    assert [row[1:3] for row in rows] == [
+        ["nothing asked", ""],
+        ["none", "unknown"],
+        ["none", "real"],
+        ["none", "absent"],
+        ["free 2", "unknown"],
+        ["free 2", "absent"],
+        ["classifier 5", "unknown"],
+        ["both 2 5", "unknown"],
+        ["", ""],
+    ]
+    assert [count for _, count in seen] == [2] + [4] * 7
+    assert {row[0] for row in rows[1:6]} == {"with attributes"}
+    assert rows[6][0] == "unconditional"
+    assert rows[0][6] == "50.0"  # the guiding classifier's own opinion of what was not asked
+    assert (tmp_path / "table" / "trade_off.png").is_file()
+    monkeypatch.setattr(p2_guided, "sample_faces", None)  # nothing is made again
+    assert guidance.main(table) == rows

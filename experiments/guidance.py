@@ -1,0 +1,340 @@
+r"""Faces by attribute in several ways: does the face have what was asked, and what does it cost?
+
+Rows: an unguided network, which is asked nothing; the network with attributes, asked plainly, with
+the other attributes unknown, as in a random real image, or absent; classifier-free guidance and
+classifier guidance at --free-scales and --classifier-scales; both with the middle one of each.
+Classifier guidance leads the network of --unconditional, which knows no attributes.
+
+Every row asks for each attribute once as there and once as not there, --count images each, from the
+same noises. The hit rate is the mean of both, as an independent classifier sees them
+(evaluate.py attributes), and its share of what that classifier reaches on real faces. The guiding
+classifier's own opinion stands beside it: guidance persuades it before it persuades anybody else.
+
+KID, the random features' distance and the rate of exactly one face are those of --pooled images,
+each asked for one attribute as a random real image has it, because no real set is half bald.
+
+The same command again continues. Beside the table there are samples.png with the first pooled faces
+of every row, and trade_off.png with KID against the hit rate.
+
+    python experiments/guidance.py --checkpoint runs/p2/guided/model.safetensors \
+        --classifier runs/p2/noisy-classifier/model.safetensors \
+        --evaluator runs/classifier/attributes/model.safetensors --output-dir runs/p2/guidance
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import evaluate
+import p2_guided
+from common.asked import Asked, Others, RealRows
+from common.attributes import attributes_of
+from common.cli import at_least, each_once, in_range, is_seed, run_cli
+from common.data import list_images, load_folder, normalise
+from common.device import Device, Precision
+from common.figures import pyplot
+from common.files import ROOT, atomic_write
+from common.rng import make_rng
+from experiments.face_rows import (
+    Lines,
+    check_shared,
+    decimals,
+    read_or_compute,
+    timed,
+    write_reference,
+)
+from p2_guided import Guidance
+
+RARE = ("Bald", "Mustache")  # attributes with a column of their own
+COLUMNS = ["network", "guidance", "the others", "hit rate, %", "of real, %"]
+SHARED = ("count", "pooled", "steps", "seed", "device", "precision", "data_dir")
+
+
+@dataclass(kw_only=True)
+class Table:
+    """Sample and evaluate what is missing; write the table after each row."""
+
+    checkpoint: Path
+    """Network with attributes, of p2_guided.py train."""
+    classifier: Path
+    """Classifier of noisy faces, of p2_guided.py train-classifier."""
+    evaluator: Path
+    """Independent classifier, of evaluate.py train-attributes."""
+    output_dir: Path
+    """Folder for everything. The same command again continues."""
+    unconditional: Path = ROOT / "checkpoints" / "ddpm_faces.safetensors"
+    """Network without attributes, which the classifier guides."""
+    data_dir: Path = Path("hw2_data")
+    """Data folder with face/train, face/val and face/list_attr_celeba.txt."""
+    free_scales: tuple[float, ...] = (2.0, 4.0, 8.0)
+    """Strengths of classifier-free guidance."""
+    classifier_scales: tuple[float, ...] = (2.0, 5.0, 10.0)
+    """Strengths of classifier guidance."""
+    count: int = 20
+    """Images of each attribute, once asked as there and once as not there."""
+    pooled: int = 200
+    """Images of a row that are asked as real images are, for the distances."""
+    steps: int = 50
+    """Steps of DDIM."""
+    batch_size: int = 50
+    """Images computed at a time."""
+    seed: int = 0
+    """Seed of the noise, and of what the pooled images are asked."""
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "auto"
+    """bf16 autocast where the hardware is fast at it, or fp32."""
+
+    def __post_init__(self) -> None:
+        for flag, scales in (
+            ("--free-scales", self.free_scales),
+            ("--classifier-scales", self.classifier_scales),
+        ):
+            each_once(flag, scales)
+            for scale in scales:
+                in_range(flag, scale, 0, 1_000)
+        at_least("--count", self.count, 1)
+        at_least("--pooled", self.pooled, 2)
+        at_least("--steps", self.steps, 1)
+        at_least("--batch-size", self.batch_size, 1)
+        is_seed("--seed", self.seed)
+
+
+class Row(NamedTuple):
+    """A way to ask."""
+
+    guidance: Guidance
+    scale: tuple[float, ...] = ()
+    others: Others = "unknown"
+    is_asked: bool = True
+
+    @property
+    def network(self) -> str:
+        """Which network is sampled."""
+        is_conditional = self.is_asked and self.guidance != "classifier"
+        return "with attributes" if is_conditional else "unconditional"
+
+    @property
+    def words(self) -> str:
+        """The kind of guidance and its strength."""
+        if not self.is_asked:
+            return "nothing asked"
+        kinds = {"none": "none", "free": "free", "classifier": "classifier", "both": "both"}
+        return " ".join([kinds[self.guidance], *(f"{scale:g}" for scale in self.scale)])
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"{self.words} {self.others}".replace(" ", "-")
+
+
+def rows_of(args: Table) -> list[Row]:
+    """All ways to ask."""
+    middle = (args.free_scales[len(args.free_scales) // 2],)
+    middle += (args.classifier_scales[len(args.classifier_scales) // 2],)
+    return [
+        Row("none", is_asked=False),
+        Row("none"),
+        Row("none", others="real"),
+        Row("none", others="absent"),
+        *(Row("free", (scale,)) for scale in args.free_scales),
+        Row("free", middle[:1], others="absent"),
+        *(Row("classifier", (scale,)) for scale in args.classifier_scales),
+        Row("both", middle),
+    ]
+
+
+# Images
+
+
+def options_of(args: Table, row: Row, folder: Path) -> p2_guided.Sample:
+    """The options of `p2_guided.py sample` for a row."""
+    is_conditional = row.is_asked and row.guidance != "classifier"
+    needs_classifier = row.guidance in ("classifier", "both")
+    return p2_guided.Sample(
+        checkpoint=args.checkpoint if is_conditional else args.unconditional,
+        output_dir=folder,
+        classifier=args.classifier if needs_classifier else None,
+        guidance=row.guidance,
+        scale=row.scale,
+        others=row.others,
+        steps=args.steps,
+        data_dir=args.data_dir,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        device=args.device,
+        precision=args.precision,
+    )
+
+
+def write_asked(args: Table, row: Row, names: Sequence[str], real: RealRows, folder: Path) -> None:
+    """Write --count images for each attribute and value, and asked.json.
+
+    The unguided network is asked nothing: the same images stand for all, once there and once not,
+    so that its hit rate is 50 % whatever they show.
+    """
+    options = options_of(args, row, folder)
+    model = p2_guided.load_model(options)
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = range(args.count)
+    asked_of: dict[str, dict[str, int]] = {}
+    for value in (1, -1):
+        if not row.is_asked:
+            files = [f"nothing_{value}_{number:04d}.png" for number in numbers]
+            p2_guided.write_faces(model, [], numbers, options, real, files)
+            asked_of |= {file: dict.fromkeys(names, value) for file in files}
+            continue
+        for name in names:
+            files = [f"{name}_{value}_{number:04d}.png" for number in numbers]
+            p2_guided.write_faces(model, [Asked(name, value)], numbers, options, real, files)
+            asked_of |= {file: {name: value} for file in files}
+    atomic_write(folder / p2_guided.ASKED_FILE, json.dumps(asked_of, indent=1) + "\n")
+
+
+def write_pooled(args: Table, row: Row, names: Sequence[str], real: RealRows, folder: Path) -> None:
+    """Write --pooled images; each is asked for one attribute as a random real image has it."""
+    options = options_of(args, row, folder)
+    model = p2_guided.load_model(options)
+    folder.mkdir(parents=True, exist_ok=True)
+    groups: dict[Asked, list[int]] = {}
+    for number in range(args.pooled):
+        name = names[number % len(names)]
+        rng = make_rng(args.seed, "pooled", number)
+        image = int(torch.randint(len(real.values), (1,), generator=rng))
+        value = int(real.values[image, real.names.index(name)])
+        groups.setdefault(Asked(name, value), []).append(number)
+    for item, numbers in groups.items():
+        files = [f"{number:04d}.png" for number in numbers]
+        asked = [item] if row.is_asked else []
+        p2_guided.write_faces(model, asked, numbers, options, real, files)
+
+
+# Scores
+
+
+@torch.inference_mode()
+def own_opinion(args: Table, names: Sequence[str], folder: Path) -> float:
+    """The hit rate of a folder of images in % as the guiding classifier sees it, without noise."""
+    options = options_of(args, Row("classifier", (1.0,)), folder)
+    model = p2_guided.load_model(options)
+    assert model.classifier is not None
+    images = load_folder(folder, (model.net.image_size, model.net.image_size))
+    asked_of = json.loads((folder / p2_guided.ASKED_FILE).read_text())
+    device = model.accelerator.device
+    logits = []
+    for some in images.pixels.split(args.batch_size):
+        x = model.net.encode(normalise(some.to(device)))
+        t = torch.ones(len(x), device=device)
+        logits.append(model.classifier(x, model.schedule.time(t, model.classifier)))
+    sees = torch.cat(logits).cpu() > 0
+    rates = []
+    for name in names:
+        column = model.classifier_names.index(name)
+        for value in (1, -1):
+            rows = [
+                row for row, file in enumerate(images.names) if asked_of[file].get(name) == value
+            ]
+            hits = sees[rows, column] == (value == 1)
+            rates.append(100 * hits.float().mean().item())
+    return sum(rates) / len(rates)
+
+
+def score(args: Table, names: Sequence[str], folder: Path) -> dict[str, Any]:
+    """The hit rates of a row: the evaluator's, and the guiding classifier's own."""
+    command = evaluate.Attributes(
+        folder / "asked",
+        args.evaluator,
+        data_dir=args.data_dir,
+        device=args.device,
+        output_dir=folder / "hits",
+    )
+    found = dict(read_or_compute(command))
+    file = folder / "own.json"
+    if not file.exists():
+        atomic_write(file, json.dumps(own_opinion(args, names, folder / "asked")) + "\n")
+    found["own"] = json.loads(file.read_text())
+    return found
+
+
+def draw_trade_off(lines: Lines, rows: Sequence[Row], file: Path) -> None:
+    """Draw KID against the hit rate; the strengths of one kind of guidance are joined."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6, 4.2))
+    points: dict[str, list[tuple[float, float, str]]] = {}
+    kid = lines.header.index("KID × 1,000")
+    for row, cells in zip(rows, lines.rows, strict=False):
+        if cells[kid] == "–":
+            continue
+        kind = row.guidance if row.is_asked and row.others == "unknown" else row.name
+        points.setdefault(kind, []).append((float(cells[3]), float(cells[kid]), row.words))
+    for kind, places in points.items():
+        axis.plot([x for x, *_ in places], [y for _, y, _ in places], "o-", label=kind)
+        for x, y, words in places:
+            axis.annotate(words, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    axis.set_xlabel("balanced hit rate, %")
+    axis.set_ylabel("KID × 1,000")
+    axis.legend(fontsize=7)
+    figure.savefig(file, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main(args: Table) -> list[list[str]]:
+    """Sample and evaluate what is missing; returns the lines of the table."""
+    shared = {name: getattr(args, name) for name in SHARED}
+    for name in ("checkpoint", "unconditional", "classifier", "evaluator"):
+        shared[name] = getattr(args, name).resolve()
+    check_shared(args.output_dir, shared)
+    model = p2_guided.load_model(options_of(args, Row("both", (1.0, 1.0)), args.output_dir))
+    names = model.names
+    files = [path.name for path in list_images(args.data_dir / "face" / "train")]
+    real = RealRows.read(attributes_of(args.data_dir), files)
+    size = model.net.image_size
+    reference = write_reference(args.output_dir, args.data_dir, size, [args.pooled], args.seed)
+    title = (
+        f"{args.count:,} images of each attribute and value, {args.pooled:,} pooled images; "
+        f"DDIM, {args.steps} steps; {reference.description}"
+    )
+    rare = [name for name in RARE if name in names]
+    columns = [*COLUMNS, *(f"{name}, %" for name in rare), "guiding classifier's own, %"]
+    columns.append("diversity of real, %")
+    lines = Lines(columns, args.output_dir, reference, title, args.device)
+    rows = rows_of(args)
+    for row in rows:
+        folder = args.output_dir / "rows" / row.name
+        pooled = folder / "pooled"
+        timed(folder / "asked", 1, partial(write_asked, args, row, names, real, folder / "asked"))
+        write = partial(write_pooled, args, row, names, real, pooled)
+        seconds = timed(folder, args.pooled, write)
+        found = score(args, names, folder)
+        words = [row.network, row.words, row.others if row.is_asked else ""]
+        words += [decimals(found["balanced_hit_rate"], 1), decimals(found["percent_of_real"], 1)]
+        words += [decimals(found["attributes"][name]["balanced"], 1) for name in rare]
+        words += [f"{found['own']:.1f}", decimals(diversity_of(found), 1)]
+        lines.add(words, folder, pooled, seconds)
+    blanks = [""] * (len(columns) - 2)
+    folder = args.output_dir / f"real-{args.pooled}"
+    lines.add(["real images", "", *blanks], folder, reference.train[args.pooled], None)
+    lines.draw_samples(size)
+    draw_trade_off(lines, rows, args.output_dir / "trade_off.png")
+    lines.print()
+    return lines.rows
+
+
+def diversity_of(found: dict[str, Any]) -> float | None:
+    """The diversity of all images of a row in % of real images', if it was measured."""
+    diversity = found["diversity"]
+    return None if diversity is None else diversity["all"]["percent_of_real"]
+
+
+if __name__ == "__main__":
+    run_cli(Table, main)
