@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ from PIL import Image
 
 from common import checkpoints
 from common.cli import run_cli
-from common.files import ROOT
 from common.run import Run
 
 torch.set_num_threads(1)
@@ -67,17 +65,6 @@ def write_domain(folder: Path, counts: dict[str, int], grey: bool = False, seed:
             rows.append(f"{name},{label}")
             index += 1
         (folder / f"{split}.csv").write_text("\n".join(rows) + "\n")
-
-
-def run_with_two_processes(script: str, *words: object) -> str:
-    """Run a script under torchrun; returns what it printed."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc_per_node", "2", ROOT / script, *words]
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=180, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,6 @@ from common.cli import UserError
 from common.data import Images, normalise, shuffled, to_uint8
 from common.device import make_accelerator
 from common.faces import make_face_net
-from common.files import ROOT
 from common.rng import ImageNoise, derive_seed, make_rng
 from diffusion.noise_levels import NoiseLevels
 from diffusion.schedule import Schedule
@@ -40,6 +37,7 @@ from p2_ddpm_infer import (
 )
 from p2_ddpm_train import Train, balance, load_data, make_net, noise_losses, train
 from tests.conftest import save_net
+from tests.two_processes import run_with_two_processes
 
 
 def small(data_dir: Path, name: str, **options) -> Train:
@@ -447,15 +445,6 @@ def test_bad_faces_are_named(faces_dir, autoencoder, error_of, monkeypatch):
     for number in range(1, 7):
         (faces_dir / f"{number}.png").unlink()
     assert f"--data-dir {faces_dir}: has 1 image" in error("--data-dir", faces_dir)
-
-
-def run_with_two_processes(script: str, *flags: object) -> None:
-    """Run a script under torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc_per_node", "2", ROOT / script, *flags]
-    words = [str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def train_with_two_processes(args: Train) -> None:

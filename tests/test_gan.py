@@ -6,8 +6,6 @@ more, as formulas.
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +22,6 @@ from common.checkpoints import load_net, load_weights
 from common.cli import UserError
 from common.data import load_folder, normalise, shuffled
 from common.device import make_accelerator
-from common.files import ROOT
 from common.gan import Sample, end_epoch, sample, spread
 from common.rng import derive_seed, make_rng
 from common.run import Run
@@ -37,6 +34,7 @@ from models.gan import (
     ProjectionGenerator,
 )
 from tests.conftest import save_net
+from tests.two_processes import run_with_two_processes
 
 
 @pytest.fixture
@@ -339,7 +337,7 @@ def test_wgan_gp_descends_its_two_losses(faces):
 
 
 def train_with_two_processes(name: str, faces: Path, output_dir: Path) -> None:
-    """Run a script for one step under torchrun, with the options of `first_step`."""
+    """Run a script for one step in two processes, with the options of `first_step`."""
     flags = ["--data-dir", faces, "--output-dir", output_dir]
     flags += ["--epochs", "1", "--batch-size", "12", "--width", "8", "--beta1", "0"]
     flags += ["--device", "cpu", "--precision", "fp32"]
@@ -348,10 +346,7 @@ def train_with_two_processes(name: str, faces: Path, output_dir: Path) -> None:
     else:
         flags += ["--fake-label", "0.2", "--instance-noise", "0"]
     flags += ["--no-flip", "--augment"]  # no augmentation
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc_per_node", "2", ROOT / f"{name}.py", "train", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr
+    run_with_two_processes(f"{name}.py", "train", *flags)
 
 
 @pytest.mark.parametrize("name", ["p1_dcgan", "p1_wgangp"])

@@ -37,7 +37,8 @@ from p2_guided import (
 )
 from p2_guided_classifier import TrainClassifier, train_classifier, weight_of_positives
 from preparation.layout import write_attributes
-from tests.conftest import noise, run_with_two_processes, save_images, save_net
+from tests.conftest import noise, save_images, save_net
+from tests.two_processes import run_with_two_processes
 
 NAMES = ("Bald", "Smiling")
 CPU = {"device": "cpu", "precision": "fp32"}

@@ -44,7 +44,8 @@ from metrics.features import random_features
 from models.autoencoder import Autoencoder
 from models.ddim_unet import DdimUnet, Sinusoid
 from p2_score import Sample, Table, Train, train
-from tests.conftest import noise, run_with_two_processes, save_images, save_net
+from tests.conftest import noise, save_images, save_net
+from tests.two_processes import run_with_two_processes
 
 SPREAD = 0.5  # deviation of the Gaussian data
 HIGH, LOW = 20.0, 0.01  # noise levels
