@@ -1,4 +1,4 @@
-"""Scores of generated images, those of the graders and more, and a classifier of digits.
+"""Scores of generated images, those of the graders and more, and two classifiers that measure.
 
     python evaluate.py fid SAMPLES hw2_data/face/val --floor hw2_data/face/train
     python evaluate.py fid SAMPLES hw2_data/face/val --features random
@@ -7,6 +7,8 @@
     python evaluate.py digits SAMPLES --classifier Classifier.pth --data-dir hw2_data
     python evaluate.py train-classifier --domain svhn --output-dir runs/classifier/svhn
     python evaluate.py mse SAMPLES hw2_data/face/GT
+    python evaluate.py attributes SAMPLES --classifier model.safetensors --data-dir hw2_data
+    python evaluate.py train-attributes --output-dir runs/classifier/attributes
 
 FID: Heusel et al., 2017, https://arxiv.org/abs/1706.08500, with the network of
 https://github.com/mseitzer/pytorch-fid, whose numbers are met to 1e-3.
@@ -19,7 +21,7 @@ images are resized to 224x224. `--features random` takes a network with random w
 separates sets of images too (Naeem et al., 2020, https://arxiv.org/abs/2002.09797). Distances of
 different features have different scales.
 
-Diversity of digits: the Vendi score, Friedman and Dieng, 2022, https://arxiv.org/abs/2210.02410
+Diversity of digits and faces: the Vendi score, Friedman and Dieng, 2022, https://arxiv.org/abs/2210.02410
 """
 
 from __future__ import annotations
@@ -38,16 +40,34 @@ import tyro
 from torch.nn import functional as F
 from tyro.conf import Positional
 
+from common.attributes import TEN_ATTRIBUTES, split_of
 from common.augment import augment_digits
 from common.classification import accuracy
-from common.cli import UserError, above, at_least, below, in_range, is_seed, run_cli
+from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
 from common.data import Images, draw_batch, is_grey, labels_of, load_digits, normalise
 from common.device import Device, Precision, make_accelerator, place
-from common.figures import save_curves
+from common.figures import save_curves, save_table
 from common.files import atomic_write, make_output_dir
-from common.rng import derive_seed, make_rng
+from common.rng import derive_seed, make_rng, seed_dropout
 from common.run import Run, environment
 from common.training import update_ema, warmup_cosine
+from metrics.attributes import (
+    FaceSet,
+    augment_for_attributes,
+    evaluate_attributes,
+    generated_table,
+    generated_text,
+    load_evaluator,
+    load_generated,
+    load_measuring,
+    load_real,
+    look_at,
+    measure_real,
+    positive_weights,
+    real_table,
+    real_text,
+    start_from_imagenet,
+)
 from metrics.digits import (
     evaluate_digits,
     load_classifier,
@@ -68,6 +88,7 @@ from metrics.frechet import (
 )
 from metrics.kernel import KERNEL_METRICS, KernelDistance, kernel_distance, size_of_subsets
 from metrics.pairs import squared_errors
+from models.attribute_classifier import SMALLEST_INPUT, AttributeClassifier
 from models.digit_classifier import DigitResNet
 
 if TYPE_CHECKING:
@@ -217,6 +238,89 @@ class TrainClassifier:
         at_least("--images-per-epoch", self.images_per_epoch, 1)
         at_least("--batch-size", self.batch_size, 2)
         above("--lr", self.lr, 0, 1)
+        in_range("--augmentation", self.augmentation, 0, 1)
+        below("--label-smoothing", self.label_smoothing, 0, 1)
+        below("--ema-decay", self.ema_decay, 0, 1)
+        is_seed("--seed", self.seed)
+
+
+@dataclass
+class Attributes:
+    """Hit rates of the attributes that were asked of generated faces, beside those of real faces.
+
+    The classifier is that of train-attributes, which no generator has learned from.
+    """
+
+    images: Annotated[Positional[Path], tyro.conf.arg(metavar="GENERATED")]
+    """Folder of PNG or JPEG images of one size, with its sub-folders."""
+    classifier: Path
+    """The model.safetensors of a run of train-attributes."""
+    asked: Path | None = None
+    """JSON file {image: {attribute: 1 or -1}}; by default asked.json beside the images."""
+    data_dir: Path | None = None
+    """Data folder whose measuring faces give accuracy, side effects and diversity to compare."""
+    seed: int = 0
+    """Seed of the intervals of means and of the choice of images whose diversity is compared."""
+    device: Device = "auto"
+    """Where to compute."""
+    output_dir: Path | None = None
+    """Folder for result.json and attributes.csv, .md and .png; without it all is only printed."""
+
+    def __post_init__(self) -> None:
+        is_seed("--seed", self.seed)
+
+
+@dataclass(kw_only=True)
+class TrainAttributes:
+    """Train a classifier of attributes on clean faces, which measures generated ones.
+
+    It learns from the last 2/7 of face/train and the first half of face/val (at most 1,000 faces),
+    in the order of names; the rest of val measures it. The first 5/7 of face/train are for
+    classifiers that guide. The last epoch is the result.
+    """
+
+    output_dir: Path
+    """Run directory. The same command again continues an interrupted run."""
+    data_dir: Path = Path("hw2_data")
+    """Data folder, with face/train, face/val and face/list_attr_celeba.txt in it."""
+    attributes: tuple[str, ...] = TEN_ATTRIBUTES
+    """Attributes of list_attr_celeba.txt to learn."""
+    face_size: int = 64
+    """Side of the faces, that of the generated ones; larger ones are resized."""
+    input_size: int = 128
+    """Side that the network resizes faces to; a smaller one is faster."""
+    epochs: int = 10
+    """Epochs of --images-per-epoch images."""
+    images_per_epoch: int = 3_000
+    """Images of an epoch, whatever the size of the data."""
+    batch_size: int = 32
+    """Images of a step, over all processes."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    max_weight: float = 10.0
+    """Rare values of an attribute weigh more in the loss, but at most this times the others."""
+    augmentation: float = 0.5
+    """Strength of the augmentation; with 0, faces are only mirrored."""
+    label_smoothing: float = 0.05
+    """Label smoothing of the loss."""
+    ema_decay: float = 0.99
+    """Decay of the averaged network, which is the one that is evaluated and saved."""
+    seed: int = 0
+    """Seed of initialisation, order, augmentation and dropout."""
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "auto"
+    """bf16 autocast where the hardware is fast at it, or fp32."""
+
+    def __post_init__(self) -> None:
+        each_once("--attributes", self.attributes)
+        in_range("--face-size", self.face_size, 8, 1_024)
+        in_range("--input-size", self.input_size, SMALLEST_INPUT, 1_024)
+        at_least("--epochs", self.epochs, 1)
+        at_least("--images-per-epoch", self.images_per_epoch, 1)
+        at_least("--batch-size", self.batch_size, 2)
+        above("--lr", self.lr, 0, 1)
+        in_range("--max-weight", self.max_weight, 1, 1_000)
         in_range("--augmentation", self.augmentation, 0, 1)
         below("--label-smoothing", self.label_smoothing, 0, 1)
         below("--ema-decay", self.ema_decay, 0, 1)
@@ -414,6 +518,24 @@ def domain_name(domain: str, images: Images) -> str:
     return f"grey {domain}" if is_grey(images.pixels) else domain
 
 
+def score_attributes(args: Attributes, accelerator: Accelerator) -> Score:
+    """Hit rates of what was asked, beside the accuracy on real faces; also writes them as table."""
+    net, config = load_evaluator(args.classifier, accelerator.device)
+    images = load_generated(args.images, args.asked, net.attributes, config["face_size"])
+    real = None
+    source = f"measured when {args.classifier} was trained"
+    if args.data_dir is not None:
+        real = load_measuring(args.data_dir, net, config)
+        source = f"the measuring ones of {args.data_dir}"
+    found = evaluate_attributes(net, images, config["measured"], real, accelerator, args.seed)
+    if args.output_dir is not None:
+        title = f"{len(images.pixels):,} images of {args.images}"
+        save_table(generated_table(found), args.output_dir / "attributes", title)
+    text = f"{real_text(found['real'], source)}\n\n{generated_text(found, args.images)}"
+    result = {"metric": "balanced hit rate", "classifier_measured": config["measured"], **found}
+    return Score(result, text)
+
+
 def score_mse(args: Mse) -> Score:
     """The error of each image, and their mean."""
     errors = squared_errors(args.predicted, args.truth)
@@ -426,13 +548,13 @@ def score_mse(args: Mse) -> Score:
     return Score(result, "\n".join(lines))
 
 
-def evaluate(args: Fid | Kid | Faces | Digits | Mse) -> dict[str, Any]:
+def evaluate(args: Fid | Kid | Faces | Digits | Attributes | Mse) -> dict[str, Any]:
     """Compute a score, print it and write result.json; returns what is in there."""
     started = time.monotonic()
     name = type(args).__name__.lower()
     file = None
     if args.output_dir is not None:
-        if isinstance(args, Digits):
+        if isinstance(args, Digits | Attributes):
             refuse_inside(args.output_dir, args.images)
         file = claim_result(args.output_dir, name)
     match args:
@@ -448,6 +570,9 @@ def evaluate(args: Fid | Kid | Faces | Digits | Mse) -> dict[str, Any]:
         case Digits():
             accelerator = make_accelerator(args.device, "fp32")
             score = score_digits(args, accelerator)
+        case Attributes():
+            accelerator = make_accelerator(args.device, "fp32")
+            score = score_attributes(args, accelerator)
         case Mse():
             accelerator = make_accelerator("cpu", "fp32")
             score = score_mse(args)
@@ -467,11 +592,11 @@ def device_of(args: Fid | Kid) -> Device:
 
 
 def refuse_inside(output_dir: Path, images: Path) -> None:
-    """Raise UserError for an output directory in a folder where only digits may lie."""
+    """Raise UserError for an output directory in a folder of images, all of which are read."""
     output = output_dir.resolve()
     if images.resolve() in (output, *output.parents):
         raise UserError(
-            f"--output-dir {output_dir}: lies in {images}, where nothing but digits may lie; "
+            f"--output-dir {output_dir}: lies in {images}, where nothing but images may lie; "
             "choose another"
         )
 
@@ -490,7 +615,7 @@ def claim_result(folder: Path, name: str) -> Path:
     return file
 
 
-# Training of a classifier
+# Training of the classifiers
 
 
 def train_classifier(args: TrainClassifier) -> dict[str, Any]:
@@ -566,12 +691,108 @@ def finish_classifier(
     run.finish({"accuracy": percent, "grey": is_grey(validation.pixels)})
 
 
-def main(args: Fid | Kid | Faces | Digits | TrainClassifier | Mse) -> dict[str, Any]:
+def train_attributes(args: TrainAttributes) -> dict[str, Any]:
+    """Train one classifier; returns the content of result.json (on the main process)."""
+    accelerator = make_accelerator(args.device, args.precision)
+    device = accelerator.device
+    run = Run(args, accelerator)
+    if run.result is not None:
+        return run.result if run.is_main else {}
+    cache = args.output_dir.parent / "cache"
+    split = split_of(args.data_dir)
+    learned = {"train": split.evaluator_train, "val": split.evaluator_val}
+    faces = load_real(args.data_dir, learned, args.attributes, args.face_size, cache)
+    measure = {"val": split.measure}
+    measuring = load_real(args.data_dir, measure, args.attributes, args.face_size, cache)
+    pixels = faces.pixels.to(device)
+    has_attribute = (faces.values == 1).float().to(device)  # (n, attributes)
+    weights = positive_weights(faces.values, args.max_weight).to(device)
+
+    torch.manual_seed(derive_seed(args.seed, "init"))
+    bare_net = AttributeClassifier(args.attributes, args.input_size)
+    start = start_from_imagenet(bare_net)
+    bare_net = place(bare_net, device)
+    ema = copy.deepcopy(bare_net)
+    adam = torch.optim.AdamW(bare_net.parameters(), weight_decay=0.05, fused=True)
+    net, adam = accelerator.prepare(bare_net, adam)
+    parts = {"net": bare_net, "ema": ema, "optimizer": adam}
+
+    steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
+    last = args.epochs * steps_per_epoch
+    first = run.load_state(parts)
+    if first == 0:
+        run.log(f"{len(pixels):,} faces to learn from, {len(measuring.pixels):,} to measure with")
+        run.log(f"starts from {start}")
+    for step in run.steps(first, last, args.batch_size):
+        net.train()
+        learning_rate = args.lr * warmup_cosine(step / last, warm_up=0.1)
+        adam.param_groups[0]["lr"] = learning_rate
+        rng = make_rng(args.seed, "augment", step, accelerator.process_index, device=device)
+        seed_dropout(args.seed, step, accelerator.process_index)
+        rows = draw_batch(len(pixels), step, args.batch_size, accelerator, args.seed, "order")
+        batch = augment_for_attributes(normalise(pixels[rows]), rng, args.augmentation)
+
+        # The target is 1 or 0, with smoothing 0.975 or 0.025.
+        logits = net(batch).float()
+        target = torch.lerp(has_attribute[rows], torch.full_like(logits, 0.5), args.label_smoothing)
+        loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weights)
+        adam.zero_grad()
+        accelerator.backward(loss)
+        adam.step()
+        update_ema(ema, bare_net, args.ema_decay, step)
+
+        correct = (logits > 0) == (has_attribute[rows] == 1)
+        run.add_losses(step, {"loss": loss, "accuracy": 100 * correct.float().mean()})
+        epoch, rest = divmod(step + 1, steps_per_epoch)
+        epoch_ends = rest == 0
+        if epoch_ends:
+            row = {"step": step + 1, "epoch": epoch, "learning_rate": learning_rate}
+            row |= run.epoch_means(steps_per_epoch)
+            run.log_metrics(row)
+            run.log(
+                f"epoch {epoch}/{args.epochs}: loss {row['loss']:.4f}, "
+                f"accuracy {row['accuracy']:.2f} %"
+            )
+        if run.save_due() or epoch_ends:
+            run.save_state(step + 1, parts)
+    if run.is_main:
+        names = [Path(name).stem for part in learned.values() for name in part]
+        config = {"face_size": args.face_size, "trained_on": names, "start": start}
+        finish_attributes(run, args, ema, measuring, config)
+    return run.result or {}
+
+
+def finish_attributes(
+    run: Run,
+    args: TrainAttributes,
+    ema: AttributeClassifier,
+    measuring: FaceSet,
+    config: dict[str, Any],
+) -> None:
+    """Measure the averaged network; write it, the curves, the table and result.json."""
+    look = look_at(ema, measuring.pixels, run.accelerator)
+    measured = measure_real(args.attributes, measuring.values, look, args.seed)
+    panels = {"loss": ["loss"], "accuracy of the augmented faces, %": ["accuracy"]}
+    save_curves(run.history(), panels, run.dir / "figures" / "curves.png")
+    save_table(real_table(measured), run.dir / "figures" / "attributes")
+    run.save_model(ema, ema.config | config | {"measured": measured, "seed": args.seed})
+    run.log(real_text(measured, f"{args.data_dir}, not learned from"))
+    run.finish(measured)
+
+
+Command = Fid | Kid | Faces | Digits | Attributes | TrainClassifier | TrainAttributes | Mse
+
+
+def main(args: Command) -> dict[str, Any]:
     """Run one sub-command; returns the content of its result.json."""
-    if isinstance(args, TrainClassifier):
-        return train_classifier(args)
-    return evaluate(args)
+    match args:
+        case TrainClassifier():
+            return train_classifier(args)
+        case TrainAttributes():
+            return train_attributes(args)
+        case _:
+            return evaluate(args)
 
 
 if __name__ == "__main__":
-    run_cli(Fid | Kid | Faces | Digits | TrainClassifier | Mse, main)
+    run_cli(Command, main)
