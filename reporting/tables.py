@@ -33,6 +33,7 @@ def all_tables(output: Output) -> dict[str, Table]:
         "p2_samplers": output.table(
             "p2/score-table/table.csv", "Samplers of the score-based model"
         ),
+        "p2_guidance": output.table("p2/guidance/table.csv", "Faces by attribute"),
         "p3_dann": dann_table(output),
         "p3_dann_methods": output.table(
             "p3/table.csv",

@@ -267,6 +267,18 @@ def write_clip(folder: Path, data_dir: Path) -> None:
     write_image(folder / "p3/clip-small/figures/curves.png")
 
 
+def write_guided(folder: Path, data_dir: Path) -> None:
+    """Problem 2: faces by attribute, with the table of experiments/guidance.py."""
+    for run in ("guided", "noisy-classifier", "evaluator"):
+        write_run(folder / "p2" / run, data_dir, {"seconds": 4.0})
+        write_image(folder / f"p2/{run}/figures/curves.png")
+    for name in ("figures/guided/attributes", "figures/guided/scales"):
+        write_image(folder / f"p2/{name}.png")
+    for name in ("trade_off", "samples"):
+        write_image(folder / f"p2/guidance/{name}.png")
+    (folder / "p2/guidance/table.csv").write_text('guidance,"hit rate, %"\nfree 4,81.5\n')
+
+
 @pytest.fixture
 def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Data with as many files as the course's, which are counted as 3 in these tests."""
@@ -286,6 +298,7 @@ def output(tmp_path: Path, data_dir: Path) -> Path:
     write_digits(folder, data_dir)
     write_ddim(folder)
     write_face_models(folder, data_dir)
+    write_guided(folder, data_dir)
     write_dann(folder, data_dir)
     write_clip(folder, data_dir)
     (folder / "steps").mkdir()
@@ -311,8 +324,8 @@ def test_the_page_needs_no_other_file(output):
 
 def test_every_image_is_whole_and_of_its_kind(output):
     page = page_of(output)
-    # 6 of GANs, 12 of digits, 14 of DDIM, 11 of faces by diffusion, 6 of DANN, 4 of CLIP.
-    assert len(page.images) == 53
+    # 6 of GANs, 12 of digits, 14 of DDIM, 11 and 7 of faces by diffusion, 6 of DANN, 4 of CLIP.
+    assert len(page.images) == 60
     for name, source in page.images.items():
         with Image.open(io.BytesIO(page.image(name))) as image:
             image.load()
@@ -548,3 +561,7 @@ def test_bad_input_is_named(output, tmp_path):
     (output / "p3/clip/result.json").write_text('{"accuracy":')
     with pytest.raises(UserError, match=r"clip/result\.json: not a whole json object"):
         report.main(Report(output))
+
+
+def test_faces_by_attribute_have_the_table_of_the_experiment(output):
+    assert page_of(output).value("free 4") == "81.5"

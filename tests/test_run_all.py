@@ -925,5 +925,5 @@ def test_the_smoke_profile_makes_the_report(real, tmp_path, monkeypatch):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     page = (tmp_path / "real/out/report.html").read_text()
     assert "Not run: " not in page
-    assert page.count('<img src="data:image/') == 53
+    assert page.count('<img src="data:image/') == 60
     assert "Synthetic data." in page
