@@ -276,7 +276,7 @@ def write_guided(folder: Path, data_dir: Path) -> None:
         write_image(folder / f"p2/{name}.png")
     for name in ("trade_off", "samples"):
         write_image(folder / f"p2/guidance/{name}.png")
-    (folder / "p2/guidance/table.csv").write_text('guidance,"hit rate, %"\nfree 4,81.5\n')
+    (folder / "p2/guidance/table.csv").write_text('guidance,"hit rate, %",KID\nfree 4,81.5,9.0\n')
 
 
 @pytest.fixture
