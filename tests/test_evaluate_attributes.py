@@ -141,7 +141,7 @@ def test_the_split_of_the_course_data():
         (1_000, 200, [714, 286, 100, 100]),
         (2, 2, [1, 1, 1, 1]),
         (3, 5, [2, 1, 2, 3]),
-        (100_000, 20_000, [71_428, 28_572, 1_000, 19_000]),
+        (14_000, 4_000, [10_000, 4_000, 1_000, 3_000]),
     ],
 )
 def test_the_parts_of_a_split_have_no_common_face(train, val, sizes):
@@ -461,7 +461,7 @@ def tiny(data_dir: Path, output_dir: Path, **changes: Any) -> TrainAttributes:
         "attributes": NAMES,
         "face_size": 16,
         "input_size": 32,
-        "epochs": 2,
+        "epochs": 1,
         "images_per_epoch": 24,
         "batch_size": 8,
         "device": "cpu",
@@ -471,7 +471,7 @@ def tiny(data_dir: Path, output_dir: Path, **changes: Any) -> TrainAttributes:
 
 
 def test_training_resumes_bit_for_bit_and_evaluates(tmp_path, stop_in_step_1, capsys):
-    """Stopped after the second of six steps, in the middle of the first epoch, and continued."""
+    """Stopped after the second of three steps and continued."""
     data_dir = write_faces(tmp_path / "data", {"train": 28, "val": 16})
     whole = tiny(data_dir, tmp_path / "whole")
     cut = tiny(data_dir, tmp_path / "cut")
