@@ -173,7 +173,7 @@ class Sampling:
     snr: float = SNR
     """Signal-to-noise ratio r of the corrector's steps, for --sampler pc."""
     rho: float = 7.0
-    """Spacing of the levels of euler and heun; a larger one gives shorter steps near sigma_min."""
+    """Spacing of the levels of ancestral, euler and heun; larger is denser near sigma_min."""
     seed: int = 0
     """Seed of the noise. Image k depends on it and on k alone."""
     batch_size: int = 50
@@ -196,9 +196,9 @@ class Sample(Sampling):
 
     num_images: int = 1_000
     """Number of images."""
-    sampler: Sampler = "heun"
+    sampler: Sampler = "ancestral"
     """Langevin dynamics, with a predictor (pc), the ancestral chain, or the ODE by two solvers."""
-    calls: int = 35
+    calls: int = 50
     """Calls of the network for an image, at most."""
     grid: Path | None = None
     """PNG file for a grid of the first 32 images, 8 in a row; outside --output-dir."""
@@ -409,11 +409,11 @@ def load_init(args: Train, net: FaceNet) -> Initial:
 
 
 def draw_samples(run: Run, ema: FaceNet, levels: NoiseLevels, epoch: int) -> None:
-    """Draw 32 samples from fixed noise with Heun's method in 35 calls."""
+    """Draw 32 samples from fixed noise with the ancestral sampler in 50 calls."""
     if not run.is_main:
         return
     model = Model(ema.eval(), levels, run.accelerator)
-    states = sample_faces(model, range(FIRST), make_plan(model, "heun", 35), seed=0)
+    states = sample_faces(model, range(FIRST), make_plan(model, "ancestral", 50), seed=0)
     file = run.dir / "samples" / f"epoch_{epoch:04d}.png"
     save_grid(final_pixels(model, states), file, columns=8)
 
@@ -540,7 +540,7 @@ def make_plan(model: Model, sampler: Sampler, calls: int, rho: float = 7.0) -> P
         count = (calls + 1) // 2
         return Plan(sampler, geometric_levels(high, low, count), 1, 2 * count - 1)
     if sampler == "ancestral":
-        return Plan(sampler, geometric_levels(high, low, calls), 1, calls)
+        return Plan(sampler, karras_levels(high, low, calls, rho), 1, calls)
     if sampler == "euler":
         return Plan(sampler, karras_levels(high, low, calls, rho), 1, calls)
     if sampler == "heun":
