@@ -95,7 +95,7 @@ class Train:
     autoencoder: Path | None = None
     """Work in the latents of this model.safetensors of p2_autoencoder.py (or a latent network)."""
     init: Path | None = None
-    """Weights of the same architecture that the training starts from, also of a score model."""
+    """Network to start from: of this script, or with --prediction v of p2_score.py in latents."""
     shares: tuple[int, ...] = ()
     """Ratio of the domains' images in a batch, such as 1 3; equal shares if not given."""
     balance_classes: bool = False
@@ -386,8 +386,10 @@ def make_net(args: Train, shape: tuple[int, ...], classes: int) -> Network:
 def load_init(args: Train, net: Network, schedule: Schedule) -> dict[str, str]:
     """Copy the weights of --init into the network; returns their hash, for the new checkpoint.
 
+    Those of a score-based model in latents become a network that predicts v (`negate_output`).
+
     Raises UserError if they are another network's, another schedule's, other domains' or for the
-    latents of another autoencoder.
+    latents of another autoencoder, or those of a score-based model that does not predict -v.
     """
     assert args.init is not None
     kind = net.config["net"]
@@ -405,7 +407,7 @@ def load_init(args: Train, net: Network, schedule: Schedule) -> dict[str, str]:
     is_score_based = "noise_levels" in config
     if is_score_based:
         theirs["domains"] = [FACES]
-        theirs["schedule"] = ours["schedule"]  # its noise levels are those of any schedule
+        theirs["schedule"] = ours["schedule"]  # it has seen all levels from sigma_min to sigma_max
     for name, value in ours.items():
         if theirs[name] != value:
             raise UserError(
@@ -413,9 +415,10 @@ def load_init(args: Train, net: Network, schedule: Schedule) -> dict[str, str]:
             )
     if isinstance(net, LatentUnet):
         refuse_other_autoencoder(net, found, args.init)
-    net.load_state_dict(found.state_dict())
     if is_score_based:
         refuse_other_outputs(args, NoiseLevels(**config["noise_levels"]))
+    net.load_state_dict(found.state_dict())
+    if is_score_based:
         negate_output(net)
     return {"init": hashlib.sha256(args.init.read_bytes()).hexdigest()}
 
@@ -441,7 +444,8 @@ def negate_output(net: Network) -> None:
 
     For data of deviation 1 the network of EDM reads c_in x = x / √(1 + σ²), which is x_t with
     ᾱ_t = 1 / (1 + σ²). Its x_0 is √ᾱ_t x_t + √(1 - ᾱ_t) F, and that of v-prediction is
-    √ᾱ_t x_t - √(1 - ᾱ_t) v, so that v = -F. Only the time that it reads is another.
+    √ᾱ_t x_t - √(1 - ᾱ_t) v, so that v = -F. Only the time is another: the score-based model reads
+    log σ and the DDPM reads t, which the training has to learn.
     """
     unet = net.unet if isinstance(net, LatentUnet) else net
     assert isinstance(unet, DdimUnet)

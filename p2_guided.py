@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from common.asked import (
+    ASKED_FILE,
     Asked,
     Others,
     RealRows,
@@ -50,7 +51,7 @@ from common.attributes import (
 )
 from common.checkpoints import load_net
 from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
-from common.data import draw_batch, list_images, load_folder, to_uint8
+from common.data import draw_batch, list_images, to_uint8
 from common.device import Device, Precision, make_accelerator, place
 from common.faces import (
     FaceModel,
@@ -59,6 +60,7 @@ from common.faces import (
     digest_of_states,
     face_names,
     load_face_model,
+    load_labelled,
 )
 from common.figures import save_grid, save_image, save_labelled
 from common.files import atomic_write, make_output_dir
@@ -79,9 +81,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Guidance = Literal["none", "free", "classifier", "both"]
-FREE_SCALE = 3.0
-CLASSIFIER_SCALE = 3.0
-ASKED_FILE = "asked.json"  # beside the images: what was asked of each
 SCALES = (0.0, 1.0, 2.0, 3.0, 5.0, 8.0)
 
 
@@ -155,9 +154,9 @@ class Sampling:
     classifier: Path | None = None
     """model.safetensors of train-classifier, for --guidance classifier and both."""
     guidance: Guidance = "none"
-    """Who is asked: the network (none), also against itself (free), the classifier, or both."""
+    """What enforces the attributes: the network alone (none), guidance (free, classifier), both."""
     scale: tuple[float, ...] = ()
-    """Strength of the guidance, for both two numbers: free, classifier. 3 if not given."""
+    """Strength of the guidance, 3 if not given; with both that of free, then the classifier's."""
     interval: tuple[float, float] = (0.0, 1.0)
     """The range of t / T in which guidance is on."""
     sampler: Literal["ddim", "ddpm"] = "ddim"
@@ -167,32 +166,18 @@ class Sampling:
     eta: float = 0.0
     """Randomness of ddim: 0 adds no noise, 1 as much as ddpm."""
     others: Others = "unknown"
-    """What the network hears of the others: unknown, as in a random real image, or absent."""
+    """Attributes that are not named: unknown, as in a random real image, or all absent."""
     data_dir: Path = Path("hw2_data")
     """Data folder, whose attributes are counted and, for --others real, drawn from."""
     seed: int = 0
     """Seed of the noise. Image k depends on it and on k alone."""
-    batch_size: int = 50
-    """Images computed at a time."""
     device: Device = "auto"
     """Where to compute."""
     precision: Precision = "auto"
-    """bf16 autocast of the network where the hardware is fast at it; gradients are fp32."""
+    """bf16 autocast of the network where the hardware is fast at it, or fp32, as gradients are."""
 
     def __post_init__(self) -> None:
-        wanted = {"none": 0, "free": 1, "classifier": 1, "both": 2}[self.guidance]
-        if self.scale and len(self.scale) != wanted:
-            given = " ".join(f"{scale:g}" for scale in self.scale)
-            raise UserError(f"--scale {given}: --guidance {self.guidance} has {wanted} strengths")
-        for scale in self.scale:
-            in_range("--scale", scale, 0, 1_000)
-        needs_classifier = self.guidance in ("classifier", "both")
-        if needs_classifier and self.classifier is None:
-            raise UserError(f"--guidance {self.guidance}: needs --classifier")
-        if self.classifier is not None and not needs_classifier:
-            raise UserError(f"--classifier {self.classifier}: is not used by {self.guidance}")
-        if self.others != "unknown" and self.guidance == "classifier":
-            raise UserError(f"--others {self.others}: the classifier is only asked what you ask")
+        self._check_guidance()
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise UserError(f"--interval {low:g} {high:g}: must rise and lie between 0 and 1")
@@ -201,7 +186,23 @@ class Sampling:
         if self.eta > 0 and self.sampler != "ddim":
             raise UserError(f"--eta {self.eta:g}: only --sampler ddim adds noise in this way")
         is_seed("--seed", self.seed)
-        at_least("--batch-size", self.batch_size, 1)
+
+    def _check_guidance(self) -> None:
+        strengths = {"none": 0, "free": 1, "classifier": 1, "both": 2}[self.guidance]
+        given = " ".join(f"{scale:g}" for scale in self.scale)
+        if self.scale and not strengths:
+            raise UserError(f"--scale {given}: needs --guidance free, classifier or both")
+        if self.scale and len(self.scale) != strengths:
+            raise UserError(f"--scale {given}: --guidance {self.guidance} takes {strengths}")
+        for scale in self.scale:
+            in_range("--scale", scale, 0, 1_000)
+        needs_classifier = self.guidance in ("classifier", "both")
+        if needs_classifier and self.classifier is None:
+            raise UserError(f"--guidance {self.guidance}: needs --classifier")
+        if self.classifier is not None and not needs_classifier:
+            raise UserError(f"--classifier {self.classifier}: needs --guidance classifier or both")
+        if self.others != "unknown" and self.guidance == "classifier":
+            raise UserError(f"--others {self.others}: classifiers only get --attributes")
 
 
 @dataclass(kw_only=True)
@@ -209,14 +210,19 @@ class Sample(Sampling):
     """Write faces 0000.png, 0001.png, … with attributes, and asked.json with what was asked."""
 
     attributes: tuple[str, ...] = ()
-    """NAME=1 or NAME=-1 for each; NAME=1:3 weighs each with its own strength (Liu et al.)."""
+    """NAME=1 or NAME=-1 for each; NAME=1:3 has a strength of its own and is a term of its own."""
     num_images: int = 100
     """Number of images."""
+    batch_size: int = 50
+    """Images computed at a time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         read_request(self.attributes)
+        if not self.attributes and (self.guidance, self.others) != ("none", "unknown"):
+            raise UserError(f"--guidance {self.guidance}: needs --attributes, such as Smiling=1")
         at_least("--num-images", self.num_images, 1)
+        at_least("--batch-size", self.batch_size, 1)
 
 
 @dataclass(kw_only=True)
@@ -228,7 +234,7 @@ class Grid(Sampling):
     """
 
     attributes: tuple[str, ...] = ()
-    """NAME=1 or NAME=-1, a row for each; all that the network knows, 1, if not given."""
+    """NAME=1 or NAME=-1, a row for each; NAME=1 for all that are known, if not given."""
     scales: tuple[float, ...] = SCALES
     """Strengths of the guidance in scales.png; with both they are the first one's."""
 
@@ -253,9 +259,7 @@ def train(args: Train) -> dict[str, Any]:
     start = load_face_model(args.init, "--init")
     refuse_other_attributes(args, start)
     schedule = start.schedule
-    folder = args.data_dir / "face" / "train"
-    images = load_folder(folder, (start.size, start.size), args.output_dir.parent / "cache")
-    labels = attributes_of(args.data_dir).of(images.names, args.attributes)
+    images, labels = load_labelled(args.data_dir, start.size, args.attributes, args.output_dir)
     weights = weights_of_values(labels, args.largest_weight)
     drawn = repeat_rare(labels, weights).to(device)  # rows, those of rare faces more than once
 
@@ -392,17 +396,16 @@ def with_attributes(net: FaceNet, count: int) -> FaceNet:
 
 def config_of(args: Train, net: FaceNet, start: FaceModel, weights: Tensor) -> dict[str, Any]:
     """What the checkpoint keeps besides the weights."""
-    kept = {name: start.config[name] for name in ("domains", "size", "schedule", "sampling")}
-    return (
-        net.config
-        | kept
-        | {
-            "attributes": list(args.attributes),
-            "weights": dict(zip(args.attributes, weights.tolist(), strict=True)),
-            "init": start.digest,
-            "seed": args.seed,
-        }
-    )
+    return net.config | {
+        "domains": ["faces"],
+        "size": start.size,
+        "schedule": start.schedule.to_config(),
+        "sampling": start.sampling,
+        "attributes": list(args.attributes),
+        "weights": dict(zip(args.attributes, weights.tolist(), strict=True)),
+        "init": start.digest,
+        "seed": args.seed,
+    }
 
 
 @torch.inference_mode()
@@ -417,11 +420,11 @@ def draw_samples(
     ema.eval()
     asked = torch.eye(len(names), device=device).repeat_interleave(8, dim=0)
     x = ImageNoise(0, range(8), ema.shape, device)().repeat(len(names), 1, 1, 1)
-    steps = spaced_steps(schedule.T, min(25, schedule.T), start.config["sampling"]["spacing"])
+    steps = spaced_steps(schedule.T, min(25, schedule.T), start.sampling["spacing"])
     with run.accelerator.autocast():
         for t, previous in step_pairs(steps):
             eps = attribute_eps(ema, schedule, x, t, asked)
-            x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), start.config["sampling"]["clamp"])
+            x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), start.sampling["clamp"])
             x = ddim_step(schedule, x0, eps, t, previous)
         pixels = to_uint8(ema.decode(x))
     save_grid(pixels, run.dir / "samples" / f"epoch_{epoch:04d}.png", columns=8)
@@ -446,15 +449,22 @@ class Model(NamedTuple):
 class Request(NamedTuple):
     """What is asked of a batch of images.
 
-    `known` is what the network hears, (batch, attributes), and None if it is not asked. `terms`
-    (terms, batch, attributes) and `weights` are those of `composed_eps`; without free guidance
-    `terms` is None. `classifier` is the `asked` of `classifier_gradient`, or None without one.
+    `known` is what the network gets, (batch, attributes), or None for nothing. `terms` (terms,
+    batch, attributes) and `weights` are those of `composed_eps`, or None without free guidance.
+    `for_classifier` is the `asked` of `classifier_gradient`, or None without a classifier.
     """
 
-    known: Tensor | None
-    terms: Tensor | None
-    weights: Tensor
-    classifier: Tensor | None
+    known: Tensor | None = None
+    terms: Tensor | None = None
+    weights: Tensor | None = None
+    for_classifier: Tensor | None = None
+
+
+class Strengths(NamedTuple):
+    """How strong both kinds of guidance are."""
+
+    free: float = 3.0
+    classifier: float = 3.0
 
 
 @torch.inference_mode()
@@ -470,13 +480,13 @@ def sample_faces(
     for t, previous in step_pairs(model.steps):
         is_guided = low <= t / schedule.T <= high
         with model.accelerator.autocast():
-            if is_guided and request.terms is not None:
+            if is_guided and request.terms is not None and request.weights is not None:
                 eps = composed_eps(model.net, schedule, x, t, request.terms, request.weights)
             else:
                 eps = attribute_eps(model.net, schedule, x, t, request.known)
-        if is_guided and request.classifier is not None:
+        if is_guided and request.for_classifier is not None:
             assert model.classifier is not None
-            gradient = classifier_gradient(model.classifier, schedule, x, t, request.classifier)
+            gradient = classifier_gradient(model.classifier, schedule, x, t, request.for_classifier)
             eps = shifted_eps(schedule, eps, gradient, t)
         x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), model.clamp)
         if args.sampler == "ddpm":
@@ -495,39 +505,53 @@ def make_request(
     args: Sampling,
     real: RealRows | None,
 ) -> Request:
-    """What `asked` and the options mean for the images `numbers`."""
-    device = model.accelerator.device
+    """What `asked` and the options mean for the images `numbers`.
+
+    Guidance without strength is no guidance: with --guidance free, 0 leaves the unconditional
+    network.
+    """
     if not asked:
-        return Request(None, None, torch.ones(0), None)
-    free, of_classifier = scales_of(args)
-    known = terms = for_classifier = None
-    weights = torch.ones(0)
-    if args.guidance != "classifier":
-        known = others_of(model, asked, numbers, args, real).to(device)
-        if args.guidance != "none":
-            terms, weights = terms_of(model, asked, known, free)
-    if args.guidance == "both":
-        asked = [item._replace(weight=None) for item in asked]  # its weights are the network's
-    if args.guidance in ("classifier", "both"):
-        names = model.classifier_names
-        weighted = values_of(asked, names) * weights_of(asked, names, of_classifier)
-        if weighted.any():
-            for_classifier = weighted.expand(len(numbers), -1).to(device)
-    if len(weights) and not weights.any():
-        known = terms = None  # without strength it is the network that hears nothing
-    return Request(known, terms, weights.to(device), for_classifier)
+        return Request()
+    strengths = strengths_of(args)
+    if args.guidance == "none":
+        return Request(known=others_of(model, asked, numbers, args, real))
+    if args.guidance == "classifier":
+        weights = weights_of(asked, model.classifier_names, strengths.classifier)
+        return Request(for_classifier=for_classifier_of(model, asked, weights, len(numbers)))
+
+    request = Request()
+    known = others_of(model, asked, numbers, args, real)
+    terms, weights = terms_of(model, asked, known, strengths.free)
+    if weights.any():
+        request = Request(known, terms, weights)
+    if args.guidance == "both":  # weights of single attributes are those of the terms
+        plain = [item._replace(weight=None) for item in asked]
+        weights = weights_of(plain, model.classifier_names, strengths.classifier)
+        weighted = for_classifier_of(model, plain, weights, len(numbers))
+        request = request._replace(for_classifier=weighted)
+    return request
+
+
+def for_classifier_of(
+    model: Model, asked: Sequence[Asked], weights: Tensor, count: int
+) -> Tensor | None:
+    """The `asked` of `classifier_gradient` for `count` images; None if all weights are 0."""
+    if not weights.any():
+        return None
+    weighted = values_of(asked, model.classifier_names) * weights
+    return weighted.expand(count, -1).to(model.accelerator.device)
 
 
 def terms_of(
     model: Model, asked: Sequence[Asked], known: Tensor, free: float
 ) -> tuple[Tensor, Tensor]:
     """The terms of `composed_eps` and their weights: all that is asked as one, or each its own."""
+    device = model.accelerator.device
     if all(item.weight is None for item in asked):
-        return known[None], torch.tensor([free])
+        return known[None], torch.tensor([free], device=device)
     terms = torch.stack([values_of([item], model.names) for item in asked])
-    terms = terms[:, None].expand(-1, len(known), -1).to(known.device)
     weights = weights_of(asked, [item.name for item in asked], free)
-    return terms, weights
+    return terms[:, None].expand(-1, len(known), -1).to(device), weights.to(device)
 
 
 def others_of(
@@ -537,28 +561,30 @@ def others_of(
     args: Sampling,
     real: RealRows | None,
 ) -> Tensor:
-    """What the network hears: what is asked, and the other attributes as --others says.
+    """What the network gets: what is asked, and the other attributes as --others says.
 
     float32 (numbers, attributes), 1, -1 or 0 for unknown.
     """
+    device = model.accelerator.device
     if args.others == "real":
         assert real is not None
-        return real.draw(asked, model.names, args.seed, numbers)
+        return real.draw(asked, model.names, args.seed, numbers).to(device)
     values = values_of(asked, model.names)
     if args.others == "absent":
         values = torch.where(values == 0, -1.0, values)
-    return values.expand(len(numbers), -1)
+    return values.expand(len(numbers), -1).to(device)
 
 
-def scales_of(args: Sampling) -> tuple[float, float]:
-    """The strengths of classifier-free guidance and of the classifier's."""
-    if args.guidance == "both" and args.scale:
-        return args.scale[0], args.scale[1]
-    if args.guidance == "free" and args.scale:
-        return args.scale[0], CLASSIFIER_SCALE
-    if args.guidance == "classifier" and args.scale:
-        return FREE_SCALE, args.scale[0]
-    return FREE_SCALE, CLASSIFIER_SCALE
+def strengths_of(args: Sampling) -> Strengths:
+    """The strengths that --scale gives, or the usual ones."""
+    match args.guidance, args.scale:
+        case "free", (free,):
+            return Strengths(free=free)
+        case "classifier", (classifier,):
+            return Strengths(classifier=classifier)
+        case "both", (free, classifier):
+            return Strengths(free, classifier)
+    return Strengths()
 
 
 def load_model(args: Sampling) -> Model:
@@ -582,12 +608,14 @@ def load_model(args: Sampling) -> Model:
                 f"--classifier {args.classifier}: was trained on the states of another model than "
                 f"{args.checkpoint}"
             )
-        if config["schedule"] != start.schedule.to_config():
+        theirs = Schedule.from_config(config["schedule"])
+        same_noise = theirs.alpha_bar == start.schedule.alpha_bar
+        if not same_noise or theirs.counted_to != start.schedule.counted_to:
             raise UserError(
                 f"--classifier {args.classifier}: has another noise schedule than {args.checkpoint}"
             )
         classifier = place(classifier, accelerator.device).eval().requires_grad_(False)
-    sampling = start.config["sampling"]
+    sampling = start.sampling
     return Model(
         place(start.net, accelerator.device).eval(),
         start.schedule,
@@ -605,22 +633,37 @@ def check_request(model: Model, asked: Sequence[Asked], args: Sampling) -> RealR
 
     None without a file of attributes. Raises UserError for what nobody here knows.
     """
-    if args.guidance != "classifier":
+    if asked and args.guidance != "classifier":
+        refuse_without_attributes(model, args)
         refuse_unknown(asked, model.names, str(args.checkpoint))
     if args.guidance in ("classifier", "both"):
         refuse_unknown(asked, model.classifier_names, str(args.classifier))
     for item in asked:
         if item.weight is not None and args.guidance == "none":
-            raise UserError(f"--attributes {item.words}: a weight needs --guidance free")
+            raise UserError(f"--attributes {item.words}: a weight needs guidance, --guidance free")
         if item.weight is not None and args.others != "unknown":
             raise UserError(f"--others {args.others}: does not go with {item.words}")
-    folder = args.data_dir / "face"
-    if args.others != "real" and not (folder / ATTRIBUTES_FILE).is_file():
+    if not asked:
         return None
-    files = [path.name for path in list_images(folder / "train")]
-    real = RealRows.read(attributes_of(args.data_dir), files)
-    refuse_unknown(asked, real.names, f"{folder / ATTRIBUTES_FILE}")
+    try:
+        files = [path.name for path in list_images(args.data_dir / "face" / "train")]
+        real = RealRows.read(attributes_of(args.data_dir), files)
+        refuse_unknown(asked, real.names, str(args.data_dir / "face" / ATTRIBUTES_FILE))
+    except UserError as error:
+        if args.others == "real":
+            raise
+        if model.accelerator.is_main_process:
+            print(f"training images with these attributes: not counted ({error})")
+        return None
     return real
+
+
+def refuse_without_attributes(model: Model, args: Sampling) -> None:
+    """Raise UserError for a network that has no attributes, and says how it can be guided."""
+    if not model.names:
+        raise UserError(
+            f"--checkpoint {args.checkpoint}: has no attributes; take --guidance classifier"
+        )
 
 
 def sample(args: Sample) -> None:
@@ -648,7 +691,7 @@ def write_faces(
     model: Model,
     asked: Sequence[Asked],
     numbers: Sequence[int],
-    args: Sampling,
+    args: Sample,
     real: RealRows | None,
     names: Sequence[str],
 ) -> None:
@@ -677,8 +720,9 @@ def last_pixels(model: Model, request: Request, numbers: Sequence[int], args: Sa
 def grid(args: Grid) -> None:
     """Draw attributes.png, and scales.png where there is a strength to vary."""
     model = load_model(args)
-    words = args.attributes or tuple(f"{name}=1" for name in model.names or model.classifier_names)
-    asked = read_request(words)
+    if not model.accelerator.is_main_process:
+        return
+    asked = read_request(args.attributes) or all_known(model, args)
     real = check_request(model, asked, args)
     make_output_dir(args.output_dir)
     columns = [f"noise {number}" for number in range(10)]
@@ -686,10 +730,17 @@ def grid(args: Grid) -> None:
     for item in show_progress(asked, len(asked), "attributes"):
         request = make_request(model, [item], range(10), args, real)
         rows.append(last_pixels(model, request, range(10), args))
-    about = describe(args)
-    row_names = [item.words for item in asked]
+    how = f"the others: {args.others}; {args.sampler}, {args.steps} steps, seed {args.seed}"
+    strengths = strengths_of(args)
+    strength = {
+        "none": "",
+        "free": f" {strengths.free:g}",
+        "classifier": f" {strengths.classifier:g}",
+        "both": f" {strengths.free:g} and {strengths.classifier:g}",
+    }
+    about = f"guidance: {args.guidance}{strength[args.guidance]}; {how}"
     file = args.output_dir / "attributes.png"
-    save_labelled(torch.cat(rows), file, row_names, columns, about)
+    save_labelled(torch.cat(rows), file, [item.words for item in asked], columns, about)
     print(file)
     if args.guidance == "none":
         return
@@ -697,28 +748,31 @@ def grid(args: Grid) -> None:
     first = asked[0]._replace(weight=None)
     strips = []
     for scale in show_progress(args.scales, len(args.scales), "scales"):
-        scales = (scale, scales_of(args)[1]) if args.guidance == "both" else (scale,)
+        scales = (scale, strengths.classifier) if args.guidance == "both" else (scale,)
         scaled = dataclasses.replace(args, scale=scales)
         request = make_request(model, [first], range(10), scaled, real)
         strips.append(last_pixels(model, request, range(10), scaled))
+    about = f"guidance: {args.guidance}; {how}"
+    if args.guidance == "both":
+        about = f"guidance: free, and the classifier's {strengths.classifier:g}; {how}"
     row_names = [f"{first.words}, scale {scale:g}" for scale in args.scales]
     file = args.output_dir / "scales.png"
     save_labelled(torch.cat(strips), file, row_names, columns, about)
     print(file)
 
 
-def describe(args: Sampling) -> str:
-    """How the faces of a grid were made, in words."""
-    scales = {
-        "none": "",
-        "free": f" {scales_of(args)[0]:g}",
-        "classifier": f" {scales_of(args)[1]:g}",
-        "both": f" {scales_of(args)[0]:g} and {scales_of(args)[1]:g}",
-    }
-    return (
-        f"guidance: {args.guidance}{scales[args.guidance]}; the others: {args.others}; "
-        f"{args.sampler}, {args.steps} steps, seed {args.seed}"
-    )
+def all_known(model: Model, args: Sampling) -> list[Asked]:
+    """All attributes, as there, that both the network and the classifier know, if they are asked.
+
+    Raises UserError if there are none.
+    """
+    names = model.classifier_names if args.guidance == "classifier" else model.names
+    if args.guidance == "both":
+        names = [name for name in names if name in model.classifier_names]
+    if not names:
+        refuse_without_attributes(model, args)
+        raise UserError(f"--classifier {args.classifier}: knows no attribute of the network")
+    return [Asked(name, 1) for name in names]
 
 
 def main(args: Train | TrainClassifier | Sample | Grid) -> Any:

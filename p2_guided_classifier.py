@@ -13,6 +13,7 @@ https://arxiv.org/abs/2105.05233
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.attributes import TEN_ATTRIBUTES, attributes_of, split_faces
+from common.attributes import TEN_ATTRIBUTES, split_faces
 from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed
-from common.data import draw_batch, load_folder
+from common.data import draw_batch
 from common.device import Device, Precision, make_accelerator, place
-from common.faces import FaceStates, digest_of_states, load_face_model
+from common.faces import FaceStates, digest_of_states, load_face_model, load_labelled
 from common.figures import save_curves
 from common.quarters import QUARTERS
 from common.rng import derive_seed, make_rng, seed_dropout
@@ -110,12 +111,11 @@ def train_classifier(args: TrainClassifier) -> dict[str, Any]:
         return run.result if run.is_main else {}
     start = load_face_model(args.checkpoint, "--checkpoint")
     schedule = start.schedule
-    folder = args.data_dir / "face" / "train"
-    images = load_folder(folder, (start.size, start.size), args.output_dir.parent / "cache")
-    labels = attributes_of(args.data_dir).of(images.names, args.attributes).to(device)
+    images, labels = load_labelled(args.data_dir, start.size, args.attributes, args.output_dir)
+    labels = labels.to(device)
     states = FaceStates(place(start.net, device), images.pixels.to(device), args.flip)
-    own_names = split_faces(images.names).guidance  # the other images are the evaluator's
-    is_own = torch.tensor([name in set(own_names) for name in images.names])
+    own_names = set(split_faces(images.names).guidance)  # the other images are the evaluator's
+    is_own = torch.tensor([name in own_names for name in images.names])
     own = is_own.nonzero().flatten().to(device)  # rows
     others = (~is_own).nonzero().flatten().to(device)
 
@@ -165,7 +165,7 @@ def train_classifier(args: TrainClassifier) -> dict[str, Any]:
             "attributes": list(args.attributes),
             "schedule": schedule.to_config(),
             "states": digest_of_states(start.net),
-            "trained_on": [Path(name).stem for name in own_names],
+            "trained_on": sorted(Path(name).stem for name in own_names),
             "seed": args.seed,
         }
         run.save_model(ema, ema.config | kept)
@@ -217,7 +217,8 @@ def end_classifier_epoch(
         return
     found = accuracy_by_quarter(ema, schedule, states, labels, rows)
     columns = [f"accuracy_t{number}" for number in range(QUARTERS)]
-    row |= dict(zip(columns, found, strict=True))
+    if not math.isnan(found[0]):  # as it is if every attribute is the same in all these images
+        row |= dict(zip(columns, found, strict=True))
     run.log_metrics(row)
     run.log_row(row)
     panels = {"loss": ["loss"], "balanced accuracy by quarter of t, %": columns}

@@ -6,8 +6,8 @@ Both have the same networks, the same noise and fp32 gradients; their states aft
 by rounding alone, which is printed. Each row is a guidance of --attributes; the ratio is that to
 the unguided row, the median of --repeats.
 
-    python benchmarks/guided_sampling.py --checkpoint checkpoints/guided_faces.safetensors \
-        --classifier checkpoints/noisy_attributes.safetensors --attributes Smiling=1 Male=-1
+    python benchmarks/guided_sampling.py --checkpoint runs/p2/guided/model.safetensors \
+        --classifier runs/p2/noisy-classifier/model.safetensors --attributes Smiling=1 Male=-1
 """
 
 from __future__ import annotations
@@ -26,12 +26,21 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.harness import synchronise
 from common.asked import Asked, read_request
-from common.cli import at_least, run_cli
+from common.cli import at_least, each_once, run_cli
 from common.device import Device, Precision
 from common.rng import ImageNoise
 from diffusion.guidance import attribute_eps, classifier_gradient, shifted_eps
 from diffusion.samplers import clamp_x0, ddim_step, step_pairs
-from p2_guided import Guidance, Model, Request, Sample, load_model, make_request, sample_faces
+from p2_guided import (
+    Guidance,
+    Model,
+    Request,
+    Sample,
+    check_request,
+    load_model,
+    make_request,
+    sample_faces,
+)
 
 
 @dataclass(kw_only=True)
@@ -56,6 +65,7 @@ class Benchmark:
     """bf16 autocast of the network where the hardware is fast at it, or fp32."""
 
     def __post_init__(self) -> None:
+        each_once("--attributes", self.attributes)
         read_request(self.attributes)
         at_least("--batch-size", self.batch_size, 1)
         at_least("--steps", self.steps, 1)
@@ -70,6 +80,7 @@ def options_of(args: Benchmark, guidance: Guidance) -> Sample:
         classifier=args.classifier if guidance in ("classifier", "both") else None,
         guidance=guidance,
         steps=args.steps,
+        attributes=args.attributes,
         device=args.device,
         precision=args.precision,
     )
@@ -91,7 +102,7 @@ def naive_loop(model: Model, request: Request, options: Sample, count: int) -> T
     x = x.contiguous(memory_format=torch.channels_last)
     for t, previous in step_pairs(model.steps):
         with model.accelerator.autocast():
-            if request.terms is None:
+            if request.terms is None or request.weights is None:
                 eps = attribute_eps(model.net, schedule, x, t, request.known)
             else:
                 unconditional = attribute_eps(model.net, schedule, x, t, None)
@@ -99,11 +110,11 @@ def naive_loop(model: Model, request: Request, options: Sample, count: int) -> T
                 for weight, term in zip(request.weights, request.terms, strict=True):
                     conditional = attribute_eps(model.net, schedule, x, t, term)
                     eps = eps + weight * (conditional - unconditional)
-        if request.classifier is not None:
+        if request.for_classifier is not None:
             assert model.classifier is not None
-            for column in request.classifier[0].nonzero().flatten():
-                alone = torch.zeros_like(request.classifier)
-                alone[:, column] = request.classifier[:, column]
+            for column in request.for_classifier[0].nonzero().flatten():
+                alone = torch.zeros_like(request.for_classifier)
+                alone[:, column] = request.for_classifier[:, column]
                 gradient = classifier_gradient(model.classifier, schedule, x, t, alone)
                 eps = shifted_eps(schedule, eps, gradient, t)
         x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), model.clamp)
@@ -139,6 +150,7 @@ def main(args: Benchmark) -> None:
     for words, guidance, asked in rows:
         options = options_of(args, guidance)
         model = load_model(options)
+        check_request(model, asked, options)
         request = make_request(model, asked, range(args.batch_size), options, None)
         loops = {"ours": our_loop, "naive": naive_loop}
         states = {}

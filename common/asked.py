@@ -13,6 +13,7 @@ from common.cli import UserError, each_once
 from common.rng import make_rng
 
 Others = Literal["unknown", "real", "absent"]
+ASKED_FILE = "asked.json"  # beside generated images: {image: {attribute: 1 or -1}}
 
 
 class Asked(NamedTuple):
@@ -76,8 +77,8 @@ def refuse_unknown(asked: Sequence[Asked], names: Sequence[str], what: str) -> N
     """Raise UserError for an attribute that `what` does not know."""
     for item in asked:
         if item.name not in names:
-            known = " ".join(names) or "none"
-            raise UserError(f"--attributes {item.words}: {what} knows {known}")
+            known = " ".join(names)
+            raise UserError(f"--attributes {item.words}: {what} knows only {known}")
 
 
 class RealRows(NamedTuple):

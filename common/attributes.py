@@ -20,6 +20,7 @@ from common.cli import UserError
 from common.data import list_images
 
 ATTRIBUTES_FILE = "list_attr_celeba.txt"  # in the folder face/ of a data folder
+VALUES = {"1", "-1"}
 # The ten of the course's task.
 TEN_ATTRIBUTES = (
     "Bald",
@@ -83,7 +84,7 @@ def read_attributes(path: Path) -> AttributeTable:
     another number of rows, values other than 1 and -1, or a name that is there twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file of attributes") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -101,6 +102,8 @@ def read_attributes(path: Path) -> AttributeTable:
             f"{path}: line 1 should be {len(rows)}, the number of rows, not {lines[0].strip()[:40]}"
         )
     names = lines[1].split()
+    if not names:
+        raise UserError(f"{path}: line 2 has no names of attributes")
     refuse_twice(names, f"{path}: line 2 has the attribute")
     images = []
     values = []
@@ -110,15 +113,16 @@ def read_attributes(path: Path) -> AttributeTable:
             raise UserError(
                 f"{path}: line {number} has {len(cells)} values, but line 2 has {len(names)} names"
             )
-        for name, cell in zip(names, cells, strict=True):
-            if cell not in ("1", "-1"):
-                raise UserError(
-                    f"{path}: line {number} has {cell[:20]!r} for {name}; values are 1 and -1"
-                )
+        if not VALUES.issuperset(cells):
+            wrong = next(cell for cell in cells if cell not in VALUES)
+            name = names[cells.index(wrong)]
+            raise UserError(
+                f"{path}: line {number} has {wrong[:20]!r} for {name}; values are 1 and -1"
+            )
         images.append(image)
-        values.append([int(cell) for cell in cells])
+        values.append([cell == "1" for cell in cells])
     refuse_twice([Path(image).stem for image in images], f"{path}: has rows for the image")
-    return AttributeTable(path, names, images, torch.tensor(values, dtype=torch.int8))
+    return AttributeTable(path, names, images, 2 * torch.tensor(values, dtype=torch.int8) - 1)
 
 
 def refuse_twice(words: Sequence[str], what: str) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from common.attributes import attributes_of
 from common.checkpoints import load_net
 from common.cli import UserError
-from common.data import SUFFIXES, list_images, load_folder, normalise
+from common.data import SUFFIXES, Images, list_images, load_folder, normalise
 from diffusion.schedule import Schedule
 from models.autoencoder import Autoencoder
 from models.ddim_unet import DdimUnet
@@ -154,7 +156,7 @@ class FaceModel(NamedTuple):
     schedule: Schedule
     size: int
     names: list[str]  # of its attributes, if it has any
-    config: dict[str, Any]
+    sampling: dict[str, Any]  # how it is sampled: spacing, clamp and save_range
     digest: str
 
 
@@ -165,10 +167,30 @@ def load_face_model(path: Path, flag: str) -> FaceModel:
         raise UserError(f"{flag} {path}: has no noise schedule; give a model of p2_ddpm_train.py")
     if config.get("domains") != ["faces"]:
         raise UserError(f"{flag} {path}: is a model of digits, not of faces")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    schedule = Schedule.from_config(config["schedule"])
-    names = config.get("attributes", [])
-    return FaceModel(net, schedule, config["size"], names, config, digest)
+    clamp = "none" if isinstance(net, LatentUnet) else "static"
+    usual = {"spacing": "trailing", "save_range": "fixed", "clamp": clamp}
+    return FaceModel(
+        net=net,
+        schedule=Schedule.from_config(config["schedule"]),
+        size=config.get("size", net.image_size),
+        names=config.get("attributes", []),
+        sampling=usual | config.get("sampling", {}),
+        digest=hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
+
+
+def load_labelled(
+    data_dir: Path, size: int, names: Sequence[str], output_dir: Path
+) -> tuple[Images, Tensor]:
+    """The training images, resized, and their attributes, int8 (n, names), 1 or -1.
+
+    Raises UserError if face/train of a data folder or its file of attributes lacks something.
+    """
+    table = attributes_of(data_dir)
+    table.of([], names)  # unknown names are refused before a minute of reading images
+    folder = data_dir / "face" / "train"
+    images = load_folder(folder, (size, size), output_dir.parent / "cache")
+    return images, table.of(images.names, names)
 
 
 class FaceStates:

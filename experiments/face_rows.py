@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -58,11 +58,16 @@ class Reference(NamedTuple):
 
 
 def write_reference(
-    output_dir: Path, data_dir: Path, size: int, counts: Collection[int], seed: int
+    output_dir: Path,
+    data_dir: Path,
+    size: int,
+    counts: Collection[int],
+    seed: int,
+    flag: str = "--count",
 ) -> Reference:
     """Write the validation images and sets of training images as the training sees them.
 
-    A set has as many images as one of `counts`.
+    A set has as many images as one of `counts`, which `flag` gave.
 
     Raises UserError if there are fewer training images.
     """
@@ -71,7 +76,7 @@ def write_reference(
     train = load_faces(data_dir, size, cache)
     most = max(counts)
     if len(train) < most:
-        raise UserError(f"--count {most}: there are only {len(train):,} training images")
+        raise UserError(f"{flag} {most}: there are only {len(train):,} training images")
     order = torch.randperm(len(train), generator=make_rng(seed, "reference"))
     folder = output_dir / "reference"
     write_missing(val, folder / "val")
@@ -174,14 +179,24 @@ class Lines:
         self.rows: list[list[str]] = []
         self.folders: dict[str, Path] = {}
 
-    def add(self, words: list[str], folder: Path, images: Path, seconds: float | None) -> None:
-        """Measure a folder of images, add its line and write the table; `words` come first."""
+    def add(
+        self,
+        words: list[str],
+        folder: Path,
+        images: Path,
+        seconds: float | None,
+        measured: Sequence[str] = (),
+    ) -> None:
+        """Measure a folder of images, add its line and write the table.
+
+        First come the `words` that say what the row is, then what is `measured` already.
+        """
         scores = measure(images, folder, self.reference, self.device, self.weights)
         cells = [decimals(scores.kid, 1), f"{scores.distance:.2f}"]
         if self.weights is not None:
             cells.append(decimals(scores.fid, 2))
         cells += [f"{scores.one_face:.1f}", decimals(seconds, 3)]
-        self.rows.append([*words, *cells])
+        self.rows.append([*words, *measured, *cells])
         self.folders[" · ".join(word for word in words if word)] = images
         save_table([self.header, *self.rows], self.output_dir / "table.png", self.title)
 

@@ -7,8 +7,8 @@ Classifier guidance leads the network of --unconditional, which knows no attribu
 
 Every row asks for each attribute once as there and once as not there, --count images each, from the
 same noises. The hit rate is the mean of both, as an independent classifier sees them
-(evaluate.py attributes), and its share of what that classifier reaches on real faces. The guiding
-classifier's own opinion stands beside it: guidance persuades it before it persuades anybody else.
+(evaluate.py attributes), and its share of what that classifier reaches on real faces. Beside it is
+the guiding classifier's own hit rate, which guidance raises directly.
 
 KID, the random features' distance and the rate of exactly one face are those of --pooled images,
 each asked for one attribute as a random real image has it, because no real set is half bald.
@@ -23,6 +23,7 @@ of every row, and trade_off.png with KID against the hit rate.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -37,9 +38,9 @@ import torch
 
 import evaluate
 import p2_guided
-from common.asked import Asked, Others, RealRows
+from common.asked import ASKED_FILE, Asked, Others, RealRows
 from common.attributes import attributes_of
-from common.cli import at_least, each_once, in_range, is_seed, run_cli
+from common.cli import UserError, at_least, each_once, in_range, is_seed, run_cli
 from common.data import list_images, load_folder, normalise
 from common.device import Device, Precision
 from common.figures import pyplot
@@ -53,10 +54,14 @@ from experiments.face_rows import (
     timed,
     write_reference,
 )
-from p2_guided import Guidance
+from metrics.attributes import load_evaluator
+from p2_guided import Guidance, Model
 
 RARE = ("Bald", "Mustache")  # attributes with a column of their own
-COLUMNS = ["network", "guidance", "the others", "hit rate, %", "of real, %"]
+COLUMNS = ["network", "guidance", "the others"]
+HIT_RATE = "hit rate, %"
+KID = "KID × 1,000"
+SOME = ("Smiling=1",)  # stands for what is asked image by image
 SHARED = ("count", "pooled", "steps", "seed", "device", "precision", "data_dir")
 
 
@@ -119,18 +124,21 @@ class Row(NamedTuple):
     is_asked: bool = True
 
     @property
+    def is_conditional(self) -> bool:
+        """Whether it samples the network with attributes."""
+        return self.is_asked and self.guidance != "classifier"
+
+    @property
     def network(self) -> str:
         """Which network is sampled."""
-        is_conditional = self.is_asked and self.guidance != "classifier"
-        return "with attributes" if is_conditional else "unconditional"
+        return "with attributes" if self.is_conditional else "unconditional"
 
     @property
     def words(self) -> str:
         """The kind of guidance and its strength."""
         if not self.is_asked:
             return "nothing asked"
-        kinds = {"none": "none", "free": "free", "classifier": "classifier", "both": "both"}
-        return " ".join([kinds[self.guidance], *(f"{scale:g}" for scale in self.scale)])
+        return " ".join([self.guidance, *(f"{scale:g}" for scale in self.scale)])
 
     @property
     def name(self) -> str:
@@ -159,15 +167,15 @@ def rows_of(args: Table) -> list[Row]:
 
 def options_of(args: Table, row: Row, folder: Path) -> p2_guided.Sample:
     """The options of `p2_guided.py sample` for a row."""
-    is_conditional = row.is_asked and row.guidance != "classifier"
     needs_classifier = row.guidance in ("classifier", "both")
     return p2_guided.Sample(
-        checkpoint=args.checkpoint if is_conditional else args.unconditional,
+        checkpoint=args.checkpoint if row.is_conditional else args.unconditional,
         output_dir=folder,
         classifier=args.classifier if needs_classifier else None,
         guidance=row.guidance,
         scale=row.scale,
         others=row.others,
+        attributes=SOME if row.is_asked else (),
         steps=args.steps,
         data_dir=args.data_dir,
         seed=args.seed,
@@ -177,59 +185,72 @@ def options_of(args: Table, row: Row, folder: Path) -> p2_guided.Sample:
     )
 
 
-def write_asked(args: Table, row: Row, names: Sequence[str], real: RealRows, folder: Path) -> None:
+class Source(NamedTuple):
+    """What a row samples: a model with its options, and what the attributes are called."""
+
+    model: Model
+    options: p2_guided.Sample
+    names: list[str]
+    real: RealRows
+
+
+def write_asked(args: Table, row: Row, source: Source, folder: Path) -> None:
     """Write --count images for each attribute and value, and asked.json.
 
     The unguided network is asked nothing: the same images stand for all, once there and once not,
     so that its hit rate is 50 % whatever they show.
     """
-    options = options_of(args, row, folder)
-    model = p2_guided.load_model(options)
     folder.mkdir(parents=True, exist_ok=True)
     numbers = range(args.count)
     asked_of: dict[str, dict[str, int]] = {}
     for value in (1, -1):
         if not row.is_asked:
             files = [f"nothing_{value}_{number:04d}.png" for number in numbers]
-            p2_guided.write_faces(model, [], numbers, options, real, files)
-            asked_of |= {file: dict.fromkeys(names, value) for file in files}
+            write_some(source, [], numbers, files, folder)
+            asked_of |= {file: dict.fromkeys(source.names, value) for file in files}
             continue
-        for name in names:
+        for name in source.names:
             files = [f"{name}_{value}_{number:04d}.png" for number in numbers]
-            p2_guided.write_faces(model, [Asked(name, value)], numbers, options, real, files)
+            write_some(source, [Asked(name, value)], numbers, files, folder)
             asked_of |= {file: {name: value} for file in files}
-    atomic_write(folder / p2_guided.ASKED_FILE, json.dumps(asked_of, indent=1) + "\n")
+    atomic_write(folder / ASKED_FILE, json.dumps(asked_of, indent=1) + "\n")
 
 
-def write_pooled(args: Table, row: Row, names: Sequence[str], real: RealRows, folder: Path) -> None:
+def write_some(
+    source: Source, asked: list[Asked], numbers: Sequence[int], files: list[str], folder: Path
+) -> None:
+    """Write the images `numbers`, of which the same is asked, as `files` of a folder."""
+    options = dataclasses.replace(source.options, output_dir=folder)
+    p2_guided.write_faces(source.model, asked, numbers, options, source.real, files)
+
+
+def write_pooled(args: Table, row: Row, source: Source, folder: Path) -> None:
     """Write --pooled images; each is asked for one attribute as a random real image has it."""
-    options = options_of(args, row, folder)
-    model = p2_guided.load_model(options)
     folder.mkdir(parents=True, exist_ok=True)
+    real = source.real
     groups: dict[Asked, list[int]] = {}
     for number in range(args.pooled):
-        name = names[number % len(names)]
+        name = source.names[number % len(source.names)]
         rng = make_rng(args.seed, "pooled", number)
         image = int(torch.randint(len(real.values), (1,), generator=rng))
         value = int(real.values[image, real.names.index(name)])
         groups.setdefault(Asked(name, value), []).append(number)
     for item, numbers in groups.items():
         files = [f"{number:04d}.png" for number in numbers]
-        asked = [item] if row.is_asked else []
-        p2_guided.write_faces(model, asked, numbers, options, real, files)
+        write_some(source, [item] if row.is_asked else [], numbers, files, folder)
 
 
 # Scores
 
 
 @torch.inference_mode()
-def own_opinion(args: Table, names: Sequence[str], folder: Path) -> float:
-    """The hit rate of a folder of images in % as the guiding classifier sees it, without noise."""
+def own_hit_rate(args: Table, names: Sequence[str], folder: Path) -> float:
+    """The hit rate of a folder of images in %, as the guiding classifier sees it without noise."""
     options = options_of(args, Row("classifier", (1.0,)), folder)
     model = p2_guided.load_model(options)
     assert model.classifier is not None
     images = load_folder(folder, (model.net.image_size, model.net.image_size))
-    asked_of = json.loads((folder / p2_guided.ASKED_FILE).read_text())
+    asked_of = json.loads((folder / ASKED_FILE).read_text())
     device = model.accelerator.device
     logits = []
     for some in images.pixels.split(args.batch_size):
@@ -261,7 +282,7 @@ def score(args: Table, names: Sequence[str], folder: Path) -> dict[str, Any]:
     found = dict(read_or_compute(command))
     file = folder / "own.json"
     if not file.exists():
-        atomic_write(file, json.dumps(own_opinion(args, names, folder / "asked")) + "\n")
+        atomic_write(file, json.dumps(own_hit_rate(args, names, folder / "asked")) + "\n")
     found["own"] = json.loads(file.read_text())
     return found
 
@@ -271,18 +292,19 @@ def draw_trade_off(lines: Lines, rows: Sequence[Row], file: Path) -> None:
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 4.2))
     points: dict[str, list[tuple[float, float, str]]] = {}
-    kid = lines.header.index("KID × 1,000")
+    columns = [lines.header.index(name) for name in (HIT_RATE, KID)]
     for row, cells in zip(rows, lines.rows, strict=False):
-        if cells[kid] == "–":
+        if "–" in [cells[column] for column in columns]:  # not measured
             continue
         kind = row.guidance if row.is_asked and row.others == "unknown" else row.name
-        points.setdefault(kind, []).append((float(cells[3]), float(cells[kid]), row.words))
+        x, y = (float(cells[column]) for column in columns)
+        points.setdefault(kind, []).append((x, y, row.words))
     for kind, places in points.items():
         axis.plot([x for x, *_ in places], [y for _, y, _ in places], "o-", label=kind)
         for x, y, words in places:
             axis.annotate(words, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
     axis.set_xlabel("balanced hit rate, %")
-    axis.set_ylabel("KID × 1,000")
+    axis.set_ylabel(KID)
     axis.legend(fontsize=7)
     figure.savefig(file, dpi=150, bbox_inches="tight")
     plt.close(figure)
@@ -294,40 +316,70 @@ def main(args: Table) -> list[list[str]]:
     for name in ("checkpoint", "unconditional", "classifier", "evaluator"):
         shared[name] = getattr(args, name).resolve()
     check_shared(args.output_dir, shared)
-    model = p2_guided.load_model(options_of(args, Row("both", (1.0, 1.0)), args.output_dir))
-    names = model.names
-    files = [path.name for path in list_images(args.data_dir / "face" / "train")]
-    real = RealRows.read(attributes_of(args.data_dir), files)
-    size = model.net.image_size
-    reference = write_reference(args.output_dir, args.data_dir, size, [args.pooled], args.seed)
+    rows = rows_of(args)
+    names, real = check_networks(args, rows)
+    size = load_model(args, rows[0]).net.image_size
+    reference = write_reference(
+        args.output_dir, args.data_dir, size, [args.pooled], args.seed, "--pooled"
+    )
     title = (
-        f"{args.count:,} images of each attribute and value, {args.pooled:,} pooled images; "
-        f"DDIM, {args.steps} steps; {reference.description}"
+        f"{args.count:,} images of each attribute and value; {args.pooled:,} pooled images; "
+        f"DDIM, {args.steps} steps, batches of what is asked alike; {reference.description}"
     )
     rare = [name for name in RARE if name in names]
-    columns = [*COLUMNS, *(f"{name}, %" for name in rare), "guiding classifier's own, %"]
-    columns.append("diversity of real, %")
+    columns = [*COLUMNS, HIT_RATE, "of real, %", *(f"{name}, %" for name in rare)]
+    columns += ["guiding classifier's own, %", "diversity of real, %"]
     lines = Lines(columns, args.output_dir, reference, title, args.device)
-    rows = rows_of(args)
     for row in rows:
         folder = args.output_dir / "rows" / row.name
+        source = Source(load_model(args, row), options_of(args, row, folder), names, real)
+        asked = folder / "asked"
         pooled = folder / "pooled"
-        timed(folder / "asked", 1, partial(write_asked, args, row, names, real, folder / "asked"))
-        write = partial(write_pooled, args, row, names, real, pooled)
-        seconds = timed(folder, args.pooled, write)
+        timed(asked, args.count, partial(write_asked, args, row, source, asked))
+        seconds = timed(folder, args.pooled, partial(write_pooled, args, row, source, pooled))
         found = score(args, names, folder)
+        measured = [decimals(found["balanced_hit_rate"], 1), decimals(found["percent_of_real"], 1)]
+        measured += [decimals(found["attributes"][name]["balanced"], 1) for name in rare]
+        measured += [f"{found['own']:.1f}", decimals(diversity_of(found), 1)]
         words = [row.network, row.words, row.others if row.is_asked else ""]
-        words += [decimals(found["balanced_hit_rate"], 1), decimals(found["percent_of_real"], 1)]
-        words += [decimals(found["attributes"][name]["balanced"], 1) for name in rare]
-        words += [f"{found['own']:.1f}", decimals(diversity_of(found), 1)]
-        lines.add(words, folder, pooled, seconds)
-    blanks = [""] * (len(columns) - 2)
+        lines.add(words, folder, pooled, seconds, measured)
     folder = args.output_dir / f"real-{args.pooled}"
-    lines.add(["real images", "", *blanks], folder, reference.train[args.pooled], None)
+    blanks = [""] * (len(columns) - len(COLUMNS))
+    images = reference.train[args.pooled]
+    lines.add(["real images", "", ""], folder, images, None, blanks)
     lines.draw_samples(size)
     draw_trade_off(lines, rows, args.output_dir / "trade_off.png")
     lines.print()
     return lines.rows
+
+
+def load_model(args: Table, row: Row) -> Model:
+    """The model of a row."""
+    return p2_guided.load_model(options_of(args, row, args.output_dir))
+
+
+def check_networks(args: Table, rows: Sequence[Row]) -> tuple[list[str], RealRows]:
+    """The attributes of the network, and those of the training images.
+
+    Raises UserError, before anything is sampled, for networks that do not fit each other.
+    """
+    both, by_classifier = (
+        next(row for row in rows if row.guidance == guidance) for guidance in ("both", "classifier")
+    )
+    model = load_model(args, both)
+    if not model.names:
+        raise UserError(f"--checkpoint {args.checkpoint}: has no attributes")
+    load_model(args, by_classifier)
+    net, _ = load_evaluator(args.evaluator, model.accelerator.device)
+    for flag, path, known in (
+        ("--classifier", args.classifier, model.classifier_names),
+        ("--evaluator", args.evaluator, net.attributes),
+    ):
+        lacking = [name for name in model.names if name not in known]
+        if lacking:
+            raise UserError(f"{flag} {path}: does not know {' '.join(lacking)}")
+    files = [path.name for path in list_images(args.data_dir / "face" / "train")]
+    return model.names, RealRows.read(attributes_of(args.data_dir), files)
 
 
 def diversity_of(found: dict[str, Any]) -> float | None:

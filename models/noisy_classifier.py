@@ -53,7 +53,6 @@ class NoisyClassifier(Network):
             },
         }
         self.patch = patch
-        self.shape = (in_channels, size, size)
         time = 4 * width
         self.time = nn.Sequential(
             Sinusoid(width), nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time)
@@ -80,5 +79,5 @@ class NoisyClassifier(Network):
         x = self.first(F.pixel_unshuffle(x, self.patch))
         for layer in self.layers:
             x = layer(x, time) if isinstance(layer, Block) else layer(x)
-        pooled = F.silu(self.norm(x)).mean((2, 3))  # (batch, width)
+        pooled = F.silu(self.norm(x)).mean((2, 3))  # (batch, width * multipliers[-1])
         return self.head(pooled)

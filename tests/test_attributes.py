@@ -20,7 +20,7 @@ def write(tmp_path: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("text", [GOOD, GOOD.replace("\n", "\r\n"), GOOD + "\n\n"])
+@pytest.mark.parametrize("text", [GOOD, GOOD.replace("\n", "\r\n"), GOOD + "\n\n", "\ufeff" + GOOD])
 def test_values_are_found_by_name(text, tmp_path):
     table = read_attributes(write(tmp_path, text))
     assert table.of(["000002.png", "000001.png"], ["Smiling"]).tolist() == [[-1], [1]]
@@ -42,6 +42,7 @@ def test_the_order_of_the_columns_does_not_matter(tmp_path):
         ("", "needs a line with the number"),
         ("0\nBald\n", "needs a line with the number"),
         (GOOD.replace("2\n", "3\n", 1), "line 1 should be 2, the number of rows, not 3"),
+        (GOOD.replace("Bald Smiling", ""), "line 2 has no names"),
         (GOOD.replace("Smiling", "Bald"), "line 2 has the attribute Bald 2 times"),
         (GOOD.replace("000002", "000001"), "has rows for the image 000001 2 times"),
         (GOOD.replace(" 1 -1", " 1"), "line 4 has 1 values, but line 2 has 2 names"),

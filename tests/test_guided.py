@@ -21,6 +21,7 @@ from common.faces import FaceStates, digest_of_states, load_face_model, make_fac
 from diffusion.schedule import Schedule
 from experiments import guidance
 from metrics.features import random_features
+from models.attribute_classifier import AttributeClassifier
 from models.autoencoder import Autoencoder
 from models.latent_unet import LatentUnet
 from models.noisy_classifier import NoisyClassifier
@@ -317,7 +318,7 @@ def test_what_each_kind_of_guidance_asks(data_dir, conditional, classifier):
 
     one = [[0.0, 1.0]] * 2
     plain = ask(["Smiling=1"])
-    assert (plain.known.tolist(), plain.terms, plain.classifier) == (one, None, None)
+    assert (plain.known.tolist(), plain.terms, plain.for_classifier) == (one, None, None)
     absent = ask(["Smiling=1"], others="absent")
     assert absent.known.tolist() == [[-1.0, 1.0]] * 2
     real = ask(["Smiling=1"], others="real")
@@ -331,10 +332,10 @@ def test_what_each_kind_of_guidance_asks(data_dir, conditional, classifier):
 
     by_classifier = ask(["Bald=-1:2", "Smiling=1"], guidance="classifier", scale=(5.0,))
     assert by_classifier.known is None
-    assert by_classifier.classifier.tolist() == [[-2.0, 5.0]] * 2
+    assert by_classifier.for_classifier.tolist() == [[-2.0, 5.0]] * 2
     both = ask(["Bald=-1:2", "Smiling=1"], guidance="both", scale=(4.0, 5.0))
     assert both.weights.tolist() == [2, 4]
-    assert both.classifier.tolist() == [[-5.0, 5.0]] * 2
+    assert both.for_classifier.tolist() == [[-5.0, 5.0]] * 2
 
 
 # Sampling
@@ -462,18 +463,22 @@ def test_bad_input_is_named(data_dir, unconditional, conditional, classifier, tm
 
     out = ["--output-dir", tmp_path / "x", "--data-dir", data_dir]
     sample = ["sample", "--checkpoint", conditional, *out]
-    assert "knows Bald Smiling" in error(*sample, "--attributes", "Hat=1")
+    assert "knows only Bald Smiling" in error(*sample, "--attributes", "Hat=1")
     plain = ["sample", "--checkpoint", unconditional, *out, "--attributes", "Bald=1"]
-    assert "knows none" in error(*plain)
+    assert "has no attributes; take --guidance classifier" in error(*plain)
     assert "--guidance both: needs --classifier" in error(*sample, "--guidance", "both")
-    assert "--scale 1 2: --guidance free has 1" in error(
+    assert "--scale 1 2: --guidance free takes 1" in error(
         *sample, "--guidance", "free", "--scale", 1, 2
     )
-    assert "a weight needs --guidance free" in error(*sample, "--attributes", "Bald=1:2")
-    assert "is not used by none" in error(*sample, "--classifier", classifier)
+    assert "a weight needs guidance" in error(*sample, "--attributes", "Bald=1:2")
+    assert "needs --guidance classifier or both" in error(*sample, "--classifier", classifier)
     assert "--steps 2000: the network was trained with 1,000" in error(*sample, "--steps", 2000)
 
-    both = ["--guidance", "both", "--classifier"]
+    assert "--guidance free: needs --attributes" in error(*sample, "--guidance", "free")
+    grid = ["grid", "--checkpoint", unconditional, *out]
+    assert "has no attributes; take --guidance classifier" in error(*grid)
+
+    both = ["--attributes", "Bald=1", "--guidance", "both", "--classifier"]
     other = face_net(tmp_path / "pixels.safetensors", latents=False)
     of_pixels = small_classifier(data_dir, other, "pixels", attributes=NAMES, patch=4, epochs=1)
     train_classifier(of_pixels)
@@ -515,7 +520,7 @@ def test_a_table_of_guidance_is_filled_once(
     seen = []
 
     def score(args, names, folder):
-        own = guidance.own_opinion(args, names, folder / "asked")
+        own = guidance.own_hit_rate(args, names, folder / "asked")
         asked = json.loads((folder / "asked" / "asked.json").read_text())
         files = {path.name for path in (folder / "asked").glob("*.png")}
         assert asked.keys() == files
@@ -523,6 +528,8 @@ def test_a_table_of_guidance_is_filled_once(
         return found | {"own": own}
 
     monkeypatch.setattr(guidance, "score", score)
+    evaluator = AttributeClassifier(list(NAMES), 32), {}
+    monkeypatch.setattr(guidance, "load_evaluator", lambda *_: evaluator)
     embedding = random_features()  # in place of EfficientNet, which may not be installed
     monkeypatch.setattr(guidance.evaluate, "open_embedding", lambda *_: embedding)
     table = guidance.Table(
