@@ -24,8 +24,21 @@ python p2_ddpm_train.py --domains faces --net ddim --width 64 --blocks 1 --predi
     --data-dir "$data" --output-dir "$out/ddpm" $latents --flip \
     --epochs 40 --images-per-epoch 100000 --batch-size 256 --lr 1e-3 $gpu
 
-# 3. The tables: faces by T, and the samplers by number of calls.
+# 3. Faces by attribute: the network, the classifier that guides, and the one that measures.
+python p2_guided.py train --init "$out/ddpm/model.safetensors" --data-dir "$data" \
+    --output-dir "$out/guided" --epochs 10 --images-per-epoch 100000 --batch-size 256 --lr 5e-4 $gpu
+python p2_guided.py train-classifier --checkpoint "$out/ddpm/model.safetensors" \
+    --data-dir "$data" --output-dir "$out/noisy-classifier" --epochs 30 --batch-size 256 $gpu
+python evaluate.py train-attributes --data-dir "$data" --output-dir "$out/evaluator" \
+    --epochs 20 $gpu
+
+# 4. The tables: attributes, the samplers by number of calls, and faces by T.
+python experiments/guidance.py --data-dir "$data" --output-dir "$out/guidance" \
+    --checkpoint "$out/guided/model.safetensors" \
+    --unconditional "$out/ddpm/model.safetensors" \
+    --classifier "$out/noisy-classifier/model.safetensors" \
+    --evaluator "$out/evaluator/model.safetensors" --count 50 --pooled 1000 --batch-size 250 $gpu
+python p2_score.py table --checkpoint "$out/score/model.safetensors" --data-dir "$data" \
+    --output-dir "$out/score-table" --batch-size 250 $gpu
 python experiments/faces_by_timesteps.py --data-dir "$data" --output-dir "$out/timesteps" \
     $latents --prediction v --images 1000000 --batch-size 256 --lr 1e-3 $gpu
-python p2_score.py table --checkpoint "$out/score/model.safetensors" --data-dir "$data" \
-    --output-dir "$out/score-table" $gpu
