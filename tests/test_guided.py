@@ -19,8 +19,7 @@ from common.cli import UserError
 from common.data import load_folder
 from common.faces import FaceStates, digest_of_states, load_face_model, make_face_net
 from diffusion.schedule import Schedule
-from experiments import guidance
-from metrics.features import random_features
+from experiments import face_rows, guidance
 from models.attribute_classifier import AttributeClassifier
 from models.autoencoder import Autoencoder
 from models.latent_unet import LatentUnet
@@ -530,8 +529,8 @@ def test_a_table_of_guidance_is_filled_once(
     monkeypatch.setattr(guidance, "score", score)
     evaluator = AttributeClassifier(list(NAMES), 32), {}
     monkeypatch.setattr(guidance, "load_evaluator", lambda *_: evaluator)
-    embedding = random_features()  # in place of EfficientNet, which may not be installed
-    monkeypatch.setattr(guidance.evaluate, "open_embedding", lambda *_: embedding)
+    scores = face_rows.Scores(kid=10.0, distance=5.0, fid=None, one_face=90.0)
+    monkeypatch.setattr(face_rows, "measure", lambda *_: scores)
     table = guidance.Table(
         checkpoint=conditional,
         unconditional=unconditional,

@@ -29,7 +29,7 @@ MAY_BE_ZERO = MAY_BE_NEGATIVE | {
     *("real_label", "fake_label", "label_smoothing", "instance_noise", "augmentation"),
     *("latent_noise", "critic_weight", "perceptual_weight"),
     *("lambda_max", "prior", "eta", "etas", "interval"),
-    *("drop_each", "drop_all", "scale", "scales"),
+    *("drop_each", "drop_all", "scale", "scales", "free_scales", "classifier_scales"),
     *("seed", "seeds", "offset"),
 }
 MAY_BE_ZERO_IN = {

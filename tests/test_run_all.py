@@ -589,6 +589,7 @@ def leave_files(script: str, *arguments: str) -> None:
                 "clip_zeroshot/train",
             ):
                 (after("--data-dir") / part).mkdir(parents=True)
+            (after("--data-dir") / "face/list_attr_celeba.txt").touch()
         case ["p2_ddpm_train.py", *_] | ["p2_autoencoder.py" | "p2_score.py", "train"]:
             (after("--output-dir") / "model.safetensors").touch()
         case ["p2_ddim.py", "eta-grid"]:
@@ -653,6 +654,11 @@ def test_the_quick_profile_from_data_to_the_report(real, tmp_path):
         "p2_score.py train",
         "p2_score.py sample",
         "p2_score.py table",
+        "p2_guided.py train",
+        "p2_guided.py train-classifier",
+        "evaluate.py train-attributes",
+        "p2_guided.py grid",
+        "experiments/guidance.py",
     ):
         assert command in commands
     for command in ("p2_ddpm_infer.py", "evaluate.py digits", "p3_dann.py embed"):
