@@ -305,7 +305,8 @@ def draw_trade_off(lines: Lines, rows: Sequence[Row], file: Path) -> None:
             axis.annotate(words, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
     axis.set_xlabel("balanced hit rate, %")
     axis.set_ylabel(KID)
-    axis.legend(fontsize=7)
+    if points:
+        axis.legend(fontsize=7)
     figure.savefig(file, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
