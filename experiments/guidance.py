@@ -385,8 +385,8 @@ def check_networks(args: Table, rows: Sequence[Row]) -> tuple[list[str], RealRow
 
 def diversity_of(found: dict[str, Any]) -> float | None:
     """The diversity of all images of a row in % of real images', if it was measured."""
-    diversity = found["diversity"]
-    return None if diversity is None else diversity["all"]["percent_of_real"]
+    of_all = (found["diversity"] or {}).get("all")
+    return None if of_all is None else of_all["percent_of_real"]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.asked import ASKED_FILE
 from common.attributes import attributes_of, split_of
 from common.augment import augment_faces
 from common.checkpoints import load_net
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 NETS = {"attribute_classifier": AttributeClassifier}
-ASKED_FILE = "asked.json"  # beside generated images: what was asked of each
 LEAST_BALANCED = 75.0  # % of real faces, below which an attribute is not measurable
 Z = 1.959964  # 95 % of the normal distribution are within this many standard deviations
 RESAMPLES = 1_000  # of the images, for the interval of a mean
