@@ -21,7 +21,8 @@ images are resized to 224x224. `--features random` takes a network with random w
 separates sets of images too (Naeem et al., 2020, https://arxiv.org/abs/2002.09797). Distances of
 different features have different scales.
 
-Diversity of digits and faces: the Vendi score, Friedman and Dieng, 2022, https://arxiv.org/abs/2210.02410
+Diversity of digits and faces: the Vendi score, Friedman and Dieng, 2022,
+https://arxiv.org/abs/2210.02410
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ import tyro
 from torch.nn import functional as F
 from tyro.conf import Positional
 
-from common.attributes import TEN_ATTRIBUTES, split_of
+from common.attributes import TEN_ATTRIBUTES, positive_weights, split_of
 from common.augment import augment_digits
 from common.classification import accuracy
 from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
@@ -63,7 +64,6 @@ from metrics.attributes import (
     load_real,
     look_at,
     measure_real,
-    positive_weights,
     real_table,
     real_text,
     start_from_imagenet,
@@ -297,8 +297,8 @@ class TrainAttributes:
     """Images of a step, over all processes."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
-    max_weight: float = 10.0
-    """Rare values of an attribute weigh more in the loss, but at most this times the others."""
+    largest_weight: float = 10.0
+    """Largest weight of the rarer value of an attribute in the loss; 1 weighs all alike."""
     augmentation: float = 0.5
     """Strength of the augmentation; with 0, faces are only mirrored."""
     label_smoothing: float = 0.05
@@ -320,7 +320,7 @@ class TrainAttributes:
         at_least("--images-per-epoch", self.images_per_epoch, 1)
         at_least("--batch-size", self.batch_size, 2)
         above("--lr", self.lr, 0, 1)
-        in_range("--max-weight", self.max_weight, 1, 1_000)
+        in_range("--largest-weight", self.largest_weight, 1, 1_000)
         in_range("--augmentation", self.augmentation, 0, 1)
         below("--label-smoothing", self.label_smoothing, 0, 1)
         below("--ema-decay", self.ema_decay, 0, 1)
@@ -706,7 +706,7 @@ def train_attributes(args: TrainAttributes) -> dict[str, Any]:
     measuring = load_real(args.data_dir, measure, args.attributes, args.face_size, cache)
     pixels = faces.pixels.to(device)
     has_attribute = (faces.values == 1).float().to(device)  # (n, attributes)
-    weights = positive_weights(faces.values, args.max_weight).to(device)
+    weights = positive_weights(faces.values, args.largest_weight).to(device)
 
     torch.manual_seed(derive_seed(args.seed, "init"))
     bare_net = AttributeClassifier(args.attributes, args.input_size)

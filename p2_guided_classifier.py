@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.attributes import TEN_ATTRIBUTES, split_faces
+from common.attributes import TEN_ATTRIBUTES, positive_weights, split_faces
 from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed
 from common.data import draw_batch
 from common.device import Device, Precision, make_accelerator, place
@@ -125,7 +125,7 @@ def train_classifier(args: TrainClassifier) -> dict[str, Any]:
     adam = torch.optim.AdamW(bare_net.parameters(), weight_decay=args.weight_decay, fused=True)
     net, adam = accelerator.prepare(bare_net, adam)
     parts = {"net": bare_net, "ema": ema, "adam": adam}
-    positive_weight = weight_of_positives(labels[own], args.largest_weight)
+    weights = positive_weights(labels[own], args.largest_weight)
 
     steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
     last = args.epochs * steps_per_epoch
@@ -145,7 +145,7 @@ def train_classifier(args: TrainClassifier) -> dict[str, Any]:
         x_t = schedule.q_sample(x0, t, noise)
         logits = net(x_t, schedule.time(t, bare_net)).float()
         truth = (labels[rows] == 1).float()
-        loss = F.binary_cross_entropy_with_logits(logits, truth, pos_weight=positive_weight)
+        loss = F.binary_cross_entropy_with_logits(logits, truth, pos_weight=weights)
         adam.zero_grad()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(bare_net.parameters(), args.clip)
@@ -192,12 +192,6 @@ def make_classifier(args: TrainClassifier, shape: tuple[int, ...]) -> NoisyClass
         patch=args.patch,
         n_attributes=len(args.attributes),
     )
-
-
-def weight_of_positives(labels: Tensor, largest: float) -> Tensor:
-    """The weight of the value 1 of each attribute in the loss: (attributes,), 1 for one half."""
-    share = (labels == 1).float().mean(0).clamp(1e-9, 1 - 1e-9)
-    return ((1 - share) / share).clamp(1 / largest, largest)
 
 
 def end_classifier_epoch(

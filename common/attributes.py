@@ -132,6 +132,16 @@ def refuse_twice(words: Sequence[str], what: str) -> None:
         raise UserError(f"{what} {word} {count} times")
 
 
+def positive_weights(values: Tensor, largest: float) -> Tensor:
+    """Weights in a loss (attributes,) of faces that have an attribute, from values (n, attributes).
+
+    Negatives for each positive, so that both count alike, but between 1 / `largest` and `largest`.
+    """
+    positives = (values == 1).sum(0)
+    negatives = len(values) - positives
+    return (negatives / positives.clamp(min=1)).clamp(1 / largest, largest)
+
+
 # Who sees which faces
 
 

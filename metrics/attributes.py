@@ -447,16 +447,6 @@ def start_from_imagenet(net: AttributeClassifier) -> str:
     return f"ImageNet's weights, of the package {EFFICIENTNET_PACKAGE}"
 
 
-def positive_weights(values: Tensor, largest: float) -> Tensor:
-    """Weights (attributes,) of the faces that have an attribute, from values (n, attributes).
-
-    Negatives for each positive, so that both count alike, but between 1 / `largest` and `largest`.
-    """
-    positives = (values == 1).sum(0)
-    negatives = len(values) - positives
-    return (negatives / positives.clamp(min=1)).clamp(1 / largest, largest)
-
-
 def augment_for_attributes(images: Tensor, rng: torch.Generator, strength: float) -> Tensor:
     """Mirror, rotate, scale and shift faces a little, and change their light.
 

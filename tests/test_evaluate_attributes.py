@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common.attributes import split_faces, split_of
+from common.attributes import positive_weights, split_faces, split_of
 from common.cli import UserError
 from common.device import make_accelerator
 from evaluate import Attributes, Command, TrainAttributes, main
@@ -28,7 +28,6 @@ from metrics.attributes import (
     load_evaluator,
     mean_interval,
     measure_real,
-    positive_weights,
     side_effects,
     wilson,
 )
@@ -444,7 +443,10 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, corners, monkeypatch, erro
         ([*train, "data", "--attributes", "Happy"], "has no attribute 'Happy'; it has Bald Male"),
         ([*train, "data", "--attributes", "Bald", "Bald"], "--attributes Bald Bald: names"),
         ([*train, "data", "--input-size", 16], "--input-size 16: must be between 32 and 1024"),
-        ([*train, "data", "--max-weight", 0.5], "--max-weight 0.5: must be between 1 and 1000"),
+        (
+            [*train, "data", "--largest-weight", 0.5],
+            "--largest-weight 0.5: must be between 1 and 1000",
+        ),
     ):
         error = error_of(Command, main, *words)
         assert message in error, (words, error)

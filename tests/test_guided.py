@@ -14,6 +14,7 @@ import p2_ddpm_infer
 import p2_guided
 import p2_guided_classifier
 from common.asked import RealRows, read_request, values_of
+from common.attributes import positive_weights
 from common.checkpoints import load_net, load_weights
 from common.cli import UserError
 from common.data import load_folder
@@ -35,7 +36,7 @@ from p2_guided import (
     train,
     weights_of_values,
 )
-from p2_guided_classifier import TrainClassifier, train_classifier, weight_of_positives
+from p2_guided_classifier import TrainClassifier, train_classifier
 from preparation.layout import write_attributes
 from tests.conftest import noise, save_images, save_net
 from tests.two_processes import run_with_two_processes
@@ -253,8 +254,8 @@ def test_the_rarer_value_weighs_more_in_the_classifiers_loss():
     labels[:5, 0] = 1
     labels[:2, 1] = 1
     labels[1:, 2] = 1
-    assert weight_of_positives(labels, 10).tolist() == pytest.approx([1, 4, 1 / 9])
-    assert weight_of_positives(labels, 3).tolist() == pytest.approx([1, 3, 1 / 3])
+    assert positive_weights(labels, 10).tolist() == pytest.approx([1, 4, 1 / 9])
+    assert positive_weights(labels, 3).tolist() == pytest.approx([1, 3, 1 / 3])
 
 
 # What is asked
@@ -442,12 +443,13 @@ def test_grids_have_a_row_for_each_attribute_and_the_same_noises(
         **CPU,
     )
     p2_guided.grid(args)
-    pixels, rows, columns, title = drawn["attributes.png"]
+    pixels, rows, columns, title = drawn["attributes.png"]  # as save_labelled got them
     assert rows == ["Bald=1", "Smiling=1"]
     assert len(pixels) == 20
     assert columns[0] == "noise 0"
     assert title.startswith("guidance: free 3; the others: unknown; ddim, 2 steps")
-    pixels, rows, _, _ = drawn["scales.png"]
+    pixels = drawn["scales.png"][0]
+    rows = drawn["scales.png"][1]
     assert rows == ["Bald=1, scale 0", "Bald=1, scale 2"]
     p2_guided.sample(sampling(conditional, tmp_path / "plain", num_images=10, steps=2))
     plain = load_folder(tmp_path / "plain", (16, 16)).pixels
