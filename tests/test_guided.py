@@ -443,7 +443,7 @@ def test_grids_have_a_row_for_each_attribute_and_the_same_noises(
         **CPU,
     )
     p2_guided.grid(args)
-    pixels, rows, columns, title = drawn["attributes.png"]  # as save_labelled got them
+    pixels, rows, columns, title = drawn["attributes.png"]
     assert rows == ["Bald=1", "Smiling=1"]
     assert len(pixels) == 20
     assert columns[0] == "noise 0"
