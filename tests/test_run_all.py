@@ -773,8 +773,8 @@ def test_the_quick_results_do_not_stand_for_the_smoke_profile(real):
     ("only", "scripts"),
     [
         ("p1", {"p1_dcgan", "p1_wgangp"}),
-        ("p2", {"p2_ddpm_train", "p2_ddpm_infer", "p2_ddim", "p2_score"}),
-        ("face-diffusion", {"p2_ddpm_train", "p2_ddpm_infer", "p2_score"}),
+        ("p2", {"p2_ddpm_train", "p2_ddpm_infer", "p2_ddim", "p2_score", "p2_guided"}),
+        ("face-diffusion", {"p2_ddpm_train", "p2_ddpm_infer", "p2_score", "p2_guided"}),
         ("p3", {"p3_dann", "p3_clip_zeroshot"}),
         ("dann ddim", {"p3_dann", "p2_ddpm_train", "p2_ddim"}),
     ],
@@ -820,11 +820,15 @@ def test_faces_by_diffusion_are_in_latents_if_there_is_an_autoencoder(real, tmp_
 def test_quick_continues_from_released_weights_if_they_are_there(real, tmp_path, monkeypatch):
     options = ("--only", "face-diffusion")
     monkeypatch.setattr(run_all, "ROOT", copy_of_profiles(tmp_path / "project"))
-    assert "--init" not in str(real(*options).calls)
+    without = real(*options)
+    assert "--init" not in str(face_trainings(without))
+    assert init_of_guided(without) == f"{tmp_path}/output/p2/face-ddpm/model.safetensors"
     make_folders(tmp_path, "project/checkpoints")
-    for name in ("ddpm", "score"):
+    for name in ("ddpm", "score", "guided"):
         (tmp_path / f"project/checkpoints/{name}_faces.safetensors").touch()
-    ddpm, score = face_trainings(real(*options))
+    ended = real(*options)
+    assert init_of_guided(ended) == "checkpoints/guided_faces.safetensors"
+    ddpm, score = face_trainings(ended)
     for name, words in (("ddpm", ddpm), ("score", score)):
         file = f"checkpoints/{name}_faces.safetensors"
         assert words[words.index("--init") + 1] == file
@@ -850,6 +854,12 @@ def test_the_options_of_quick_are_those_of_the_released_weights(real, monkeypatc
             net = module.make_net(args)
             module.load_init(args, net)
         assert net.config == found.config
+
+
+def init_of_guided(ended: Ended) -> str:
+    """The weights from which the network for faces by attribute starts."""
+    (words,) = [call for call in ended.calls if call[:2] == ["p2_guided.py", "train"]]
+    return words[words.index("--init") + 1]
 
 
 def face_trainings(ended: Ended) -> list[list[str]]:
