@@ -79,6 +79,7 @@ def options_of(args: Benchmark, guidance: Guidance) -> Sample:
         output_dir=Path(),
         classifier=args.classifier if guidance in ("classifier", "both") else None,
         guidance=guidance,
+        sampler="ddim",
         steps=args.steps,
         attributes=args.attributes,
         device=args.device,

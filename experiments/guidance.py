@@ -90,7 +90,7 @@ class Table:
     pooled: int = 200
     """Images of a row that are asked as real images are, for the distances."""
     steps: int = 50
-    """Steps of DDIM."""
+    """Steps of ancestral sampling."""
     batch_size: int = 50
     """Images computed at a time."""
     seed: int = 0
@@ -325,7 +325,8 @@ def main(args: Table) -> list[list[str]]:
     )
     title = (
         f"{args.count:,} images of each attribute and value; {args.pooled:,} pooled images; "
-        f"DDIM, {args.steps} steps, batches of what is asked alike; {reference.description}"
+        f"ancestral sampling, {args.steps} steps, batches of what is asked alike; "
+        f"{reference.description}"
     )
     rare = [name for name in RARE if name in names]
     columns = [*COLUMNS, HIT_RATE, "of real, %", *(f"{name}, %" for name in rare)]

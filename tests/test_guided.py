@@ -12,7 +12,6 @@ from torch import nn
 
 import p2_ddpm_infer
 import p2_guided
-import p2_guided_classifier
 from common.asked import RealRows, read_request, values_of
 from common.attributes import positive_weights
 from common.checkpoints import load_net, load_weights
@@ -21,22 +20,21 @@ from common.data import load_folder
 from common.faces import FaceStates, digest_of_states, load_face_model, make_face_net
 from diffusion.schedule import Schedule
 from experiments import face_rows, guidance
+from guided import classifier as guided_classifier
+from guided.classifier import TrainClassifier, train_classifier
+from guided.network import (
+    Train,
+    drop_some,
+    repeat_rare,
+    train,
+    weights_of_values,
+    with_attributes,
+)
 from models.attribute_classifier import AttributeClassifier
 from models.autoencoder import Autoencoder
 from models.latent_unet import LatentUnet
 from models.noisy_classifier import NoisyClassifier
-from p2_guided import (
-    Grid,
-    Sample,
-    Train,
-    drop_some,
-    load_model,
-    make_request,
-    repeat_rare,
-    train,
-    weights_of_values,
-)
-from p2_guided_classifier import TrainClassifier, train_classifier
+from p2_guided import Grid, Sample, load_model, make_request
 from preparation.layout import write_attributes
 from tests.conftest import noise, save_images, save_net
 from tests.two_processes import run_with_two_processes
@@ -117,7 +115,7 @@ def small_classifier(data_dir: Path, checkpoint: Path, name: str, **options) -> 
 def conditional(unconditional: Path, tmp_path: Path) -> Path:
     """A network with two attributes that change its answer."""
     net, config = load_net(unconditional, {"latent_unet": LatentUnet}, "--init")
-    wider = p2_guided.with_attributes(net, 2)
+    wider = with_attributes(net, 2)
     for parameter in wider.unet.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)  # what starts from zeros hides the attributes
@@ -187,7 +185,7 @@ def test_the_classifier_resumes_bit_for_bit_and_leaves_the_last_images_alone(
             seen.append(rows)
             return super().draw(rows, rng)
 
-    monkeypatch.setattr(p2_guided_classifier, "FaceStates", Spy)
+    monkeypatch.setattr(guided_classifier, "FaceStates", Spy)
     whole = small_classifier(data_dir, unconditional, "whole")
     broken = small_classifier(data_dir, unconditional, "broken")
     train_classifier(whole)
@@ -363,23 +361,25 @@ def test_without_strength_guidance_changes_no_bit(
         assert read_images(tmp_path / "never") == plain
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_a_network_without_attributes_is_sampled_as_p2_ddpm_infer_does(
-    data_dir, unconditional, classifier, tmp_path
+    data_dir, unconditional, classifier, tmp_path, sampler
 ):
-    p2_guided.sample(sampling(unconditional, tmp_path / "plain"))
+    p2_guided.sample(sampling(unconditional, tmp_path / "plain", sampler=sampler))
     p2_ddpm_infer.main(
         p2_ddpm_infer.Generate(
             checkpoint=unconditional,
             output_dir=tmp_path / "infer",
             num_images=3,
-            sampler="ddim",
+            sampler=sampler,
             steps=4,
             **CPU,
         )
     )
     assert read_images(tmp_path / "plain") == read_images(tmp_path / "infer")
     options = {"attributes": ("Bald=1",), "guidance": "classifier", "classifier": classifier}
-    p2_guided.sample(sampling(unconditional, tmp_path / "bald", scale=(50.0,), **options))
+    options |= {"scale": (50.0,), "sampler": sampler}
+    p2_guided.sample(sampling(unconditional, tmp_path / "bald", **options))
     assert read_images(tmp_path / "plain") != read_images(tmp_path / "bald")
     asked = json.loads((tmp_path / "bald" / "asked.json").read_text())
     assert asked == {f"{number:04d}.png": {"Bald": 1} for number in range(3)}
@@ -447,7 +447,7 @@ def test_grids_have_a_row_for_each_attribute_and_the_same_noises(
     assert rows == ["Bald=1", "Smiling=1"]
     assert len(pixels) == 20
     assert columns[0] == "noise 0"
-    assert title.startswith("guidance: free 3; the others: unknown; ddim, 2 steps")
+    assert title.startswith("guidance: free 3; the others: unknown; ddpm, 2 steps")
     pixels = drawn["scales.png"][0]
     rows = drawn["scales.png"][1]
     assert rows == ["Bald=1, scale 0", "Bald=1, scale 2"]
