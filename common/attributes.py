@@ -132,6 +132,11 @@ def refuse_twice(words: Sequence[str], what: str) -> None:
         raise UserError(f"{what} {word} {count} times")
 
 
+def shares_of(names: Sequence[str], values: Tensor) -> dict[str, float]:
+    """The percentage of faces that have each attribute, from values (n, attributes)."""
+    return dict(zip(names, (100 * (values == 1).float().mean(0)).tolist(), strict=True))
+
+
 def positive_weights(values: Tensor, largest: float) -> Tensor:
     """Weights in a loss (attributes,) of faces that have an attribute, from values (n, attributes).
 

@@ -2,9 +2,11 @@ r"""Train a classifier of noisy faces, whose gradient guides a diffusion model (
 
 It reads what the diffusion model reads, at every step of the same noise schedule: pixels or
 latents, and the number of the step. Near pure noise it can know nothing, and its accuracy shows it.
+It starts as the diffusion model's own way down, whose features tell much about an image.
 
-Paper: Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021,
-https://arxiv.org/abs/2105.05233
+Papers: Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021,
+https://arxiv.org/abs/2105.05233; Baranchuk et al., Label-Efficient Semantic Segmentation with
+Diffusion Models, 2022, https://arxiv.org/abs/2112.03126.
 
     python p2_guided.py train-classifier --checkpoint checkpoints/ddpm_faces.safetensors \
         --output-dir runs/p2/noisy-classifier
@@ -22,17 +24,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.attributes import TEN_ATTRIBUTES, positive_weights, split_faces
-from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed
+from common.attributes import TEN_ATTRIBUTES, positive_weights, shares_of, split_faces
+from common.cli import above, at_least, below, each_once, in_range, is_seed
 from common.data import draw_batch
 from common.device import Device, Precision, make_accelerator, place
-from common.faces import FaceStates, digest_of_states, load_face_model, load_labelled
+from common.faces import FaceNet, FaceStates, digest_of_states, load_face_model, load_labelled
 from common.figures import save_curves
 from common.quarters import QUARTERS
 from common.rng import derive_seed, make_rng, seed_dropout
 from common.run import Run
 from common.training import update_ema, warmup_cosine
 from diffusion.schedule import Schedule
+from models.latent_unet import LatentUnet
 from models.noisy_classifier import NoisyClassifier
 
 
@@ -40,7 +43,7 @@ from models.noisy_classifier import NoisyClassifier
 class TrainClassifier:
     """Train a classifier of noisy faces for guidance. The last epoch is the result.
 
-    It sees the first five sevenths of the training images: the rest is the evaluator's.
+    It learns from the first five sevenths of the training images: the rest is the evaluator's.
     """
 
     output_dir: Path
@@ -51,12 +54,8 @@ class TrainClassifier:
     """Data folder with face/train, face/val and face/list_attr_celeba.txt."""
     attributes: tuple[str, ...] = TEN_ATTRIBUTES
     """Attributes to learn, by the names in the file."""
-    width: int = 64
-    """Channels of the network's first level."""
-    blocks: int = 1
-    """Residual blocks of each level."""
-    patch: int = 1
-    """Side of the squares of pixels that the network sees as one position; 2 is faster."""
+    pretrained: bool = True
+    """Start with the weights of --checkpoint, which has seen all images, but no label."""
     dropout: float = 0.1
     """Dropout in the residual blocks."""
     largest_weight: float = 10.0
@@ -69,7 +68,7 @@ class TrainClassifier:
     """Images of an epoch, whatever the size of the data."""
     batch_size: int = 128
     """Images of a step, over all processes."""
-    lr: float = 1e-3
+    lr: float = 5e-4
     """Peak learning rate of AdamW: warmed up over 2 % of the steps, then a half cosine to 0."""
     weight_decay: float = 0.05
     """AdamW weight decay."""
@@ -86,10 +85,6 @@ class TrainClassifier:
 
     def __post_init__(self) -> None:
         each_once("--attributes", self.attributes)
-        if self.width < 32 or self.width % 32 or self.width > 4_096:
-            raise UserError(f"--width {self.width}: must be a multiple of 32, up to 4,096")
-        in_range("--blocks", self.blocks, 1, 100)
-        in_range("--patch", self.patch, 1, 1_024)
         below("--dropout", self.dropout, 0, 1)
         in_range("--largest-weight", self.largest_weight, 1, 1_000)
         at_least("--epochs", self.epochs, 1)
@@ -120,7 +115,7 @@ def train_classifier(args: TrainClassifier) -> dict[str, Any]:
     others = (~is_own).nonzero().flatten().to(device)
 
     torch.manual_seed(derive_seed(args.seed, "init"))
-    bare_net = place(make_classifier(args, start.net.shape), device)
+    bare_net = place(make_classifier(args, start.net), device)
     ema = copy.deepcopy(bare_net)
     adam = torch.optim.AdamW(bare_net.parameters(), weight_decay=args.weight_decay, fused=True)
     net, adam = accelerator.prepare(bare_net, adam)
@@ -140,7 +135,8 @@ def train_classifier(args: TrainClassifier) -> dict[str, Any]:
         rows = own[turns]
         x0 = states.draw(rows, rng).contiguous(memory_format=torch.channels_last)
 
-        t = torch.randint(1, schedule.T + 1, (len(x0),), generator=rng, device=device)
+        # The smaller of two draws: with little noise there is more to learn.
+        t = torch.randint(1, schedule.T + 1, (2, len(x0)), generator=rng, device=device).amin(0)
         noise = torch.randn(x0.shape, generator=rng, device=device)
         x_t = schedule.q_sample(x0, t, noise)
         logits = net(x_t, schedule.time(t, bare_net)).float()
@@ -163,6 +159,8 @@ def train_classifier(args: TrainClassifier) -> dict[str, Any]:
     if run.is_main:
         kept = {
             "attributes": list(args.attributes),
+            "shares": shares_of(args.attributes, labels[own]),
+            "weights": dict(zip(args.attributes, weights.tolist(), strict=True)),
             "schedule": schedule.to_config(),
             "states": digest_of_states(start.net),
             "trained_on": sorted(Path(name).stem for name in own_names),
@@ -173,25 +171,14 @@ def train_classifier(args: TrainClassifier) -> dict[str, Any]:
     return run.result or {}
 
 
-def make_classifier(args: TrainClassifier, shape: tuple[int, ...]) -> NoisyClassifier:
-    """The classifier of the options for states of `shape` (channels, size, size)."""
-    channels, size, _ = shape
-    if size % args.patch:
-        raise UserError(f"--patch {args.patch}: must divide {size}, the size of the states")
-    sizes = [size // args.patch]
-    while len(sizes) < 4 and sizes[-1] % 2 == 0 and sizes[-1] > 4:
-        sizes.append(sizes[-1] // 2)
-    return NoisyClassifier(
-        channels,
-        size,
-        args.width,
-        multipliers=(1, 2, 2, 4)[: len(sizes)],
-        attention=sizes[-2:],
-        blocks=args.blocks,
-        dropout=args.dropout,
-        patch=args.patch,
-        n_attributes=len(args.attributes),
-    )
+def make_classifier(args: TrainClassifier, diffusion: FaceNet) -> NoisyClassifier:
+    """The classifier for the states of a diffusion model, with its weights if asked for."""
+    unet = diffusion.unet if isinstance(diffusion, LatentUnet) else diffusion
+    arguments = unet.config["arguments"] | {"n_attributes": 0}
+    net = NoisyClassifier(arguments, len(args.attributes), args.dropout)
+    if args.pretrained:
+        net.start_from(unet)
+    return net
 
 
 def end_classifier_epoch(

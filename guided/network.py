@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.attributes import TEN_ATTRIBUTES
+from common.attributes import TEN_ATTRIBUTES, shares_of
 from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed
 from common.data import draw_batch, to_uint8
 from common.device import Device, Precision, make_accelerator, place
@@ -119,7 +119,11 @@ def train(args: Train) -> dict[str, Any]:
     steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
     last = args.epochs * steps_per_epoch
     first = run.load_state(parts)
-    log_shares(run, args.attributes, labels, weights)
+    of_each = {
+        "shares": shares_of(args.attributes, labels),
+        "weights": dict(zip(args.attributes, weights.tolist(), strict=True)),
+    }
+    log_shares(run, **of_each)
     for step in run.steps(first, last, args.batch_size):
         net.train()
         learning_rate = args.lr * warmup_cosine(step / last, warm_up=0.02)
@@ -151,7 +155,7 @@ def train(args: Train) -> dict[str, Any]:
         if run.save_due() or epoch_ends:
             run.save_state(step + 1, parts)
     if run.is_main:
-        run.save_model(ema, config_of(args, ema, start, weights))
+        run.save_model(ema, config_of(args, ema, start) | of_each)
         run.finish(run.history()[-1])
     return run.result or {}
 
@@ -209,13 +213,9 @@ def repeat_rare(labels: Tensor, weights: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(labels)), repeats)
 
 
-def log_shares(run: Run, names: Sequence[str], labels: Tensor, weights: Tensor) -> None:
+def log_shares(run: Run, shares: dict[str, float], weights: dict[str, float]) -> None:
     """Print how frequent each attribute is, and how much more often its rarer value is drawn."""
-    shares = 100 * (labels == 1).float().mean(0)
-    words = [
-        f"{name} {share:.1f} % (weight {weight:.2f})"
-        for name, share, weight in zip(names, shares.tolist(), weights.tolist(), strict=True)
-    ]
+    words = [f"{name} {share:.1f} % (weight {weights[name]:.2f})" for name, share in shares.items()]
     run.log("attributes of the training images: " + ", ".join(words))
 
 
@@ -237,15 +237,14 @@ def with_attributes(net: FaceNet, count: int) -> FaceNet:
     return wider
 
 
-def config_of(args: Train, net: FaceNet, start: FaceModel, weights: Tensor) -> dict[str, Any]:
-    """What the checkpoint keeps besides the weights."""
+def config_of(args: Train, net: FaceNet, start: FaceModel) -> dict[str, Any]:
+    """What the checkpoint keeps besides the weights and the shares of the attributes."""
     return net.config | {
         "domains": ["faces"],
         "size": start.size,
         "schedule": start.schedule.to_config(),
         "sampling": start.sampling,
         "attributes": list(args.attributes),
-        "weights": dict(zip(args.attributes, weights.tolist(), strict=True)),
         "init": start.digest,
         "seed": args.seed,
     }

@@ -211,8 +211,8 @@ class DdimUnet(Network):
         self.lengths[part] += 1
         self.add_module(f"{part}{self.lengths[part]}", layer)
 
-    def _layers(self, part: str) -> Iterator[nn.Module]:
-        """The layers down1, down2, … of a part, in order."""
+    def layers(self, part: str) -> Iterator[nn.Module]:
+        """The layers of a part, "down", "mid" or "up", in order."""
         return (getattr(self, f"{part}{i}") for i in range(1, self.lengths[part] + 1))
 
     def _initialise(self) -> None:
@@ -258,12 +258,12 @@ class DdimUnet(Network):
         # (batch, in_channels, height, width) → (batch, pixels, height / patch, width / patch)
         x = F.pixel_unshuffle(x, self.patch)
         kept = []
-        for layer in self._layers("down"):
+        for layer in self.layers("down"):
             x = layer(x, time) if isinstance(layer, Block) else layer(x)
             kept.append(x)
-        for layer in self._layers("mid"):
+        for layer in self.layers("mid"):
             x = layer(x, time)
-        for layer in self._layers("up"):
+        for layer in self.layers("up"):
             if isinstance(layer, Block):
                 x = layer(torch.cat((x, kept.pop()), 1), time)
             else:

@@ -73,12 +73,38 @@ def test_the_gradient_works_in_inference_mode_and_in_float32_under_autocast():
     assert seen == [torch.float32]
 
 
+def fill_zeros(net: nn.Module) -> None:
+    """Give residual branches, which start with zeros, weights of their own."""
+    for parameter in net.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+
+
 @pytest.fixture
 def classifier() -> NoisyClassifier:
     """A classifier of three attributes of 8x8 images, not trained."""
     torch.manual_seed(0)
-    net = NoisyClassifier(3, 8, 32, (1, 2), (4,), n_attributes=3, dropout=0.5)
+    unet = DdimUnet(3, 8, 32, (1, 2), (4,), blocks=1)
+    net = NoisyClassifier(unet.config["arguments"], n_attributes=3, dropout=0.5)
+    fill_zeros(net)
     return net.eval().requires_grad_(False)
+
+
+def test_a_classifier_starts_as_the_way_down_of_its_unet(classifier):
+    torch.manual_seed(5)
+    unet = DdimUnet(**classifier.config["arguments"]["unet"])
+    fill_zeros(unet)
+    before = classifier.head.weight.clone()
+    classifier.start_from(unet)
+    assert torch.equal(classifier.head.weight, before)
+    middle = []
+    unet.mid2.register_forward_hook(lambda module, inputs, output: middle.append(output))
+    classifier.mid[1].register_forward_hook(lambda module, inputs, output: middle.append(output))
+    x = torch.randn(2, 3, 8, 8, generator=make_rng(0))
+    t = torch.tensor([10.0, 900.0])
+    unet.eval()(x, t)
+    classifier(x, t)
+    assert torch.equal(*middle)
 
 
 def test_the_gradient_of_an_image_does_not_depend_on_its_batch(classifier):

@@ -103,7 +103,6 @@ def small_classifier(data_dir: Path, checkpoint: Path, name: str, **options) -> 
         "checkpoint": checkpoint,
         "output_dir": data_dir.parent / name,
         "attributes": NAMES,
-        "width": 32,
         "epochs": 2,
         "images_per_epoch": 8,
         "batch_size": 4,
@@ -128,8 +127,7 @@ def classifier(unconditional: Path, tmp_path: Path) -> Path:
     """A classifier of the same noisy latents, not trained."""
     torch.manual_seed(1)
     start = load_face_model(unconditional, "--checkpoint")
-    channels, size, _ = start.net.shape
-    net = NoisyClassifier(channels, size, 32, (1,), (size,), n_attributes=2)
+    net = NoisyClassifier(start.net.get_submodule("unet").config["arguments"], n_attributes=2)
     return save_net(
         net,
         tmp_path / "classifier.safetensors",
@@ -215,7 +213,6 @@ def test_a_classifier_learns_what_a_bright_image_is(tmp_path, monkeypatch):
         face_net(tmp_path / "ddpm.safetensors", latents=False),
         "classifier",
         attributes=("Bright",),
-        patch=4,
         images_per_epoch=960,
         batch_size=32,
         ema_decay=0.9,
@@ -481,7 +478,7 @@ def test_bad_input_is_named(data_dir, unconditional, conditional, classifier, tm
 
     both = ["--attributes", "Bald=1", "--guidance", "both", "--classifier"]
     other = face_net(tmp_path / "pixels.safetensors", latents=False)
-    of_pixels = small_classifier(data_dir, other, "pixels", attributes=NAMES, patch=4, epochs=1)
+    of_pixels = small_classifier(data_dir, other, "pixels", attributes=NAMES, epochs=1)
     train_classifier(of_pixels)
     wrong = of_pixels.output_dir / "model.safetensors"
     assert f"--classifier {wrong}: was trained on the states of another" in error(

@@ -11,12 +11,16 @@ import torch
 from common.checkpoints import load_net
 from common.cli import UserError
 from common.files import ROOT
+from models.attribute_classifier import AttributeClassifier
 from models.autoencoder import Autoencoder
 from models.gan import GENERATORS, Generator
 from models.latent_unet import LatentUnet
+from models.noisy_classifier import NoisyClassifier
 from tests.conftest import save_net
 from tools import release
 from tools.release import Release
+
+CLASSIFIERS = ("noisy_classifier", "attribute_classifier")
 
 
 def make_run(folder: Path, net: torch.nn.Module, **config: object) -> Path:
@@ -224,6 +228,70 @@ def test_an_autoencoder_and_a_ddpm_in_latents_have_a_card(latent_net, tmp_path):
     assert "| noise levels | 1,000 steps, linear (respaced); predicts v |" in card
     assert "| sampling | spacing trailing, clamp none |" in card
     assert "| data | CelebA: train split |" in card
+
+
+# Networks that know attributes
+
+
+def test_the_cards_of_classifiers_say_how_rare_and_how_well_seen_attributes_are(tmp_path):
+    out = tmp_path / "out"
+    guide = NoisyClassifier(UNET, n_attributes=2)
+    config = {
+        "attributes": ["Bald", "Smiling"],
+        "shares": {"Bald": 2.45, "Smiling": 48.0},
+        "weights": {"Bald": 10.0, "Smiling": 1.08},
+        "trained_on": ["000002", "000001", "000003"],
+    }
+    run = make_run(tmp_path / "guide" / "run", guide, **config)
+    result = {"loss": 0.5, "accuracy_t0": 81.25, "seconds": 60.0}
+    (run / "result.json").write_text(json.dumps(result))
+    release.main(Release(run, "guide", output_dir=out))
+    card = (out / "guide.md").read_text()
+    for line in (
+        "| data | CelebA: train split |",
+        "| learned from | 3 faces, listed in the file: 000001 … 000003 |",
+        "| attributes | Bald 2.5 % of the faces (weight 10.00), Smiling 48.0 % of the faces (",
+        "| full, by the run itself |  | accuracy t0 81.25 |",
+    ):
+        assert line in card
+    assert "000002" not in card
+    assert load_net(out / "guide.safetensors", release.NETS)[1]["trained_on"] == [
+        "000002",
+        "000001",
+        "000003",
+    ]
+
+    evaluator = AttributeClassifier(["Bald", "Smiling"], 32)
+    rows = {
+        "Bald": {"balanced": 90.0, "interval": [86.0, 94.0]},
+        "Smiling": {"balanced": None, "interval": None},
+    }
+    config = {"measured": {"attributes": rows}, "trained_on": ["000004"], "face_size": 64}
+    run = make_run(tmp_path / "evaluator" / "run", evaluator, **config)
+    result = {"balanced_accuracy": 90.0, "images": 1025, "seconds": 60.0}
+    (run / "result.json").write_text(json.dumps(result))
+    release.main(Release(run, "evaluator", output_dir=out))
+    card = (out / "evaluator.md").read_text()
+    for line in (
+        "| data | CelebA: train and val split |",
+        "| balanced accuracy of each | Bald 90.0 % (86.0 to 94.0) |",
+        "| full, by the run itself |  | balanced accuracy 90.00 | 1025 | its own |",
+    ):
+        assert line in card
+
+
+def test_the_released_classifiers_share_no_face_and_no_weight():
+    """The one that guides and the one that measures."""
+    files = [ROOT / "checkpoints" / f"{name}.safetensors" for name in CLASSIFIERS]
+    (guide, guide_config), (evaluator, config) = (load_net(file, release.NETS) for file in files)
+    assert guide_config["attributes"] == evaluator.config["attributes"]
+    assert len(guide_config["trained_on"]) == 5_000
+    assert len(config["trained_on"]) == 3_000
+    assert not set(guide_config["trained_on"]) & set(config["trained_on"])
+    of_evaluator = [value for value in evaluator.parameters() if value.std() > 0]
+    for value in guide.parameters():
+        same = [other for other in of_evaluator if other.shape == value.shape]
+        assert not any(torch.equal(value, other) for other in same)
 
 
 # The data

@@ -30,12 +30,19 @@ from common.cli import UserError, run_cli
 from common.files import ROOT, atomic_write
 from diffusion.schedule import Schedule
 from models import dann, gan
+from models.attribute_classifier import AttributeClassifier
 from models.autoencoder import Autoencoder
 from models.latent_unet import LatentUnet
 from models.network import Network
+from models.noisy_classifier import NoisyClassifier
 from p2_ddpm_infer import NETS as U_NETS
 
-NETS = gan.GENERATORS | dann.NETS | U_NETS | {"autoencoder": Autoencoder}
+NETS = gan.GENERATORS | dann.NETS | U_NETS
+NETS |= {
+    "autoencoder": Autoencoder,
+    "noisy_classifier": NoisyClassifier,
+    "attribute_classifier": AttributeClassifier,
+}
 MOST_BYTES = 16_000_000
 # By domain: its folder in the data folder, its name, and its terms.
 DATA = {
@@ -53,8 +60,11 @@ SEEN = {"source": ["source"], "target": ["target"], "dann": ["source", "target"]
 # The keys of a result.json that a card shows.
 RESULTS = (
     r"distance|floor|(floor_)?subset_(mean|sd)|(real )?one_face_percent|"
-    r"(real_)?accuracy( \w+)?|diversity_percent_of_real|mse"
+    r"(real_)?accuracy( \w+)?|diversity_percent_of_real|mse|accuracy_t\d|"
+    r"(real_)?balanced_(accuracy|hit_rate)|percent_of_real"
 )
+# Parts of a configuration that the card shows in lines of their own.
+APART = ("trained_on", "measured", "shares", "weights")
 
 
 @dataclass
@@ -149,6 +159,31 @@ def describe_sampling(about: dict[str, Any]) -> dict[str, str]:
     return facts
 
 
+def describe_attributes(about: dict[str, Any]) -> dict[str, str]:
+    """The card's lines about attributes: how rare, how weighted, how well a classifier sees them.
+
+    The names of the faces that a classifier has learned from are in the file itself.
+    """
+    facts = {}
+    if "trained_on" in about:
+        names = sorted(about["trained_on"])
+        facts["learned from"] = (
+            f"{len(names):,} faces, listed in the file: {names[0]} … {names[-1]}"
+        )
+    if "shares" in about:
+        facts["attributes"] = ", ".join(
+            f"{name} {share:.1f} % of the faces (weight {about['weights'][name]:.2f})"
+            for name, share in about["shares"].items()
+        )
+    if "measured" in about:
+        facts["balanced accuracy of each"] = "; ".join(
+            f"{name} {row['balanced']:.1f} % ({row['interval'][0]:.1f} to {row['interval'][1]:.1f})"
+            for name, row in about["measured"]["attributes"].items()
+            if row["balanced"] is not None
+        )
+    return facts
+
+
 def describe_data(about: dict[str, Any], folder: Path) -> dict[str, str]:
     """What a network with this configuration was trained on, and the terms of that data.
 
@@ -170,7 +205,7 @@ def describe_data(about: dict[str, Any], folder: Path) -> dict[str, str]:
             term = "drawn by prepare_data.py synthetic"
         terms[name] = f"{name}: {term}"
     return {
-        "data": f"{', '.join(terms)}: train split",
+        "data": f"{', '.join(terms)}: {'train and val' if 'measured' in about else 'train'} split",
         "terms of the data": "; ".join(terms.values()),
     }
 
@@ -261,7 +296,9 @@ def main(args: Release) -> None:
     versions = f"commit {config['git_commit']}, torch {config['versions']['torch']}"
     hardware = json.dumps(config["hardware"])[1:-1].replace('"', "")
     card["file"] = f"`{args.name}.safetensors`, {len(content):,} bytes, sha256 `{digest}`"
-    card["network"] = f"`{json.dumps(about)}`, {numbers:,} numbers"
+    shown = {name: value for name, value in about.items() if name not in APART}
+    card["network"] = f"`{json.dumps(shown)}`, {numbers:,} numbers"
+    card |= describe_attributes(about)
     card["stored"] = how_stored
     card["command"] = f"`python {strip_folders(config['command'])}`, {versions}"
     card["run"] = (
