@@ -83,7 +83,7 @@ class Table:
     """Data folder with face/train, face/val and face/list_attr_celeba.txt."""
     free_scales: tuple[float, ...] = (2.0, 4.0, 8.0)
     """Strengths of classifier-free guidance."""
-    classifier_scales: tuple[float, ...] = (2.0, 5.0, 10.0)
+    classifier_scales: tuple[float, ...] = (3.0, 8.0, 20.0)
     """Strengths of classifier guidance."""
     count: int = 20
     """Images of each attribute, once asked as there and once as not there."""

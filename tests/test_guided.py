@@ -444,7 +444,7 @@ def test_grids_have_a_row_for_each_attribute_and_the_same_noises(
     assert rows == ["Bald=1", "Smiling=1"]
     assert len(pixels) == 20
     assert columns[0] == "noise 0"
-    assert title.startswith("guidance: free 3; the others: unknown; ddpm, 2 steps")
+    assert title.startswith("guidance: free 4; the others: unknown; ddpm, 2 steps")
     pixels = drawn["scales.png"][0]
     rows = drawn["scales.png"][1]
     assert rows == ["Bald=1, scale 0", "Bald=1, scale 2"]
