@@ -284,7 +284,7 @@ def test_the_released_classifiers_share_no_face_and_no_weight():
     """The one that guides and the one that measures."""
     files = [ROOT / "checkpoints" / f"{name}.safetensors" for name in CLASSIFIERS]
     (guide, guide_config), (evaluator, config) = (load_net(file, release.NETS) for file in files)
-    assert guide_config["attributes"] == evaluator.config["attributes"]
+    assert guide_config["attributes"] == evaluator.attributes
     assert len(guide_config["trained_on"]) == 5_000
     assert len(config["trained_on"]) == 3_000
     assert not set(guide_config["trained_on"]) & set(config["trained_on"])
@@ -408,11 +408,15 @@ def test_commands_lose_the_folders_of_another_machine():
 def test_the_released_weights_load_and_are_those_of_their_cards():
     files = sorted((ROOT / "checkpoints").glob("*.safetensors"))
     expected = {
+        *CLASSIFIERS,
         "dann_svhn",
         "dann_usps",
         "dcgan_faces",
         "ddim_faces",
         "ddpm_digits",
+        "ddpm_faces",
+        "guided_faces",
+        "score_faces",
         "wgangp_faces",
     }
     assert {file.stem for file in files} >= expected
@@ -424,4 +428,4 @@ def test_the_released_weights_load_and_are_those_of_their_cards():
         card = file.with_suffix(".md").read_text()
         digest = hashlib.sha256(content).hexdigest()
         assert f"{len(content):,} bytes, sha256 `{digest}`" in card
-    assert sum(file.stat().st_size for file in files) <= 60e6
+    assert sum(file.stat().st_size for file in files) <= 100e6
