@@ -296,8 +296,11 @@ def draw_trade_off(lines: Lines, rows: Sequence[Row], file: Path) -> None:
     for row, cells in zip(rows, lines.rows, strict=False):
         if "–" in [cells[column] for column in columns]:  # not measured
             continue
-        kind = row.guidance if row.others == "unknown" else f"{row.words}, {row.others}"
-        kind = kind if row.is_asked else row.words
+        kind = row.guidance  # its strengths are joined
+        if not row.is_asked:
+            kind = row.words
+        elif row.others != "unknown":
+            kind = f"{row.words}, others {row.others}"
         x, y = (float(cells[column]) for column in columns)
         points.setdefault(kind, []).append((x, y, row.words))
     for kind, places in points.items():

@@ -2,7 +2,7 @@ r"""Train a classifier of noisy faces, whose gradient guides a diffusion model (
 
 It reads what the diffusion model reads, at every step of the same noise schedule: pixels or
 latents, and the number of the step. Near pure noise it can know nothing, and its accuracy shows it.
-It starts as the diffusion model's own way down, whose features tell much about an image.
+It starts as the diffusion model's own way down and middle, whose features say much about an image.
 
 Papers: Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, 2021,
 https://arxiv.org/abs/2105.05233; Baranchuk et al., Label-Efficient Semantic Segmentation with

@@ -95,7 +95,7 @@ class Block(nn.Module):
 
 
 class AttributeEmbedding(nn.Module):
-    """Attributes with three states, 1, -1 and 0 for unknown → a vector that is added to the time's.
+    """Attributes, 1, -1 or 0 for unknown, as a vector that is added to the time's.
 
     The network sees each value and whether it is known. The last layer starts with zeros, so that
     a network that is trained further begins as it was.
@@ -247,8 +247,8 @@ class DdimUnet(Network):
         """Noisy images (batch, in_channels, height, width) → the noise in them, same shape.
 
         `t`, float (batch,), is the number of the step itself, not divided. It counts from 0: step
-        1 … T of a schedule enters as 0 … T - 1, and the caller subtracts. The course's 1, 21, …,
-        981 are such numbers. `classes` is int64 (batch,), or None for no class. `drop` is bool
+        1 … T of a schedule enters as 0 … T - 1, and the caller subtracts. The course's numbers
+        1, 21, …, 981 are such. `classes` is int64 (batch,), or None for no class. `drop` is bool
         (batch,), True where the class of a row is withheld. `attributes` is (batch, n_attributes)
         with 1, -1 or 0 for unknown; None is unknown for all. Raises ValueError for classes or
         attributes given to a network without them.

@@ -312,7 +312,8 @@ def corners(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(module, "NETS", {"corners": Corners})
     data_dir = write_faces(tmp_path / "data", {"train": 14, "val": 96})
     faces = module.load_real(data_dir, {"val": split_of(data_dir).measure}, NAMES, 16)
-    look = module.look_at(Corners(), faces.pixels, make_accelerator("cpu"))  # type: ignore[arg-type]
+    cpu = make_accelerator("cpu")
+    look = module.look_at(Corners(), faces.pixels, cpu)  # type: ignore[arg-type]
     measured = measure_real(NAMES, faces.values, look, seed=0)
     split = split_of(data_dir)
     learned = [Path(name).stem for name in split.evaluator_train + split.evaluator_val]

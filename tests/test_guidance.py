@@ -190,7 +190,7 @@ def test_guided_samples_of_a_gaussian_have_the_mean_of_the_posterior():
 
 
 class Weighted(nn.Module):
-    """Its noise is the sum of the attributes times 1, 10, …; the sizes of its batches are kept."""
+    """Its noise is the sum of the attributes times 1, 10, …; batch sizes are kept."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -204,8 +204,10 @@ def describe_data(about: dict[str, Any], folder: Path) -> dict[str, str]:
             name = f"{name}-like images"
             term = "drawn by prepare_data.py synthetic"
         terms[name] = f"{name}: {term}"
+    # Only the classifier that measures has learned from some of val, too.
+    split = "train and val" if "measured" in about else "train"
     return {
-        "data": f"{', '.join(terms)}: {'train and val' if 'measured' in about else 'train'} split",
+        "data": f"{', '.join(terms)}: {split} split",
         "terms of the data": "; ".join(terms.values()),
     }
 
