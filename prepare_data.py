@@ -7,9 +7,15 @@ Its layout is that of the course's 2022 hand-out:
     face/noise/{00.pt, ..., 09.pt}                                   what DDIM starts from, 64x64
     clip_zeroshot/{train/, val/}{CLASS}_{IMAGE}.png, id2label.json   the course has val/ alone
 
-    python prepare_data.py synthetic                       # drawn here, no network, under a minute
+Two parts are not the course's: digits/mnist, as the other digits, and objects for adaptation
+between two domains, in the layout of Office-Home:
+
+    objects/{clipart,shaded}/CLASS/NNNNN.png                         64x64 RGB, drawn
+
+    python prepare_data.py synthetic                       # drawn here, no network, about a minute
     python prepare_data.py download --year 2022            # the course's own archive
     python prepare_data.py download --public --textures BSDS500/data/images/train
+    python prepare_data.py import --mnist MNIST            # its four idx files
     python prepare_data.py check hw2_data
     python prepare_data.py noises --output-dir noises      # for DDIM, if hw2_data has none
 
@@ -19,13 +25,14 @@ CelebA: Liu et al., 2015, https://arxiv.org/abs/1411.7766
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -33,12 +40,15 @@ from common.cli import UserError, at_least, each_once, in_range, is_seed, run_cl
 from common.data import list_images
 from common.files import make_output_dir
 from metrics.faces import count_faces
-from preparation import archive, inspection, layout, public
-from preparation.synthetic.parts import draw_part, parallel_map
+from preparation import archive, inspection, layout, mnist, public
+from preparation.synthetic import object_domains
+from preparation.synthetic.parts import draw_object_domains, draw_part, parallel_map
 
 Part = Literal["digits/mnistm", "digits/svhn", "digits/usps", "face"]
 DRAWING_VERSION = 2  # raise it when what is drawn changes
+OBJECTS_VERSION = 1  # the same for objects/, so that other parts need not be drawn again
 MOST_IMAGES = 1_000_000  # of a split
+FEWEST_OBJECTS = 24  # two of each class: one for training and one for validation
 MOST_PROCESSES = 1_024
 
 
@@ -63,6 +73,8 @@ class Synthetic:
     """Number of faces for train and val."""
     clip_zeroshot: tuple[int, int] = (1800, 600)
     """Number of objects for train and val; the twelve classes take turns."""
+    objects: int = 600
+    """Number of clip-art objects, and of shaded ones; the twelve classes take turns."""
     num_workers: int = os.cpu_count() or 1
     """Processes that draw."""
 
@@ -73,6 +85,11 @@ class Synthetic:
         check_counts("--usps", self.usps)
         check_counts("--face", self.face)
         check_counts("--clip-zeroshot", self.clip_zeroshot)
+        if not FEWEST_OBJECTS <= self.objects <= MOST_IMAGES:
+            raise UserError(
+                f"--objects {self.objects}: each domain needs between {FEWEST_OBJECTS} and "
+                f"{MOST_IMAGES:,} images"
+            )
         in_range("--num-workers", self.num_workers, 1, MOST_PROCESSES)
 
 
@@ -123,6 +140,19 @@ class Download:
 
 
 @dataclass
+class Import:
+    """Write digits/mnist from MNIST's idx files.
+
+    The 60,000 training images become train, the 10,000 test images val.
+    """
+
+    mnist: Path
+    """Folder with MNIST's four files (train-images-idx3-ubyte, ...), each as it is or as .gz."""
+    data_dir: Path = Path("hw2_data")
+    """Folder to write."""
+
+
+@dataclass
 class Check:
     """Print what a data folder holds and what is wrong with it.
 
@@ -157,22 +187,22 @@ class Noises:
 
 def synthetic(args: Synthetic) -> None:
     """Draw the parts that are not there yet. Raises UserError if other data is in their place."""
-    counts = {
-        "digits/mnistm": args.mnistm,
-        "digits/svhn": args.svhn,
-        "digits/usps": args.usps,
-        "face": args.face,
-        "clip_zeroshot": args.clip_zeroshot,
+    counts = {  # of the images in the halves of each part
+        "digits/mnistm": in_splits(args.mnistm),
+        "digits/svhn": in_splits(args.svhn),
+        "digits/usps": in_splits(args.usps),
+        "face": in_splits(args.face),
+        "objects": dict.fromkeys(object_domains.DOMAINS, args.objects),
+        "clip_zeroshot": in_splits(args.clip_zeroshot),  # last: run_all.py takes it for the end
     }
     make_output_dir(args.data_dir, "--data-dir")
     missing = {}  # the settings of each part that is not there yet
-    for part, (train, val) in counts.items():
-        settings = {
+    for part, halves in counts.items():
+        settings: dict[str, Any] = {
             "made_by": "synthetic",
-            "version": DRAWING_VERSION,
+            "version": OBJECTS_VERSION if part == "objects" else DRAWING_VERSION,
             "seed": args.seed,
-            "train": train,
-            "val": val,
+            **halves,
         }
         if not layout.is_finished(args.data_dir, part, settings):
             missing[part] = settings
@@ -180,18 +210,27 @@ def synthetic(args: Synthetic) -> None:
         print(f"{args.data_dir}: already finished, nothing to do")
         return
 
-    total = sum(sum(counts[part]) for part in missing)
+    total = sum(sum(counts[part].values()) for part in missing)
     print(f"drawing {total:,} images with {args.num_workers} processes")
     start = time.monotonic()
     with parallel_map(args.num_workers) as run_map:
         for part, settings in missing.items():
             with layout.new_part(args.data_dir, part, settings) as folder:
-                draw_part(folder, part, args.seed, counts[part], run_map)
-            train, val = counts[part]
-            print(f"{part}: {train:,} train, {val:,} val")
+                if part == "objects":
+                    draw_object_domains(folder, args.seed, args.objects, run_map)
+                else:
+                    train, val = counts[part].values()
+                    draw_part(folder, part, args.seed, (train, val), run_map)
+            words = [f"{count:,} {half}" for half, count in counts[part].items()]
+            print(f"{part}: {', '.join(words)}")
     if "face" in missing:
         print_face_rate(args.data_dir / "face" / "val")
     print(f"{args.data_dir}: finished in {time.monotonic() - start:.0f} s")
+
+
+def in_splits(counts: tuple[int, int]) -> dict[str, int]:
+    """The numbers of images for train and val, by name."""
+    return dict(zip(("train", "val"), counts, strict=True))
 
 
 def print_face_rate(folder: Path) -> None:
@@ -246,6 +285,28 @@ def fetch_and_unpack(year: int, data_dir: Path) -> None:
     fetched.unlink()
 
 
+def import_mnist(args: Import) -> None:
+    """Write digits/mnist if it is not there yet.
+
+    Raises UserError if other data is in its place, or if one of the files is not MNIST's.
+    """
+    train_images, train_labels = mnist.read_mnist(args.mnist, "train")
+    val_images, val_labels = mnist.read_mnist(args.mnist, "t10k")
+    digest = hashlib.sha256()
+    for values in (train_images, train_labels, val_images, val_labels):
+        digest.update(values.tobytes())
+    settings = {"made_by": "import --mnist", "sha256": digest.hexdigest()}
+    make_output_dir(args.data_dir, "--data-dir")
+    if layout.is_finished(args.data_dir, "digits/mnist", settings):
+        print("digits/mnist: already finished, nothing to do")
+        return
+    train = (train_images, train_labels.tolist())
+    val = (val_images, val_labels.tolist())
+    with layout.new_part(args.data_dir, "digits/mnist", settings) as folder:
+        public.fill_digits(folder, [train, val])
+    print(f"digits/mnist: {len(train_images):,} train, {len(val_images):,} val")
+
+
 def noises(args: Noises) -> None:
     """Write the noises aside, then move them to their place.
 
@@ -273,13 +334,15 @@ def check(args: Check) -> None:
         sys.exit(1)
 
 
-def main(args: Synthetic | Download | Check | Noises) -> None:
+def main(args: Synthetic | Download | Import | Check | Noises) -> None:
     """Run one sub-command."""
     match args:
         case Synthetic():
             synthetic(args)
         case Download():
             download(args)
+        case Import():
+            import_mnist(args)
         case Check():
             check(args)
         case Noises():
@@ -287,4 +350,4 @@ def main(args: Synthetic | Download | Check | Noises) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(Synthetic | Download | Check | Noises, main)
+    run_cli(Synthetic | Download | Import | Check | Noises, main)

@@ -267,7 +267,8 @@ def data_is_missing(data_dir: Path) -> bool:
     """Whether there is no data, or synthetic data whose drawing was interrupted."""
     if (data_dir / "clip_zeroshot").is_dir():  # drawn last
         return False
-    if not (data_dir / "digits").is_dir() and not (data_dir / "face").is_dir():
+    digits = [child for child in (data_dir / "digits").glob("*") if child.name != "mnist"]
+    if not digits and not (data_dir / "face").is_dir():  # an imported digits/mnist is not enough
         return True
     made = (data_dir / "digits").glob("*/made.json")
     return any('"synthetic"' in file.read_text(encoding="utf-8") for file in made)

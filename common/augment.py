@@ -137,3 +137,43 @@ def cut_out(images: Tensor, top: Tensor, left: Tensor) -> Tensor:
     hidden_rows = (rows >= -height // 4) & (rows < height // 4)
     hidden_columns = (columns >= -width // 4) & (columns < width // 4)
     return images * ~(hidden_rows & hidden_columns)
+
+
+def crop_and_flip(images: Tensor, size: int, rng: torch.Generator) -> Tensor:
+    """A random square of `size` pixels of each image, mirrored with probability one half.
+
+    `images` is (batch, channels, height, width), at least `size` high and wide.
+    """
+    batch, _, height, width = images.shape
+
+    def up_to(largest: int) -> Tensor:
+        """A whole number from 0 to `largest` for each image: (batch, 1)."""
+        return torch.randint(largest + 1, (batch, 1), generator=rng, device=rng.device)
+
+    pixels = torch.arange(size, device=images.device)
+    rows = up_to(height - size) + pixels  # (batch, size)
+    columns = up_to(width - size) + pixels
+    columns = torch.where(up_to(1) == 1, columns.flip(1), columns)
+    numbers = torch.arange(batch, device=images.device)[:, None, None]
+    # → (batch, size, size, channels) → (batch, channels, size, size)
+    return images[numbers, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def turn_and_shift(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Turn each image by up to 10 degrees and shift it by up to an eighth of its size.
+
+    `images` is float (batch, channels, height, width); the pixels at the edge are repeated.
+    """
+
+    def uniform(largest: float) -> Tensor:
+        """A number between -largest and largest for each image: (batch, 1)."""
+        draw = torch.rand((len(images), 1), generator=rng, device=rng.device)
+        return (2 * draw - 1) * largest
+
+    angle = torch.deg2rad(uniform(10))
+    # The map's coordinates go from -1 to 1, so that an eighth of the size is 0.25.
+    row_x = torch.cat([angle.cos(), -angle.sin(), uniform(0.25)], 1)
+    row_y = torch.cat([angle.sin(), angle.cos(), uniform(0.25)], 1)
+    maps = torch.stack([row_x, row_y], 1)  # (batch, 2, 3)
+    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

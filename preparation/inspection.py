@@ -16,6 +16,7 @@ from PIL import Image
 
 from common.attributes import read_attributes
 from common.checkpoints import load_weights
+from common.class_folders import find_domain
 from common.cli import UserError
 from common.data import DIGIT_SIZE, list_images, read_labels
 
@@ -109,18 +110,29 @@ def inspect_images(folder: Path, size: tuple[int, int] | None, report: Report) -
     except UserError as error:
         report.problems.append(str(error))
         return Found([], "-", "-")
+    return inspect_files(paths, folder, size, report)
+
+
+def inspect_files(
+    paths: list[Path], folder: Path, size: tuple[int, int] | None, report: Report
+) -> Found:
+    """Decode image files, which are named by their path from `folder`.
+
+    Problems are broken images and, where `size` (width, height) is given, images of another size.
+    """
+    names = [path.relative_to(folder).as_posix() for path in paths]
     with ThreadPoolExecutor() as pool:
         looks = list(pool.map(look_at, paths, chunksize=256))
     broken = []
     odd = []
     whole = []
-    for path, look in zip(paths, looks, strict=True):
+    for name, look in zip(names, looks, strict=True):
         if look is None:
-            broken.append(path.name)
+            broken.append(name)
             continue
         whole.append(look)
         if size is not None and (look.width, look.height) != size:
-            odd.append(path.name)
+            odd.append(name)
     if broken:
         report.problems.append(f"{folder}: {len(broken):,} broken images: {some(broken)}")
     if odd and size is not None:
@@ -130,7 +142,7 @@ def inspect_images(folder: Path, size: tuple[int, int] | None, report: Report) -
         )
     sizes = kinds(f"{look.width}x{look.height}" for look in whole)
     channels = kinds(channel_name(look.channels) for look in whole)
-    return Found([path.name for path in paths], sizes, channels)
+    return Found(names, sizes, channels)
 
 
 # Digits
@@ -295,6 +307,26 @@ def read_class_names(file: Path, report: Report) -> dict[str, Any] | None:
     return None
 
 
+# Objects in two domains
+
+
+def inspect_objects(folder: Path, report: Report) -> None:
+    """objects/DOMAIN/CLASS/*.png."""
+    for child in sorted(folder.iterdir()):
+        if not child.is_dir() or child.name.startswith("."):
+            continue
+        try:
+            domain = find_domain(child, "--data-dir")
+        except UserError as error:
+            report.problems.append(str(error).removeprefix("--data-dir "))
+            continue
+        found = inspect_files(domain.paths, child, None, report)
+        counts = torch.bincount(domain.labels).tolist()
+        classes = f"{len(domain.classes)} classes, {each(counts)}"
+        images = f"{len(found.names):,}"
+        report.rows.append(("objects", child.name, images, found.sizes, found.channels, classes))
+
+
 # The whole folder
 
 
@@ -306,6 +338,7 @@ def inspect_folder(data_dir: Path) -> Report:
     digits = data_dir / "digits"
     face = data_dir / "face"
     zero_shot = data_dir / "clip_zeroshot"
+    objects = data_dir / "objects"
     if digits.is_dir():
         for domain in sorted(digits.iterdir()):
             if domain.is_dir():
@@ -316,8 +349,12 @@ def inspect_folder(data_dir: Path) -> Report:
         inspect_inversion(face, report)
     if zero_shot.is_dir():
         inspect_zero_shot(zero_shot, report)
+    if objects.is_dir():
+        inspect_objects(objects, report)
     if not report.rows and not report.problems:
-        report.problems.append(f"{data_dir}: holds neither digits/ nor face/ nor clip_zeroshot/")
+        report.problems.append(
+            f"{data_dir}: holds neither digits/ nor face/ nor clip_zeroshot/ nor objects/"
+        )
     return report
 
 

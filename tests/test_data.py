@@ -1,13 +1,14 @@
 """common/data.py: the course's layouts, the cache, and one clear line for each kind of bad data."""
 
 import shutil
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from common import data
 from common.cli import UserError
@@ -61,6 +62,61 @@ def test_a_photo_that_is_not_square_is_cropped_in_the_middle(tmp_path):
     photo.save(tmp_path / "a.png")
     images = load_folder(tmp_path, (28, 28))
     assert (images.pixels[:, :, 2:-2] == 10).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_photo_is_turned_as_its_exif_data_says(tmp_path, orientation, suffix):
+    """Orientation 1 to 8 says how the stored rows and columns are meant."""
+    meant = np.zeros((24, 40, 3), np.uint8)
+    meant[:12, 20:] = (250, 0, 0)
+    meant[12:, :20] = (0, 0, 250)
+    stored = {  # what a camera stores for each, by the table of the EXIF standard
+        1: meant,
+        2: meant[:, ::-1],
+        3: meant[::-1, ::-1],
+        4: meant[::-1],
+        5: meant.transpose(1, 0, 2),
+        6: np.rot90(meant, 1),
+        7: np.rot90(meant.transpose(1, 0, 2), 2),
+        8: np.rot90(meant, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    file = tmp_path / f"a.{suffix}"
+    Image.fromarray(np.ascontiguousarray(stored)).save(file, exif=exif, quality=95)
+    decoded = data.decode_image(file).transpose(1, 2, 0)
+    assert decoded.shape == meant.shape
+    places = (slice(4, None, 16), slice(8, None, 24))  # the middle of each quarter
+    difference = decoded[places].astype(int) - meant[places]
+    assert np.abs(difference).max() <= (0 if suffix == "png" else 8)  # JPEG is lossy
+
+
+def test_damaged_exif_data_is_ignored(tmp_path):
+    whole = Image.Exif()
+    whole[ExifTags.Base.Orientation] = 6
+    content = whole.tobytes()
+    plain = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        damaged = bytearray(content[: rng.integers(6, len(content))])
+        damaged[rng.integers(len(damaged))] = rng.integers(256)
+        plain.save(tmp_path / f"{number:02d}.png", exif=bytes(damaged))
+    with warnings.catch_warnings(action="ignore"):  # PIL's, about the damage
+        images = load_folder(tmp_path, None)
+    upright = torch.from_numpy(np.asarray(plain).transpose(2, 0, 1).copy())
+    turned = upright.rot90(-1, (1, 2))
+    for pixels in images.pixels:
+        assert torch.equal(pixels, upright) or torch.equal(pixels, turned)
+
+
+def test_palettes_and_transparency(tmp_path):
+    """Transparency is ignored, as in torchvision's loader: the hidden colour shows."""
+    hidden = Image.new("RGBA", (8, 8), (10, 200, 30, 0))
+    hidden.save(tmp_path / "a.png")
+    hidden.convert("RGB").quantize(4).save(tmp_path / "b.png", transparency=0)
+    images = load_folder(tmp_path, None)
+    assert (images.pixels == torch.tensor([10, 200, 30])[:, None, None]).all()
 
 
 def test_pixels_survive_normalisation_and_back():

@@ -1,10 +1,12 @@
 """prepare_data.py: what it writes (always the same bytes), what it refuses, what `check` finds."""
 
 import csv
+import gzip
 import hashlib
 import itertools
 import json
 import shutil
+import struct
 import zipfile
 from pathlib import Path
 
@@ -14,11 +16,13 @@ import torch
 from PIL import Image
 
 import prepare_data
+from common.class_folders import find_domain, match_classes, split_by_class
 from common.cli import UserError
+from common.data import load_digits
 from common.rng import make_rng
-from preparation import archive, layout, public
-from preparation.synthetic import digits, looks, objects
-from prepare_data import Check, Download, Noises, Synthetic
+from preparation import archive, layout, mnist, public
+from preparation.synthetic import digits, looks, object_domains, objects
+from prepare_data import Check, Download, Import, Noises, Synthetic
 
 TINY = {
     "mnistm": (20, 10),
@@ -26,6 +30,7 @@ TINY = {
     "usps": (20, 10),
     "face": (3, 2),
     "clip_zeroshot": (24, 13),
+    "objects": 26,
     "num_workers": 1,
 }
 
@@ -173,6 +178,74 @@ def test_objects_are_drawn_in_their_main_colour():
         )  # of the canvas; the rest lets the background through
 
 
+# Objects in two domains
+
+
+def test_object_domains_have_office_homes_layout(made):
+    folder = made / "objects"
+    assert sorted(path.name for path in folder.iterdir()) == ["clipart", "made.json", "shaded"]
+    clipart = find_domain(folder / "clipart", "--source-dir")
+    shaded = find_domain(folder / "shaded", "--target-dir")
+    match_classes(clipart, shaded, "equal")
+    for domain in (clipart, shaded):
+        assert domain.classes == list(objects.NAMES)
+        assert torch.bincount(domain.labels).tolist() == [3, 3] + [2] * 10  # they take turns
+        assert sorted(path.name for path in (domain.folder / "apple").iterdir()) == [
+            "00000.png",
+            "00001.png",
+            "00002.png",
+        ]
+        train, val = split_by_class(domain)
+        assert (len(train), len(val)) == (14, 12)
+    with Image.open(folder / "shaded" / "car" / "00002.png") as image:
+        assert (image.size, image.mode) == ((64, 64), "RGB")
+
+
+def test_an_object_depends_on_seed_domain_and_number_only(made):
+    for domain in object_domains.DOMAINS:
+        image, label = object_domains.draw_object(0, domain, 25)
+        assert label == 1
+        with Image.open(made / "objects" / domain / "car" / "00002.png") as stored:
+            assert np.array_equal(np.asarray(stored), image)
+        assert not np.array_equal(object_domains.draw_object(1, domain, 25)[0], image)
+        assert not np.array_equal(object_domains.draw_object(0, domain, 37)[0], image)
+
+
+def test_clip_art_has_black_lines_on_a_plain_ground_and_photographs_do_not():
+    """Clip art has a few flat colours, one of which fills the ground. A photograph has none."""
+    shares = {domain: [] for domain in object_domains.DOMAINS}
+    for domain, k in itertools.product(object_domains.DOMAINS, range(36)):
+        image, _ = object_domains.draw_object(0, domain, k)
+        colours, counts = np.unique(image.reshape(-1, 3), axis=0, return_counts=True)
+        shares[domain].append(counts.max() / counts.sum())
+        flat = colours[counts >= 205]  # one pixel in twenty
+        black = np.mean((image < 60).all(-1))
+        if domain == "clipart":
+            assert 1 <= len(flat) <= 4  # ground, white, one colour, black
+            assert 0.02 < black < 0.4
+        else:
+            assert len(flat) == 0
+    assert min(shares["clipart"]) > 0.3
+    assert max(shares["shaded"]) < 0.05
+
+
+def test_another_version_of_the_objects_leaves_other_parts_alone(copied, monkeypatch, capsys):
+    """And so does a folder that was drawn before there were objects."""
+    before = fingerprint(copied)
+    made = json.loads((copied / "digits" / "usps" / "made.json").read_text())
+    assert made == {"made_by": "synthetic", "version": 2, "seed": 0, "train": 20, "val": 10}
+    monkeypatch.setattr(prepare_data, "OBJECTS_VERSION", 99)
+    with pytest.raises(UserError, match="objects holds other data"):
+        prepare_data.main(Synthetic(copied, **TINY))
+    monkeypatch.undo()
+    shutil.rmtree(copied / "objects")
+    prepare_data.main(Synthetic(copied, **TINY))
+    out = capsys.readouterr().out
+    assert "drawing 52 images" in out
+    assert "objects: 26 clipart, 26 shaded" in out
+    assert fingerprint(copied) == before
+
+
 def test_noises(made, tmp_path):
     noises = [
         torch.load(path, weights_only=True) for path in sorted((made / "face" / "noise").iterdir())
@@ -292,11 +365,12 @@ def test_interrupted_run_leaves_no_half_part(tmp_path, monkeypatch):
 
 def test_settings_that_make_no_sense_are_refused(tmp_path, error_of, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    commands = Synthetic | Download | Check | Noises
+    commands = Synthetic | Download | Import | Check | Noises
     for words, message in (
         ("synthetic --usps 20 0", "--usps 20 0: each split needs between 1 and 1,000,000 images"),
         ("synthetic --clip-zeroshot 0 5", "--clip-zeroshot 0 5: each split needs"),
         ("synthetic --mnistm 1000001 5", "--mnistm 1000001 5: each split needs"),
+        ("synthetic --objects 23", "--objects 23: each domain needs between 24 and 1,000,000"),
         ("synthetic --seed -1", "--seed -1: must be between 0 and 4,294,967,295"),
         ("synthetic --num-workers 0", "--num-workers 0: must be between 1 and 1024"),
         ("download", "either --year 2022|2023|2024 or --public"),
@@ -305,6 +379,8 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, error_of, monkeypatch
         ("download --public", "--textures: needed for MNIST-M"),
         ("download --public --parts face face", "--parts face face: names something twice"),
         ("download --public --parts", "--parts: needs at least one value"),
+        ("import", "import: --mnist PATH"),
+        ("import --mnist nowhere", "--mnist nowhere: has neither train-images-idx3-ubyte nor"),
         ("noises --output-dir x --count 0", "--count 0: must be at least 1"),
         ("noises --output-dir x --size 0", "--size 0: must be between 1 and 4096"),
         ("noises --output-dir x --size 99999", "--size 99999: must be between 1 and 4096"),
@@ -414,10 +490,136 @@ def test_check_of_objects_and_noises(copied, capsys):
     assert "id2label.json: missing" in complaints(copied, capsys)
 
 
+def test_check_of_object_domains(copied, capsys):
+    prepare_data.main(Check(copied))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "objects clipart 26 64x64 RGB 12 classes, 2-3 each" in lines
+    assert "objects shaded 26 64x64 RGB 12 classes, 2-3 each" in lines
+    broken = copied / "objects" / "shaded" / "fish" / "00001.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    for file in (copied / "objects" / "clipart" / "key").iterdir():
+        file.unlink()
+    text = complaints(copied, capsys)
+    assert "objects/clipart/key: contains no PNG or JPEG image" in text
+    assert "objects/shaded: 1 broken images: fish/00001.png" in text
+    assert len(text.splitlines()) == 2
+
+
 def test_check_of_missing_and_empty_folders(tmp_path, capsys):
     with pytest.raises(UserError, match="no such folder"):
         prepare_data.main(Check(tmp_path / "nowhere"))
     assert "holds neither digits/" in complaints(tmp_path, capsys)
+
+
+# Import
+
+IMAGES = "train-images-idx3-ubyte"
+LABELS = "t10k-labels-idx1-ubyte"
+
+
+def write_idx(path: Path, magic: int, values: np.ndarray) -> None:
+    header = struct.pack(f">{1 + values.ndim}I", magic, *values.shape)
+    content = header + values.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.fixture
+def idx_files(tmp_path, monkeypatch) -> Path:
+    """A small MNIST of 30 and 20 images; the training images and the test labels are not packed."""
+    monkeypatch.setattr(mnist, "COUNTS", {"train": 30, "t10k": 20})
+    folder = tmp_path / "MNIST raw"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    write_idx(folder / IMAGES, 2051, rng.integers(0, 256, (30, 28, 28)))
+    write_idx(folder / "train-labels-idx1-ubyte.gz", 2049, np.arange(30) % 10)
+    write_idx(folder / "t10k-images-idx3-ubyte.gz", 2051, rng.integers(0, 256, (20, 28, 28)))
+    write_idx(folder / LABELS, 2049, np.arange(20) // 2)
+    return folder
+
+
+def test_mnist_is_imported(idx_files, tmp_path, capsys):
+    out = tmp_path / "hw2_data"
+    prepare_data.main(Import(idx_files, out))
+    assert capsys.readouterr().out == "digits/mnist: 30 train, 20 val\n"
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 28, 28))
+    first = 0
+    for split, labels in (("train", np.arange(30) % 10), ("val", np.arange(20) // 2)):
+        images = load_digits(out, "mnist", split)
+        assert images.labels.tolist() == labels.tolist()
+        assert images.names == [f"{first + k:05d}.png" for k in range(len(labels))]
+        for channel in range(3):
+            assert np.array_equal(images.pixels[:, channel], pixels[first : first + len(labels)])
+        first += len(labels)
+    with Image.open(out / "digits" / "mnist" / "data" / "00049.png") as image:
+        assert (image.size, image.mode) == ((28, 28), "L")
+    prepare_data.main(Check(out))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[1:] == [
+        "digits/mnist train 30 28x28 grey 0-9, 3-3 each",
+        "digits/mnist val 20 28x28 grey 0-9, 2-2 each",
+        "all fine",
+    ]
+
+
+def test_mnist_is_imported_once(idx_files, tmp_path, capsys):
+    """Packing makes no difference; other files are other data."""
+    out = tmp_path / "hw2_data"
+    prepare_data.main(Import(idx_files, out))
+    before = fingerprint(out)
+    content = (idx_files / IMAGES).read_bytes()
+    (idx_files / f"{IMAGES}.gz").write_bytes(gzip.compress(content))
+    (idx_files / IMAGES).unlink()
+    prepare_data.main(Import(idx_files, out))
+    assert "digits/mnist: already finished" in capsys.readouterr().out
+    write_idx(idx_files / IMAGES, 2051, np.zeros((30, 28, 28)))
+    with pytest.raises(UserError, match=r"digits/mnist holds other data .*; remove it first"):
+        prepare_data.main(Import(idx_files, out))
+    assert fingerprint(out) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "magic", "shape", "message"),
+    [
+        (IMAGES, 2049, (30, 28, 28), "starts with 2049, 30, 28, 28 instead of 2051, 30, 28, 28"),
+        (IMAGES, 2051, (29, 28, 28), "starts with 2051, 29, 28, 28 instead of 2051, 30, 28, 28"),
+        (IMAGES, 2051, (30, 32, 32), "starts with 2051, 30, 32, 32 instead of 2051, 30, 28, 28"),
+        (LABELS, 2051, (20,), "starts with 2051, 20 instead of 2049, 20 (magic number and shape"),
+        (LABELS, 2049, (30,), "starts with 2049, 30 instead of 2049, 20"),
+    ],
+)
+def test_an_idx_file_of_something_else_is_named(idx_files, tmp_path, name, magic, shape, message):
+    write_idx(idx_files / name, magic, np.zeros(shape))
+    with pytest.raises(UserError) as error:
+        prepare_data.main(Import(idx_files, tmp_path / "out"))
+    assert str(error.value).startswith(f"{idx_files / name}: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_idx_file_is_named(idx_files, tmp_path):
+    def error() -> str:
+        with pytest.raises(UserError) as caught:
+            prepare_data.main(Import(idx_files, tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    labels = idx_files / LABELS
+    whole = labels.read_bytes()
+    labels.write_bytes(whole[:-1])
+    assert error() == f"{labels}: holds 19 bytes after its header instead of 20"
+    labels.write_bytes(whole[:7])
+    assert error() == f"{labels}: is too short for an idx file"
+    labels.write_bytes(whole[:-1] + b"\x0a")
+    assert error() == f"{labels}: has the label 10"
+    labels.write_bytes(whole)
+    packed = idx_files / "train-labels-idx1-ubyte.gz"
+    content = packed.read_bytes()
+    for damaged in (content[:-9], b"<html>", content[:15] + b"????" + content[19:]):
+        packed.write_bytes(damaged)
+        assert error() == f"{packed}: not a whole gzip file"
+    packed.unlink()
+    assert error() == (
+        f"--mnist {idx_files}: has neither train-labels-idx1-ubyte nor train-labels-idx1-ubyte.gz"
+    )
 
 
 # Download

@@ -587,6 +587,8 @@ def leave_files(script: str, *arguments: str) -> None:
                 "face/val",
                 "face/noise",
                 "clip_zeroshot/train",
+                "objects/clipart",
+                "objects/shaded",
             ):
                 (after("--data-dir") / part).mkdir(parents=True)
             (after("--data-dir") / "face/list_attr_celeba.txt").touch()
@@ -710,6 +712,8 @@ def test_data_without_some_parts(real, tmp_path):
         "p2_score.py",
         "report.py",
     }
+    make_folders(tmp_path / "imported", "digits/mnist")  # which takes no part in these problems
+    assert commands_of(real("imported", "out4").calls)[0] == "prepare_data.py synthetic"
     make_folders(tmp_path / "course", "clip_zeroshot/val")  # the published weights, which may fail
     ended = real("course", "out3", fail="p3_clip_zeroshot.py")
     assert (ended.status, len(ended.calls)) == (0, 3)

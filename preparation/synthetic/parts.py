@@ -1,4 +1,4 @@
-"""Drawing whole parts of the layout (digits/mnistm, …, clip_zeroshot) in several processes."""
+"""Drawing whole parts of the layout (digits/mnistm, …, objects) in several processes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import numpy as np
 from tqdm import tqdm
 
 from preparation import layout
-from preparation.synthetic import digits, faces, looks, objects
+from preparation.synthetic import digits, faces, looks, object_domains, objects
 
 CHUNK = 50  # images that a process draws before it reports
 Map = Callable[..., Iterator[Any]]  # like the built-in map
 
 
 class Split(NamedTuple):
-    """Where the images of a split go, and what they depend on."""
+    """Where the images of a split (or domain) go, and what they depend on."""
 
     part: str
     seed: int
-    name: str  # "train" or "val"
+    name: str  # "train" or "val", for objects "clipart" or "shaded"
     first: int  # the number of the first image in the names of the files
     folder: Path
 
@@ -71,6 +71,14 @@ def draw_part(folder: Path, part: str, seed: int, counts: tuple[int, int], run_m
         layout.write_names(folder, objects.NAMES)
 
 
+def draw_object_domains(folder: Path, seed: int, count: int, run_map: Map) -> None:
+    """Fill `folder` with DOMAIN/CLASS/NNNNN.png, `count` images of each domain."""
+    for domain in object_domains.DOMAINS:
+        for name in objects.NAMES:
+            (folder / domain / name).mkdir(parents=True)
+        draw_split(Split("objects", seed, domain, 0, folder / domain), count, run_map)
+
+
 def draw_split(split: Split, count: int, run_map: Map) -> list[Any]:
     """Draw and save a split; returns the labels of its images, or for faces their attributes."""
     split.folder.mkdir(exist_ok=True)
@@ -113,6 +121,10 @@ def draw_image(split: Split, k: int) -> tuple[np.ndarray, Any, str]:
         number, label = divmod(k, len(objects.NAMES))  # the classes take turns
         image = objects.draw_object(split.seed, split.name, label, number)
         return image, label, f"{label}_{number}.png"
+    if split.part == "objects":
+        image, label = object_domains.draw_object(split.seed, split.name, k)
+        number = k // len(objects.NAMES)
+        return image, label, f"{objects.NAMES[label]}/{layout.image_name(number)}"
     domain = split.part.removeprefix("digits/")
     image, label = digits.draw_digit(split.seed, domain, split.name, k)
     return image, label, name
