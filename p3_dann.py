@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from common.augment import augment_digits
 from common.checkpoints import load_net
-from common.classification import accuracy, classify
+from common.classification import accuracy, classify, scores_of
 from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
 from common.data import (
     DIGIT_DOMAINS,
@@ -42,6 +42,7 @@ from common.data import (
     load_digits,
     load_folder,
     normalise,
+    take,
 )
 from common.device import Device, Precision, make_accelerator, place
 from common.figures import save_curves, save_table, save_tsne
@@ -49,6 +50,7 @@ from common.files import atomic_write, make_output_dir
 from common.rng import derive_seed, make_rng
 from common.run import Run
 from common.training import update_ema, warmup_cosine
+from metrics.unlabelled import CRITERIA, Selection, all_criteria, selected_epoch
 from models.dann import NETS, DannNet
 from models.network import Network
 
@@ -83,6 +85,7 @@ RECIPES = {
     },
 }
 SCENARIO_RECIPES = {("deep", "usps"): {"prior": 0.5}}
+MOST_MEASURED = 2_000  # images of each domain by which --select chooses
 
 
 @dataclass(kw_only=True)
@@ -119,6 +122,8 @@ class Recipe:
     """Label smoothing of the class loss."""
     ema_decay: float = 0.998
     """Decay of the averaged network, which is the one that is evaluated and saved."""
+    select: Selection = "last"
+    """Which epoch is the result. Nothing here reads a label of the target."""
 
     def __post_init__(self) -> None:
         at_least("--epochs", self.epochs, 1)
@@ -134,10 +139,7 @@ class Recipe:
 
 @dataclass(kw_only=True)
 class Train(Recipe):
-    """Train one network on one scenario.
-
-    The last epoch is the result: no epoch is chosen with labels of the target.
-    """
+    """Train one network, and report the last epoch, or the one that --select names."""
 
     target: str = "svhn"
     """Domain to adapt to. Only --method target uses its labels."""
@@ -354,7 +356,8 @@ def train(args: Train) -> dict[str, Any]:
     ema = copy.deepcopy(bare_net)
     net, optimizer = accelerator.prepare(DomainAdversarial(bare_net), optimizer)
     prior = ClassPrior(trust=settings.prior).to(device)
-    parts = {"net": bare_net, "ema": ema, "optimizer": optimizer, "prior": prior}
+    chosen = copy.deepcopy(ema)
+    parts = {"net": bare_net, "ema": ema, "chosen": chosen, "optimizer": optimizer, "prior": prior}
 
     steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
     last = settings.epochs * steps_per_epoch
@@ -399,11 +402,11 @@ def train(args: Train) -> dict[str, Any]:
             row = {"step": step + 1, "epoch": epoch, "lambda": lambd}
             row["learning_rate"] = learning_rate
             row |= run.epoch_means(steps_per_epoch)
-            end_epoch(run, args, ema, data.validation, row)
+            end_epoch(run, args, ema, chosen, data, row)
         if run.save_due() or epoch_ends:
             run.save_state(step + 1, parts)
     if run.is_main:
-        finish(run, args, ema, data.validation)
+        finish(run, args, chosen, data.validation)
     return run.result or {}
 
 
@@ -458,19 +461,26 @@ def load_data(args: Train) -> Data:
 
 
 def end_epoch(
-    run: Run, args: Train, ema: nn.Module, validation: dict[str, Images], row: dict[str, Any]
+    run: Run, args: Train, ema: nn.Module, chosen: nn.Module, data: Data, row: dict[str, Any]
 ) -> None:
-    """Measure the averaged network on the validation images, log it, and warn of bad signs.
+    """Measure the averaged network, log it, keep it if --select prefers it, and warn of bad signs.
 
-    The accuracies are for the record: nothing is chosen with them.
+    The accuracies on other domains than the source are for the record: nothing is chosen with them.
     """
     if not run.is_main:
         return
-    for domain, images in validation.items():
+    source = data.validation[args.source]
+    source = take(source, some_rows(len(source.names)))
+    row["source_accuracy"] = accuracy(ema, source, run.accelerator)
+    unlabelled = data.target_pixels[some_rows(len(data.target_pixels))]
+    row |= all_criteria(scores_of(ema, unlabelled, run.accelerator).float().softmax(1))
+    for domain, images in data.validation.items():
         if domain != args.source:
             row[f"accuracy_{domain}"] = accuracy(ema, images, run.accelerator)
     run.log_metrics(row)
     run.log_row(row)
+    if selected_epoch(run.history(), args.select)["epoch"] == row["epoch"]:
+        chosen.load_state_dict(ema.state_dict())
     best = max(before["class_accuracy"] for before in run.history())
     if row["class_accuracy"] < best - 0.05:
         run.log(
@@ -489,12 +499,18 @@ def end_epoch(
         )
 
 
-def finish(run: Run, args: Train, ema: Network, validation: dict[str, Images]) -> None:
-    """Measure the last epoch on every validation set; write curves, model and result.json."""
+def some_rows(count: int) -> Tensor:
+    """The numbers of at most MOST_MEASURED of `count` images, always the same ones."""
+    return torch.randperm(count, generator=make_rng(0, "criteria"))[:MOST_MEASURED]
+
+
+def finish(run: Run, args: Train, chosen: Network, validation: dict[str, Images]) -> None:
+    """Measure the chosen epoch on every validation set; write curves, model and result.json."""
     rows = run.history()
-    result: dict[str, Any] = {"accuracy": {}, "grey": {}}
+    epoch = selected_epoch(rows, args.select)["epoch"]
+    result: dict[str, Any] = {"select": args.select, "epoch": epoch, "accuracy": {}, "grey": {}}
     for domain, images in validation.items():
-        result["accuracy"][domain] = accuracy(ema, images, run.accelerator)
+        result["accuracy"][domain] = accuracy(chosen, images, run.accelerator)
         result["grey"][domain] = is_grey(images.pixels)
     swings = {}
     best = {}  # chosen with labels of the target, so it is not a result
@@ -510,6 +526,7 @@ def finish(run: Run, args: Train, ema: Network, validation: dict[str, Images]) -
         "losses": ["class_loss", "domain_loss"],
         "training accuracy": ["class_accuracy", "domain_accuracy"],
         "validation accuracy, %": [key for key in rows[-1] if key.startswith("accuracy_")],
+        "target without labels": list(CRITERIA),
         "schedule": ["lambda"],
     }
     save_curves(rows, panels, run.dir / "figures" / "curves.png")
@@ -519,7 +536,7 @@ def finish(run: Run, args: Train, ema: Network, validation: dict[str, Images]) -
         "method": args.method,
         "seed": args.seed,
     }
-    run.save_model(ema, ema.config | extra)
+    run.save_model(chosen, chosen.config | extra)
     found = [f"{domain} {value:.2f} %" for domain, value in result["accuracy"].items()]
     run.log(f"{run.dir}: {', '.join(found)}")
     run.finish(result)
@@ -598,7 +615,8 @@ def table(args: Table) -> None:
         for target in args.targets:
             row.append(" / ".join(f"{value:.2f}" for value in reported.get(target, ())))
         rows.append(row)
-    header = ["last epoch, validation accuracy"]
+    chosen = "last epoch" if args.select == "last" else f"epoch chosen by {args.select}"
+    header = [f"{chosen}, validation accuracy"]
     for target in args.targets:
         # USPS has no colour anyway; other targets say so.
         name = f"grey {target}" if grey.get(target) and target != "usps" else target

@@ -49,7 +49,7 @@ from common.rng import derive_seed, make_rng
 from common.run import Run
 from common.training import update_ema
 from metrics.features import EFFICIENTNET_PACKAGE, find_efficientnet, load_efficientnet
-from metrics.unlabelled import CRITERIA, all_criteria
+from metrics.unlabelled import CRITERIA, Selection, all_criteria, selected_epoch
 from models.adaptation import AdaptationNet, BackboneName, Place
 
 NETS = {"adaptation": AdaptationNet}
@@ -108,7 +108,7 @@ class Recipe:
     """Add information maximisation on the target: certain of each image, balanced over all."""
     mcc: bool = False
     """Add minimum class confusion on the target."""
-    select: Literal["last", "source_accuracy", "infomax", "bnm", "corr_c"] = "last"
+    select: Selection = "last"
     """Which epoch is the result. Nothing here reads a label of the target."""
     augment: bool = True
     """Turn and shift digits; crop and mirror photographs."""
@@ -464,7 +464,8 @@ def train(args: Train) -> dict[str, Any]:
         weight_decay=args.weight_decay,
     )
     net, optimizer = accelerator.prepare(DomainAdversarial(bare_net), optimizer)
-    parts = {"net": bare_net, "ema": ema, "chosen": copy.deepcopy(ema), "optimizer": optimizer}
+    chosen = copy.deepcopy(ema)
+    parts = {"net": bare_net, "ema": ema, "chosen": chosen, "optimizer": optimizer}
     reads_target = args.place != "none" or args.infomax or args.mcc
 
     steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
@@ -506,11 +507,11 @@ def train(args: Train) -> dict[str, Any]:
             row = {"step": step + 1, "epoch": epoch, "lambda": lambd}
             row["learning_rate"] = learning_rate
             row |= run.epoch_means(steps_per_epoch)
-            end_epoch(run, args, ema, parts["chosen"], measured, data, row)
+            end_epoch(run, args, ema, chosen, measured, data, row)
         if run.save_due() or epoch_ends:
             run.save_state(step + 1, parts)
     if run.is_main:
-        finish(run, args, ema, parts["chosen"], data, start)
+        finish(run, args, chosen, data, start)
     return run.result or {}
 
 
@@ -545,12 +546,10 @@ def end_epoch(
     row["source_accuracy"] = percent_correct(found["source"], data.source_val)
     row |= all_criteria(found["unlabelled"])
     row["accuracy_target"] = percent_correct(found["target"], data.target_val)
-    if args.select != "last":
-        before = [earlier[args.select] for earlier in run.history()]
-        if row[args.select] > max(before, default=-math.inf):
-            chosen.load_state_dict(ema.state_dict())
     run.log_metrics(row)
     run.log_row(row)
+    if selected_epoch(run.history(), args.select)["epoch"] == row["epoch"]:
+        chosen.load_state_dict(ema.state_dict())
     best = max(earlier["source_accuracy"] for earlier in run.history())
     if row["source_accuracy"] < best - 5:
         run.log(
@@ -564,16 +563,10 @@ def percent_correct(p: Tensor, images: Images) -> float:
     return 100 * (p.argmax(1) == labels_of(images)).double().mean().item()
 
 
-def finish(
-    run: Run, args: Train, ema: AdaptationNet, chosen: AdaptationNet, data: Domains, start: str
-) -> None:
+def finish(run: Run, args: Train, chosen: AdaptationNet, data: Domains, start: str) -> None:
     """Write curves, model and result.json, of the epoch that --select names."""
     rows = run.history()
-    epoch = rows[-1]
-    net = ema
-    if args.select != "last":
-        epoch = max(rows, key=lambda row: row[args.select])  # the first of equal ones
-        net = chosen
+    epoch = selected_epoch(rows, args.select)
     oracle = max(rows, key=lambda row: row["accuracy_target"])
     result = {
         "select": args.select,
@@ -601,7 +594,7 @@ def finish(
         "class_names": data.classes,
         "seed": args.seed,
     }
-    run.save_model(net, net.config | extra)
+    run.save_model(chosen, chosen.config | extra)
     run.log(
         f"{run.dir}: epoch {epoch['epoch']}, {source} {epoch['source_accuracy']:.2f} %, "
         f"{target} {epoch['accuracy_target']:.2f} %"

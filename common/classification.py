@@ -25,20 +25,24 @@ def normalised_batches(pixels: Tensor, device: torch.device) -> Iterator[Tensor]
 
 
 @torch.inference_mode()
-def classify(net: nn.Module, pixels: Tensor, accelerator: Accelerator) -> Tensor:
-    """The classes, int64 (n,), that `net` finds in uint8 images (n, 3, height, width).
+def scores_of(net: nn.Module, pixels: Tensor, accelerator: Accelerator) -> Tensor:
+    """The scores (n, classes) that `net` gives to uint8 images (n, 3, height, width), on the CPU.
 
     `net` takes float images in [-1, 1] and returns scores (batch, classes), or a tuple that starts
     with them.
     """
     net.eval()
-    classes = []
+    scores = []
     with accelerator.autocast():
         for batch in normalised_batches(pixels, accelerator.device):
             output = net(batch)
-            scores = output[0] if isinstance(output, tuple) else output
-            classes.append(scores.argmax(1).cpu())
-    return torch.cat(classes)
+            scores.append((output[0] if isinstance(output, tuple) else output).cpu())
+    return torch.cat(scores)
+
+
+def classify(net: nn.Module, pixels: Tensor, accelerator: Accelerator) -> Tensor:
+    """The classes, int64 (n,), that `net` finds in uint8 images (n, 3, height, width)."""
+    return scores_of(net, pixels, accelerator).argmax(1)
 
 
 def accuracy(net: nn.Module, images: Images, accelerator: Accelerator) -> float:

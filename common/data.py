@@ -43,6 +43,12 @@ class Images(NamedTuple):
     names: list[str]
 
 
+def take(images: Images, rows: torch.Tensor) -> Images:
+    """Some of the images."""
+    names = [images.names[row] for row in rows.tolist()]
+    return Images(images.pixels[rows], labels_of(images)[rows], names)
+
+
 # Pixels
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from common.augment import crop_and_flip, turn_and_shift
 from common.class_folders import find_domain, load_domain, match_classes, split_by_class
-from common.data import Images, labels_of, load_digits, normalise
+from common.data import Images, load_digits, normalise, take
 from common.rng import make_rng
 from models.adaptation import AdaptationNet
 
@@ -90,12 +90,6 @@ def resize(pixels: Tensor, size: int) -> Tensor:
         for part in pixels.split(1_000)
     ]
     return torch.cat(some)
-
-
-def take(images: Images, rows: Tensor) -> Images:
-    """Some of the images."""
-    names = [images.names[row] for row in rows.tolist()]
-    return Images(images.pixels[rows], labels_of(images)[rows], names)
 
 
 class Inputs:

@@ -9,13 +9,14 @@ images the same.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 Criterion = Literal["infomax", "bnm", "corr_c"]
+Selection = Literal["last", "source_accuracy", "infomax", "bnm", "corr_c"]
 TEMPERATURE = 0.05  # of SND, as its authors have it
 MOST_NEIGHBOURS = 3_000  # SND compares each of at most so many images with each other
 
@@ -86,3 +87,13 @@ def all_criteria(p: Tensor) -> dict[str, float]:
     """Every number of this module for probabilities (n, classes), by name."""
     found = {name: criterion(p) for name, criterion in CRITERIA.items()}
     return found | {"certainty": certainty(p), "snd": snd(p)}
+
+
+def selected_epoch(rows: list[dict[str, Any]], selection: Selection) -> dict[str, Any]:
+    """The row of the last epoch, or of the first one with the largest value of `selection`.
+
+    `rows` has one row for each epoch, with the criteria and "source_accuracy" in it.
+    """
+    if selection == "last":
+        return rows[-1]
+    return max(rows, key=lambda row: row[selection])

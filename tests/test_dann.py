@@ -1,5 +1,6 @@
 """p3_dann.py and models/dann.py: the method against independent formulas, honesty, exact resume."""
 
+import copy
 import csv
 import json
 import math
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 import p3_dann
 from common.checkpoints import load_net, load_weights
+from common.classification import accuracy
 from common.cli import UserError
 from common.device import make_accelerator
 from common.files import ROOT
@@ -247,7 +249,7 @@ def test_training_learns_and_records_every_epoch(data_dir):
     assert result["accuracy"]["mnistm"] >= 60
     rows = read_metrics(args.output_dir)
     assert [row["epoch"] for row in rows] == list(range(1, 31))
-    columns = {"lambda", "learning_rate", "accuracy_usps"}
+    columns = {"lambda", "learning_rate", "accuracy_usps", "source_accuracy", "infomax", "snd"}
     columns |= {"class_loss", "class_accuracy", "domain_loss", "domain_accuracy"}
     for row in rows:
         assert columns <= row.keys()
@@ -259,6 +261,21 @@ def test_training_learns_and_records_every_epoch(data_dir):
     recorded = [row["accuracy_usps"] for row in rows]
     assert result["accuracy"]["usps"] == recorded[-1]
     assert result["oracle_best_accuracy"]["usps"] == max(recorded)
+
+
+@pytest.mark.parametrize("criterion", ["source_accuracy", "corr_c"])
+def test_the_selected_epoch_is_the_first_with_the_largest_value(data_dir, criterion):
+    args = small(data_dir, "run", epochs=6, lr=3e-3, target="usps", select=criterion)
+    result = train(args)
+    rows = read_metrics(args.output_dir)
+    values = [row[criterion] for row in rows]
+    assert result["select"] == criterion
+    assert result["epoch"] == rows[values.index(max(values))]["epoch"]
+    assert result["accuracy"]["usps"] == rows[result["epoch"] - 1]["accuracy_usps"]
+    net, _ = load_net(args.output_dir / "model.safetensors", NETS)
+    data = p3_dann.load_data(args)
+    found = accuracy(net, data.validation["usps"], make_accelerator("cpu", "fp32"))
+    assert found == pytest.approx(result["accuracy"]["usps"])
 
 
 # Resume
@@ -349,11 +366,13 @@ def test_a_collapse_is_reported(data_dir, capsys):
     args = small(data_dir, "run")
     run = Run(args, make_accelerator("cpu", "fp32"))
     run.load_state({})
+    net = DannCNN()
+    data = p3_dann.load_data(args)
     good = {"step": 1, "epoch": 1, "class_accuracy": 0.9, "domain_accuracy": 0.6}
-    p3_dann.end_epoch(run, args, DannCNN(), {}, good)
+    p3_dann.end_epoch(run, args, net, copy.deepcopy(net), data, good)
     assert "warning" not in capsys.readouterr().out
     bad = {"step": 2, "epoch": 2, "class_accuracy": 0.8, "domain_accuracy": 0.99}
-    p3_dann.end_epoch(run, args, DannCNN(), {}, bad)
+    p3_dann.end_epoch(run, args, net, copy.deepcopy(net), data, bad)
     printed = capsys.readouterr().out
     assert "class accuracy fell by 5 points" in printed
     assert "domain accuracy is 99%" in printed

@@ -23,14 +23,14 @@ ALSO_NEEDED = {"prepare_data.Download": ["--year", "2022"]}
 # A negative strength of guidance leads away from the class, which is worth an experiment.
 MAY_BE_NEGATIVE = {"guidance", "guidances", "guidance_sweep"}
 # Strengths, weights, decays, probabilities and shares, of which 0 means none; places that count
-# from 0; and workers, where 0 means the process itself.
+# from 0; workers, where 0 means the process itself; and stages that do not learn.
 MAY_BE_ZERO = MAY_BE_NEGATIVE | {
     *("beta1", "beta2", "ema_decay", "weight_decay", "drop", "dropout", "drift", "penalty"),
     *("real_label", "fake_label", "label_smoothing", "instance_noise", "augmentation"),
     *("latent_noise", "critic_weight", "perceptual_weight"),
     *("lambda_max", "prior", "eta", "etas", "interval"),
     *("drop_each", "drop_all", "scale", "scales", "free_scales", "classifier_scales"),
-    *("seed", "seeds", "offset"),
+    *("seed", "seeds", "offset", "frozen"),
 }
 MAY_BE_ZERO_IN = {
     ("benchmarks.dann_training.Benchmark", "num_workers"),
