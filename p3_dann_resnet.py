@@ -111,7 +111,7 @@ class Recipe:
     select: Selection = "last"
     """Which epoch is the result. Nothing here reads a label of the target."""
     augment: bool = True
-    """Turn and shift digits; crop and mirror photographs."""
+    """Turn, zoom and shift digits; crop and mirror photographs."""
     epochs: int = 20
     """Epochs of --images-per-epoch images of each domain."""
     images_per_epoch: int = 16_000
@@ -126,7 +126,7 @@ class Recipe:
     """Weight λ of the reversed gradient at the end of its ramp."""
     label_smoothing: float = 0.1
     """Label smoothing of the class loss."""
-    ema_decay: float = 0.99
+    ema_decay: float = 0.998
     """Decay of the averaged network, which is the one that is evaluated and saved."""
     device: Device = "auto"
     """Where to compute."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -159,10 +160,12 @@ def crop_and_flip(images: Tensor, size: int, rng: torch.Generator) -> Tensor:
     return images[numbers, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def turn_and_shift(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Turn each image by up to 10 degrees and shift it by up to an eighth of its size.
+def turn_zoom_and_shift(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Turn each image by up to 10 degrees, zoom it in or out by up to 1.4, shift it by an eighth.
 
-    `images` is float (batch, channels, height, width); the pixels at the edge are repeated.
+    `images` is float (batch, channels, height, width) in [-1, 1]. What comes in at the edge is
+    black. The zoom is as wide as it is because digits fill the image in some data sets (USPS), and
+    20 of 28 pixels in others (MNIST).
     """
 
     def uniform(largest: float) -> Tensor:
@@ -171,9 +174,10 @@ def turn_and_shift(images: Tensor, rng: torch.Generator) -> Tensor:
         return (2 * draw - 1) * largest
 
     angle = torch.deg2rad(uniform(10))
+    zoom = uniform(math.log(1.4)).exp()
     # The map's coordinates go from -1 to 1, so that an eighth of the size is 0.25.
-    row_x = torch.cat([angle.cos(), -angle.sin(), uniform(0.25)], 1)
-    row_y = torch.cat([angle.sin(), angle.cos(), uniform(0.25)], 1)
+    row_x = torch.cat([zoom * angle.cos(), -zoom * angle.sin(), uniform(0.25)], 1)
+    row_y = torch.cat([zoom * angle.sin(), zoom * angle.cos(), uniform(0.25)], 1)
     maps = torch.stack([row_x, row_y], 1)  # (batch, 2, 3)
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # zeros outside, then black

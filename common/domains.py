@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.augment import crop_and_flip, turn_and_shift
+from common.augment import crop_and_flip, turn_zoom_and_shift
 from common.class_folders import find_domain, load_domain, match_classes, split_by_class
 from common.data import Images, load_digits, normalise, take
 from common.rng import make_rng
@@ -141,7 +141,7 @@ class Inputs:
         images = normalise(pixels)
         size = self.net.size
         if self.augment == "digits":
-            images = turn_and_shift(images, rng)
+            images = turn_zoom_and_shift(images, rng)
         if self.augment == "photographs":
             images = crop_and_flip(images, size, rng)
         elif images.shape[2] > size:

@@ -39,6 +39,12 @@ def all_tables(output: Output) -> dict[str, Table]:
             "p3/table.csv",
             "Trained on source, adapted, trained on target, beside three course reports",
         ),
+        "p3_resnet_digits": output.table(
+            "p3/resnet-digits/table.csv", "Digits with a ResNet, by the place of the reversal"
+        ),
+        "p3_resnet_objects": output.table(
+            "p3/resnet-objects/table.csv", "Drawn objects with a ResNet: outlines and shaded"
+        ),
         "p3_clip": clip_table(output),
         "p3_clip_prompts": output.table(
             "p3/clip/table.csv", "Zero-shot classification with all sets of prompts"

@@ -199,6 +199,7 @@ def in_this_process(function: Callable, *arguments: object) -> object:
     ("name", "options"),
     [
         ("dann_training", {"net": "cnn", "images": 16, "batch_size": 4, "num_workers": 0}),
+        ("dann_resnet_training", {"net": "resnet18", "size": 65, "batch_size": 2, "steps": 1}),
         ("gan_training", {"images": 4, "batch_size": 2, "num_workers": 0}),
         ("ddpm_training", {"images": 4, "batch_size": 2, "width": 32, "num_workers": 0}),
         ("ddim_unet", {"size": 32, "width": 16, "repeats": 1}),

@@ -251,6 +251,19 @@ def write_dann(folder: Path, data_dir: Path) -> None:
     (folder / "p3/table.csv").write_text(table)
 
 
+def write_resnet(folder: Path, data_dir: Path) -> None:
+    """Problem 3: a ResNet on digits at two places, and the tables of digits and objects."""
+    for place in ("none", "backbone"):
+        run = folder / f"p3/resnet-digits/{place}-seed0"
+        write_run(run, data_dir, {"accuracy": {"target": 90.0}}, place=place)
+        for name in ("tsne_class", "tsne_domain", "curves"):
+            write_image(run / f"figures/{name}.png")
+    for kind in ("digits", "objects"):
+        table = folder / f"p3/resnet-{kind}/table.csv"
+        table.parent.mkdir(exist_ok=True)
+        table.write_text(f"place,{kind}\nbackbone,95.50\n")
+
+
 def write_clip(folder: Path, data_dir: Path) -> None:
     """Problem 3: a zero-shot classification and the pretraining of a small CLIP."""
     result = {
@@ -300,6 +313,7 @@ def output(tmp_path: Path, data_dir: Path) -> Path:
     write_face_models(folder, data_dir)
     write_guided(folder, data_dir)
     write_dann(folder, data_dir)
+    write_resnet(folder, data_dir)
     write_clip(folder, data_dir)
     (folder / "steps").mkdir()
     (folder / "steps/dcgan.txt").write_text("python p1_dcgan.py train --lr 1e-3\n60\n")
@@ -324,8 +338,8 @@ def test_the_page_needs_no_other_file(output):
 
 def test_every_image_is_whole_and_of_its_kind(output):
     page = page_of(output)
-    # 6 of GANs, 12 of digits, 14 of DDIM, 11 and 7 of faces by diffusion, 6 of DANN, 4 of CLIP.
-    assert len(page.images) == 60
+    # 6 of GANs, 12 of digits, 14 of DDIM, 11 and 7 of faces by diffusion, 12 of DANN, 4 of CLIP.
+    assert len(page.images) == 66
     for name, source in page.images.items():
         with Image.open(io.BytesIO(page.image(name))) as image:
             image.load()

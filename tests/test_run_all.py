@@ -661,6 +661,7 @@ def test_the_quick_profile_from_data_to_the_report(real, tmp_path):
         "evaluate.py train-attributes",
         "p2_guided.py grid",
         "experiments/guidance.py",
+        "p3_dann_resnet.py table",
     ):
         assert command in commands
     for command in ("p2_ddpm_infer.py", "evaluate.py digits", "p3_dann.py embed"):
@@ -779,8 +780,8 @@ def test_the_quick_results_do_not_stand_for_the_smoke_profile(real):
         ("p1", {"p1_dcgan", "p1_wgangp"}),
         ("p2", {"p2_ddpm_train", "p2_ddpm_infer", "p2_ddim", "p2_score", "p2_guided"}),
         ("face-diffusion", {"p2_ddpm_train", "p2_ddpm_infer", "p2_score", "p2_guided"}),
-        ("p3", {"p3_dann", "p3_clip_zeroshot"}),
-        ("dann ddim", {"p3_dann", "p2_ddpm_train", "p2_ddim"}),
+        ("p3", {"p3_dann", "p3_dann_resnet", "p3_clip_zeroshot"}),
+        ("dann ddim", {"p3_dann", "p3_dann_resnet", "p2_ddpm_train", "p2_ddim"}),
     ],
 )
 def test_only_some_real_problems(real, only, scripts):
@@ -945,5 +946,5 @@ def test_the_smoke_profile_makes_the_report(real, tmp_path, monkeypatch):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     page = (tmp_path / "real/out/report.html").read_text()
     assert "Not run: " not in page
-    assert page.count('<img src="data:image/') == 60
+    assert page.count('<img src="data:image/') == 66
     assert "Synthetic data." in page

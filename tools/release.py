@@ -30,6 +30,7 @@ from common.cli import UserError, run_cli
 from common.files import ROOT, atomic_write
 from diffusion.schedule import Schedule
 from models import dann, gan
+from models.adaptation import AdaptationNet
 from models.attribute_classifier import AttributeClassifier
 from models.autoencoder import Autoencoder
 from models.latent_unet import LatentUnet
@@ -39,6 +40,7 @@ from p2_ddpm_infer import NETS as U_NETS
 
 NETS = gan.GENERATORS | dann.NETS | U_NETS
 NETS |= {
+    "adaptation": AdaptationNet,
     "autoencoder": Autoencoder,
     "noisy_classifier": NoisyClassifier,
     "attribute_classifier": AttributeClassifier,
@@ -53,15 +55,21 @@ DATA = {
     ),
     "svhn": ("digits/svhn", "SVHN", "non-commercial research"),
     "usps": ("digits/usps", "USPS", "public"),
+    "mnist": ("digits/mnist", "MNIST", "CC BY-SA 3.0"),
     "faces": ("face", "CelebA", "non-commercial research"),
 }
-# The domains that a DANN network has seen, as the roles in its configuration.
-SEEN = {"source": ["source"], "target": ["target"], "dann": ["source", "target"]}
+# The domains that a network for domain adaptation has seen, as the roles in its configuration.
+SEEN = {
+    "source": ["source"],
+    "target": ["target"],
+    "dann": ["source", "target"],
+    "adaptation": ["source", "target"],
+}
 # The keys of a result.json that a card shows.
 RESULTS = (
     r"distance|floor|(floor_)?subset_(mean|sd)|(real )?one_face_percent|"
     r"(real_)?accuracy( \w+)?|diversity_percent_of_real|mse|accuracy_t\d|"
-    r"(real_)?balanced_(accuracy|hit_rate)|percent_of_real"
+    r"(real_)?balanced_(accuracy|hit_rate)|percent_of_real|oracle_best_accuracy_target"
 )
 # Parts of a configuration that the card shows in lines of their own.
 APART = ("trained_on", "measured", "shares", "weights")
@@ -191,7 +199,7 @@ def describe_data(about: dict[str, Any], folder: Path) -> dict[str, str]:
     """
     domains = about.get("domains")
     if not domains:
-        roles = SEEN.get(about.get("method", ""), [])
+        roles = SEEN.get(about.get("method", about["net"]), [])
         domains = [about[role] for role in roles] or ["faces"]
     terms = {}
     for domain in domains:
