@@ -199,7 +199,7 @@ def describe_data(about: dict[str, Any], folder: Path) -> dict[str, str]:
     """
     domains = about.get("domains")
     if not domains:
-        roles = SEEN.get(about.get("method", about["net"]), [])
+        roles = SEEN.get(about.get("method") or about.get("net", ""), [])
         domains = [about[role] for role in roles] or ["faces"]
     terms = {}
     for domain in domains:
