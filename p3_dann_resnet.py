@@ -325,7 +325,7 @@ def adaptation_losses(
     lambd: float,
     args: Recipe,
 ) -> dict[str, Tensor]:
-    """The losses of a batch, whose sum is minimised.
+    """The losses of a batch, and the accuracy of the domain classifier in %, for the record.
 
     `source` and `target` are what `AdaptationNet.lower` returned for images of the two domains,
     `labels` int64 (batch,) those of the source. Without --place, --infomax and --mcc there is no
@@ -350,6 +350,8 @@ def adaptation_losses(
     losses = {"class_loss": F.cross_entropy(scores.float(), labels, label_smoothing=smoothing)}
     if domain is not None and target_domain is not None:
         losses["domain_loss"] = domain_loss(domain.float(), target_domain.float())
+        right = torch.cat([domain < 0, target_domain > 0]).float()
+        losses["domain_accuracy"] = 100 * right.mean()
     if target_scores is not None and args.infomax:
         losses["infomax_loss"] = infomax_loss(target_scores.float())
     if target_scores is not None and args.mcc:
@@ -357,12 +359,19 @@ def adaptation_losses(
     return losses
 
 
+def total_loss(losses: dict[str, Tensor]) -> Tensor:
+    """The sum that is minimised: of all that are losses."""
+    return torch.stack([value for name, value in losses.items() if name.endswith("_loss")]).sum()
+
+
 # Data
 
 
-def load_data(args: Recipe) -> Domains:
-    """Load both domains. Raises UserError for what is missing or broken."""
-    cache = args.output_dir.parent / "cache"
+def load_data(args: Recipe, cache: Path) -> Domains:
+    """Load both domains; decoded images are kept in the folder `cache`.
+
+    Raises UserError for what is missing or broken.
+    """
     size = size_of_images(args)
     if args.source_dir is None or args.target_dir is None:
         return load_digit_domains(args.data_dir, args.source, args.target, size, cache)
@@ -445,7 +454,7 @@ def train(args: Train) -> dict[str, Any]:
     run = Run(args, accelerator)
     if run.result is not None:
         return run.result if run.is_main else {}
-    data = load_data(args)
+    data = load_data(args, args.output_dir.parent / "cache")
     labels = labels_of(data.source).to(device)
 
     torch.manual_seed(derive_seed(args.seed, "init"))
@@ -496,7 +505,7 @@ def train(args: Train) -> dict[str, Any]:
         # minimises class loss - λ · domain loss (equation 9).
         losses = adaptation_losses(net, x, labels[rows], target_x, lambd, args)
         optimizer.zero_grad()
-        accelerator.backward(torch.stack(list(losses.values())).sum())
+        accelerator.backward(total_loss(losses))
         optimizer.step()
         update_ema(ema, bare_net, args.ema_decay, step)
 
@@ -629,8 +638,8 @@ def predict(args: Predict) -> None:
 
 
 @torch.inference_mode()
-def embed(args: Embed) -> None:
-    """Draw t-SNE of both domains' validation images."""
+def embed(args: Embed, cache: Path | None = None) -> None:
+    """Draw t-SNE of both domains' validation images; decoded images may be in `cache`."""
     device = make_accelerator(args.device, "fp32").device
     net, config = load_net(args.checkpoint, NETS)
     net.to(device)
@@ -648,7 +657,7 @@ def embed(args: Embed) -> None:
         size=net.size,
     )
     make_output_dir(args.output_dir)
-    data = load_data(recipe)
+    data = load_data(recipe, cache or args.output_dir.parent / "cache")
     if data.classes != config["class_names"]:
         raise UserError(f"--source-dir {args.source_dir}: has other classes than the network")
     features = []
@@ -717,7 +726,8 @@ def table(args: Table) -> None:
                     target_dir=args.target_dir,
                     per_domain=args.per_domain,
                     device=args.device,
-                )
+                ),
+                args.output_dir / "cache",
             )
     if len(rows) == 1:
         return

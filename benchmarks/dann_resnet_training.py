@@ -29,7 +29,7 @@ from common.cli import at_least, in_range, run_cli
 from common.device import Device, Precision, make_accelerator, place
 from common.training import update_ema
 from models.adaptation import SMALL, AdaptationNet
-from p3_dann_resnet import DomainAdversarial, ReverseGradient, Train, adaptation_losses
+from p3_dann_resnet import DomainAdversarial, ReverseGradient, Train, adaptation_losses, total_loss
 
 CLASSES = 65  # as Office-Home has
 
@@ -111,8 +111,7 @@ def our_step(args: Benchmark, images: Tensor, labels: Tensor) -> Callable[[], Te
 
     def step() -> Tensor:
         source, target = bare_net.lower(images).chunk(2)
-        losses = adaptation_losses(net, source, labels, target, 1.0, options)
-        loss = torch.stack(list(losses.values())).sum()
+        loss = total_loss(adaptation_losses(net, source, labels, target, 1.0, options))
         optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()

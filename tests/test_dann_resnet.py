@@ -34,6 +34,7 @@ from p3_dann_resnet import (
     make_net,
     predict,
     table,
+    total_loss,
     train,
 )
 from tests.conftest import noise, save_images
@@ -182,6 +183,10 @@ def test_the_losses_of_a_batch():
     labels = torch.tensor([0, 1, 2, 0])
     args = Recipe(output_dir=Path(), infomax=True, mcc=True)
     losses = adaptation_losses(net, source, labels, target, 1.0, args)
+    assert 0 <= losses["domain_accuracy"] <= 100
+    expected = sum(value for name, value in losses.items() if name != "domain_accuracy")
+    torch.testing.assert_close(total_loss(losses), expected)
+    losses.pop("domain_accuracy")
     assert sorted(losses) == ["class_loss", "confusion_loss", "domain_loss", "infomax_loss"]
     assert all(loss.isfinite() for loss in losses.values())
     plain = adaptation_losses(net, source, labels, None, 1.0, Recipe(output_dir=Path()))
@@ -268,8 +273,8 @@ def test_labels_of_the_target_change_nothing_but_its_accuracies(data_dir, monkey
     args = small(data_dir, "labels", infomax=True, mcc=True, select="infomax")
     before = train(args)
 
-    def shuffled(args: Recipe) -> Domains:
-        data = load_data(args)
+    def shuffled(args: Recipe, cache: Path) -> Domains:
+        data = load_data(args, cache)
         assert data.target.labels is None
         wrong = torch.zeros_like(data.target_val.labels)
         return data._replace(target_val=data.target_val._replace(labels=wrong))
@@ -334,7 +339,7 @@ def test_photographs_by_folders_of_classes(photographs, tmp_path, monkeypatch):
     args = Train(output_dir=tmp_path / "run", place="dense", **TINY | options | photographs)
     result = train(args)
     assert result["classes"] == 3
-    data = load_data(args)
+    data = load_data(args, args.output_dir.parent / "cache")
     assert [len(part.names) for part in (data.source, data.source_val)] == [15, 3]
     assert len(data.target_val.names) == len(data.target.names) == 12
     assert data.source.pixels.shape[2:] == (18, 18)  # of which 16x16 are cut out
