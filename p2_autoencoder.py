@@ -247,7 +247,8 @@ def perceptual_distance(args: Train, device: torch.device) -> Perceptual:
     """
     if args.perceptual == "none":
         return lambda images, others: images.new_zeros(())
-    network = load_efficientnet(find_efficientnet("--perceptual"), "--perceptual")
+    flag = "--perceptual efficientnet"
+    network = load_efficientnet(find_efficientnet(flag, "--perceptual none"), flag)
     network = place(network, device).requires_grad_(False)
 
     def features(images: Tensor) -> list[Tensor]:

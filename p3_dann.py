@@ -45,7 +45,7 @@ from common.data import (
     take,
 )
 from common.device import Device, Precision, make_accelerator, place
-from common.figures import save_curves, save_table, save_tsne
+from common.figures import mean_and_sd, save_curves, save_table, save_tsne
 from common.files import atomic_write, make_output_dir
 from common.rng import derive_seed, make_rng
 from common.run import Run
@@ -402,6 +402,7 @@ def train(args: Train) -> dict[str, Any]:
             row = {"step": step + 1, "epoch": epoch, "lambda": lambd}
             row["learning_rate"] = learning_rate
             row |= run.epoch_means(steps_per_epoch)
+            run.check_weights(step + 1, parts)
             end_epoch(run, args, ema, chosen, data, row)
         if run.save_due() or epoch_ends:
             run.save_state(step + 1, parts)
@@ -605,7 +606,9 @@ def table(args: Table) -> None:
             for target in args.targets:
                 results = train_seeds(args, net, method, target)
                 if all(results):  # only the main process has them
-                    row.append(mean_and_sd(results, target))
+                    row.append(
+                        mean_and_sd([found["accuracy"].get(target, math.nan) for found in results])
+                    )
                     grey |= results[0]["grey"]
             rows.append(row)
     if not grey:
@@ -615,7 +618,9 @@ def table(args: Table) -> None:
         for target in args.targets:
             row.append(" / ".join(f"{value:.2f}" for value in reported.get(target, ())))
         rows.append(row)
-    chosen = "last epoch" if args.select == "last" else f"epoch chosen by {args.select}"
+    chosen = "last epoch"
+    if args.select != "last":
+        chosen += f", of DANN the epoch chosen by {args.select}"
     header = [f"{chosen}, validation accuracy"]
     for target in args.targets:
         # USPS has no colour anyway; other targets say so.
@@ -629,7 +634,8 @@ def table(args: Table) -> None:
 def train_seeds(args: Table, net: str, method: str, target: str) -> list[dict[str, Any]]:
     """The results of one row and target of the table, for each seed.
 
-    Source-only training does not depend on the target: one run serves all of them.
+    Source-only training does not depend on the target: one run serves all of them. Only DANN
+    chooses an epoch with --select.
     """
     shared = {}
     for field in fields(Recipe):
@@ -640,17 +646,10 @@ def train_seeds(args: Table, net: str, method: str, target: str) -> list[dict[st
     for seed in args.seeds:
         folder = args.output_dir / f"{scenario}-{net}-{method}-seed{seed}"
         choice = {"target": scenario, "method": method, "net": net, "seed": seed}
-        results.append(train(Train(output_dir=folder, **shared, **choice)))
+        if method != "dann":
+            choice["select"] = "last"
+        results.append(train(Train(output_dir=folder, **shared | choice)))
     return results
-
-
-def mean_and_sd(results: list[dict[str, Any]], target: str) -> str:
-    """The mean accuracy on the target, with its standard deviation if there are several seeds."""
-    values = [result["accuracy"].get(target, math.nan) for result in results]
-    text = f"{np.mean(values):.2f}"
-    if len(values) > 1:
-        text += f" ± {np.std(values, ddof=1):.2f}"
-    return text
 
 
 def main(args: Train | Predict | Embed | Table) -> Any:

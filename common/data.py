@@ -44,7 +44,7 @@ class Images(NamedTuple):
 
 
 def take(images: Images, rows: torch.Tensor) -> Images:
-    """Some of the images."""
+    """The labelled images of these rows, int64 (n,), in their order."""
     names = [images.names[row] for row in rows.tolist()]
     return Images(images.pixels[rows], labels_of(images)[rows], names)
 

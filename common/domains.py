@@ -5,6 +5,7 @@ The source has labels. Those of the target only measure: its training images com
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -64,8 +65,9 @@ def load_photograph_domains(
     """Two folders of photographs, CLASS/*.jpg.
 
     Every fifth image of a class of the source is for validation. All of the target are unlabelled
-    training images and validation images at once, as in the benchmarks of the field. Raises
-    UserError for folders that do not fit, and for a broken file.
+    training images and validation images at once, as in the benchmarks of the field. Their order
+    depends on their pixels alone, not on their folders. Raises UserError for folders that do not
+    fit, and for a broken file.
     """
     source = find_domain(source_dir, "--source-dir")
     target = find_domain(target_dir, "--target-dir")
@@ -73,6 +75,10 @@ def load_photograph_domains(
     larger = round(LARGER * size)
     images = load_domain(source, larger, cache_dir)
     target_val = load_domain(target, larger, cache_dir)
+    digests = [hashlib.sha256(pixels.numpy()).digest() for pixels in target_val.pixels]
+    target_val = take(
+        target_val, torch.tensor(sorted(range(len(digests)), key=digests.__getitem__))
+    )
     train_rows, val_rows = split_by_class(source)
     return Domains(
         take(images, train_rows),
@@ -105,18 +111,18 @@ class Inputs:
         pixels: Tensor,
         augment: Literal["none", "digits", "photographs"],
         views: int = 1,
-        key: str = "",
+        key: tuple[int | str, ...] = (),
     ) -> None:
         """`pixels` are uint8 (n, 3, side, side) on the network's device.
 
-        Larger images than the network's are cut. `key` names the random numbers of the views.
+        Larger images than the network's are cut. `key` is for the random numbers of the views.
         """
         self.net = net
         self.pixels = pixels
         self.augment = augment
         self.stored: Tensor | None = None
         if net.frozen:
-            rng = make_rng(0, "views", key, device=pixels.device)
+            rng = make_rng(*key, "views", device=pixels.device)
             count = 1 if augment == "none" else views
             self.stored = torch.stack([self._view(rng) for _ in range(count)])
 
@@ -151,15 +157,21 @@ class Inputs:
 
 
 @torch.inference_mode()
-def probabilities(net: AdaptationNet, inputs: Inputs, accelerator: Accelerator) -> Tensor:
-    """The class probabilities, float32 (n, classes) on the CPU, of images without augmentation."""
+def probabilities(
+    net: AdaptationNet, inputs: Inputs, accelerator: Accelerator
+) -> tuple[Tensor, Tensor]:
+    """The class probabilities of images without augmentation, and what the domain classifier reads.
+
+    Both are float32 on the CPU, (n, classes) and (n, d).
+    """
     net.eval()
     device = accelerator.device
     rng = make_rng(0, device=device)  # images that are not augmented need none
     found = []
+    read = []
     for rows in torch.arange(len(inputs), device=device).split(100):
         with accelerator.autocast():
-            features = net.upper(inputs.draw(rows, rng))
-            scores = net.label(net.dense(features))
+            scores, features = net.upper(inputs.draw(rows, rng))
         found.append(scores.float().softmax(1).cpu())
-    return torch.cat(found)
+        read.append(features.float().cpu())
+    return torch.cat(found), torch.cat(read)

@@ -163,11 +163,18 @@ def save_tsne(
     )
     for name, (values, value_names) in colourings.items():
         figure, axis = pyplot().subplots(figsize=(7, 6))
+        count = len(value_names)
         for value, value_name in enumerate(value_names):
             xs, ys = points[values == value].T
-            axis.scatter(xs, ys, s=5, color=f"C{value}", alpha=0.6, label=value_name)
+            color: Any = f"C{value}"  # the usual ten colours, then some of the rainbow
+            if count > 10:
+                color = pyplot().get_cmap("turbo")(value / (count - 1))
+            axis.scatter(xs, ys, s=5, color=color, alpha=0.6, label=value_name)
         axis.set(title=f"{title}: t-SNE by {name}", xticks=[], yticks=[])
-        axis.legend(title=name, markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
+        columns = 1 + (count - 1) // 20
+        axis.legend(
+            title=name, markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns
+        )
         save_figure(figure, folder / f"tsne_{name}.png", ("png", "pdf"))
 
 
@@ -179,6 +186,14 @@ def save_csv(rows: list[list[str]], path: Path) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     atomic_write(path, text.getvalue())
+
+
+def mean_and_sd(values: Sequence[float]) -> str:
+    """The mean, with the standard deviation if there are several values."""
+    text = f"{np.mean(values):.2f}"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1):.2f}"
+    return text
 
 
 def save_table(rows: list[list[str]], path: Path, title: str = "") -> None:

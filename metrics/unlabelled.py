@@ -2,8 +2,8 @@
 
 They are for choosing an epoch of domain adaptation: the target domain has no labels to choose by.
 All read the class probabilities p (n, classes) that the classifier gives to n images, and more is
-better. Each has a weakness; `CRITERIA` are those that do not fall for a classifier that calls all
-images the same.
+better. Each has a weakness. `CRITERIA` are those that do not prefer a classifier that puts all
+images into one class.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MOST_NEIGHBOURS = 3_000  # SND compares each of at most so many images with each
 def certainty(p: Tensor) -> float:
     """Minus the mean entropy of the images' probabilities, at most 0.
 
-    A classifier that calls all images the same with certainty reaches 0.
+    A classifier that puts all images into one class with certainty reaches 0.
     """
     return -entropy(p).mean().item()
 
@@ -41,8 +41,8 @@ def infomax(p: Tensor) -> float:
 def bnm(p: Tensor) -> float:
     """Nuclear norm of p, divided by its largest value √(n · classes) (Cui et al., 2020).
 
-    https://arxiv.org/abs/2003.12237. A classifier that calls all images the same has
-    1 / √classes.
+    https://arxiv.org/abs/2003.12237. A classifier that puts all images into one class has
+    1 / √classes. One that is right but very unsure, as in a first epoch, can have less.
     """
     largest = (p.shape[0] * p.shape[1]) ** 0.5
     return torch.linalg.matrix_norm(p.double(), "nuc").item() / largest
@@ -52,7 +52,7 @@ def corr_c(p: Tensor) -> float:
     """Cosine between the class correlation pᵀp and the identity (Tu et al., 2024).
 
     https://arxiv.org/abs/2406.09908. It is 1 for certain and balanced predictions, and 1 / √classes
-    if all images are called the same.
+    if all images are put into one class.
     """
     correlation = p.double().T @ p.double()  # (classes, classes)
     return (correlation.trace() / (p.shape[1] ** 0.5 * correlation.norm())).item()
@@ -62,7 +62,7 @@ def snd(p: Tensor) -> float:
     """Soft neighbourhood density (Saito et al., 2021, https://arxiv.org/abs/2108.10860).
 
     The mean entropy of the similarities of an image to the others: images of one class should be
-    close together. A classifier that calls all images the same has the largest value of all.
+    close together. A classifier that puts all images into one class has the largest value.
     """
     some = F.normalize(p[:MOST_NEIGHBOURS].float(), dim=1)
     similarities = some @ some.T / TEMPERATURE  # (n, n)

@@ -154,7 +154,7 @@ class AdaptationNet(Network):
     """A backbone, a dense layer, a label head, and a domain classifier at one place.
 
     The first `frozen` stages of the backbone are never changed, and stay in eval mode: `lower` is
-    their output, `upper` the features that the other stages make of it.
+    their output, and `upper` does the rest.
     """
 
     def __init__(
@@ -193,7 +193,9 @@ class AdaptationNet(Network):
         self.backbone = make_backbone(backbone, size, width)
         stages = self.backbone.stages()
         if not 0 <= frozen < len(stages):
-            raise ValueError(f"{backbone} has {len(stages)} stages, of which {frozen} are frozen")
+            raise ValueError(
+                f"{backbone} has {len(stages)} stages; at most {len(stages) - 1} can be frozen"
+            )
         for stage in stages[:frozen]:
             stage.requires_grad_(False)
 
@@ -236,24 +238,25 @@ class AdaptationNet(Network):
             x = stage(x)
         return x
 
-    def upper(self, x: Tensor) -> Tensor:
-        """The output of `lower` → features (batch, channels)."""
+    def upper(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output of `lower` → scores of the classes, and what the domain classifier reads.
+
+        They are (batch, classes) and (batch, d). Without a domain classifier the second is the
+        features of the backbone.
+        """
         for stage in self.backbone.stages()[self.frozen :]:
             x = stage(x)
-        return x
-
-    def read_by_domain(self, x: Tensor) -> Tensor:
-        """The output of `lower` → what the domain classifier reads, (batch, d).
-
-        Without a domain classifier it is the features of the backbone.
-        """
-        features = self.upper(x)
+        dense = self.dense(x)
+        scores = self.label(dense)
         if self.place == "dense":
-            return self.dense(features)
+            return scores, dense
         if self.place == "label":
-            return self.label(self.dense(features)).softmax(1)
-        return features
+            # Probabilities, not scores: scores can grow without bound, so that the network could
+            # hide the domain by their scale alone. Their gradient goes through the label head.
+            return scores, scores.softmax(1)
+        return scores, x
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (batch, 3, size, size) in [-1, 1] → scores of the classes (batch, classes)."""
-        return self.label(self.dense(self.upper(self.lower(images))))
+        scores, _ = self.upper(self.lower(images))
+        return scores

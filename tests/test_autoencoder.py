@@ -100,7 +100,7 @@ def test_reconstructions_have_the_names_of_the_images(faces_dir):
 def test_the_distance_of_features_is_0_for_equal_images(faces_dir, monkeypatch):
     timm = pytest.importorskip("timm")
     net = timm.create_model("tf_efficientnet_lite0").eval()
-    monkeypatch.setattr(p2_autoencoder, "find_efficientnet", lambda flag: Path())
+    monkeypatch.setattr(p2_autoencoder, "find_efficientnet", lambda *_: Path())
     monkeypatch.setattr(p2_autoencoder, "load_efficientnet", lambda path, flag: net)
     distance = p2_autoencoder.perceptual_distance(
         small(faces_dir, "run", perceptual="efficientnet"), torch.device("cpu")

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 import p3_dann_resnet
 from common.checkpoints import load_net, load_weights
 from common.cli import UserError
-from common.domains import Domains
+from common.domains import Domains, Inputs
 from metrics.unlabelled import CRITERIA, all_criteria, bnm, certainty, corr_c, infomax, snd
 from models.adaptation import AdaptationNet, ResNet
 from p3_dann_resnet import (
@@ -33,6 +35,7 @@ from p3_dann_resnet import (
     load_data,
     make_net,
     predict,
+    set_statistics,
     table,
     total_loss,
     train,
@@ -119,7 +122,7 @@ def test_frozen_stages_keep_weights_and_statistics():
     whole = AdaptationNet("resnet18", 3, "backbone", size=16, width=8).eval()
     whole.load_state_dict(net.state_dict())
     torch.testing.assert_close(whole(images), net.eval()(images))
-    with pytest.raises(ValueError, match="resnet18 has 5 stages, of which 5 are frozen"):
+    with pytest.raises(ValueError, match="resnet18 has 5 stages; at most 4 can be frozen"):
         AdaptationNet("resnet18", 3, "backbone", size=16, width=8, frozen=5)
 
 
@@ -139,7 +142,7 @@ def test_the_reversed_gradient_is_minus_lambda_times_the_domain_classifiers(plac
         if is_reversed:
             _, scores = DomainAdversarial(net)(x, lambd)
         else:
-            scores = net.domain(net.read_by_domain(x)).flatten()
+            scores = net.domain(net.upper(x)[1]).flatten()
         torch.nn.functional.binary_cross_entropy_with_logits(scores, domains).backward()
         return {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
 
@@ -159,14 +162,16 @@ def test_the_reversed_gradient_is_minus_lambda_times_the_domain_classifiers(plac
 
 
 def test_the_last_place_reads_probabilities():
-    """Scores that are a thousand times as large tell the domain classifier hardly more."""
+    """They stay below 1 where the scores are a thousand times as large."""
     net = tiny_net("label").eval()
     x = net.lower(torch.randn(4, 3, 16, 16))
-    read = net.read_by_domain(x)
-    torch.testing.assert_close(read.sum(1), torch.ones(4))
+    scores, read = net.upper(x)
+    torch.testing.assert_close(read, scores.softmax(1))
     with torch.no_grad():
         net.label.weight *= 1_000
-    assert net.read_by_domain(x).max() <= 1
+    scores, read = net.upper(x)
+    assert scores.abs().max() > 10
+    assert read.max() <= 1
 
 
 def test_both_domains_weigh_alike_in_batches_of_different_sizes():
@@ -174,6 +179,29 @@ def test_both_domains_weigh_alike_in_batches_of_different_sizes():
     target = torch.tensor([2.0])
     expected = (source.exp().log1p().mean() + (-target).exp().log1p().mean()) / 2
     torch.testing.assert_close(domain_loss(source, target), expected)
+
+
+@pytest.mark.parametrize("forward", ["joint", "separate"])
+def test_the_losses_are_those_of_each_domain(forward):
+    """The class loss reads the source, the other terms the target; the domain loss reads both."""
+    net = DomainAdversarial(tiny_net("dense")).eval()  # so that joint and separate agree
+    source = torch.randn(4, 3, 16, 16)
+    target = torch.randn(2, 3, 16, 16)
+    labels = torch.tensor([0, 1, 2, 0])
+    args = Recipe(output_dir=Path(), infomax=True, mcc=True, forward=forward, label_smoothing=0)
+    losses = adaptation_losses(net, source, labels, target, 1.0, args)
+    scores, domain = net(source, 1.0)
+    target_scores, target_domain = net(target, 1.0)
+    expected = {
+        "class_loss": torch.nn.functional.cross_entropy(scores, labels),
+        "domain_loss": domain_loss(domain, target_domain),
+        "domain_accuracy": 100 * torch.cat([domain < 0, target_domain > 0]).float().mean(),
+        "infomax_loss": infomax_loss(target_scores),
+        "confusion_loss": confusion_loss(target_scores),
+    }
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, msg=name)
 
 
 def test_the_losses_of_a_batch():
@@ -257,7 +285,8 @@ def test_the_epoch_is_chosen_by_the_criterion_that_was_named(data_dir, monkeypat
     assert result["epoch"] == 2
     rows = [json.loads(line) for line in (args.output_dir / "metrics.jsonl").open()]
     assert result["accuracy"]["target"] == rows[1]["accuracy_target"]
-    assert result["last_accuracy_target"] == rows[2]["accuracy_target"]
+    assert result["last_accuracy"]["target"] == rows[2]["accuracy_target"]
+    assert result["last_accuracy"]["source"] == rows[2]["source_accuracy"]
     assert result["by_criterion"]["bnm"] == rows[1]["accuracy_target"]
     best = max(row["accuracy_target"] for row in rows)
     assert result["oracle_best_accuracy_target"] == best
@@ -272,6 +301,7 @@ def test_the_epoch_is_chosen_by_the_criterion_that_was_named(data_dir, monkeypat
 def test_labels_of_the_target_change_nothing_but_its_accuracies(data_dir, monkeypatch):
     args = small(data_dir, "labels", infomax=True, mcc=True, select="infomax")
     before = train(args)
+    first = [json.loads(line) for line in (args.output_dir / "metrics.jsonl").open()]
 
     def shuffled(args: Recipe, cache: Path) -> Domains:
         data = load_data(args, cache)
@@ -285,6 +315,10 @@ def test_labels_of_the_target_change_nothing_but_its_accuracies(data_dir, monkey
     assert same(args, other)
     assert before["epoch"] == after["epoch"]
     assert before["accuracy"]["source"] == after["accuracy"]["source"]
+    second = [json.loads(line) for line in (other.output_dir / "metrics.jsonl").open()]
+    for row, other_row in zip(first, second, strict=True):
+        assert row.pop("accuracy_target") != other_row.pop("accuracy_target")
+        assert row == other_row
 
 
 def test_without_lambda_the_target_changes_no_weight(data_dir):
@@ -316,6 +350,33 @@ def test_a_run_resumes_bit_for_bit(data_dir, stop_in_step_1, place):
     assert (whole.output_dir / "figures" / "curves.png").exists()
 
 
+def test_a_run_resumes_with_the_chosen_epoch(data_dir, stop_in_step_1, monkeypatch):
+    """The first epoch is chosen, and the run stops after it."""
+    monkeypatch.setattr(p3_dann_resnet, "selected_epoch", lambda rows, selection: rows[0])
+    whole = small(data_dir, "whole", images_per_epoch=8, epochs=3)
+    broken = small(data_dir, "broken", images_per_epoch=8, epochs=3)
+    result = train(whole)
+    assert result["epoch"] == 1
+    stop_in_step_1(train, broken)
+    train(broken)
+    assert same(whole, broken)
+
+
+def test_the_averaged_network_has_statistics_of_its_own():
+    """They are those of training images, and the layers are left as they were."""
+    net = tiny_net("backbone")
+    pixels = torch.randint(256, (50, 3, 16, 16), dtype=torch.uint8)
+    inputs = Inputs(net, pixels, "none")
+    for module in net.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.running_mean.fill_(7.0)
+    set_statistics(net, inputs, None, Recipe(output_dir=Path(), batch_size=50))
+    first = net.backbone.bn1
+    maps = net.backbone.conv1(net.lower(pixels.float() / 127.5 - 1))
+    torch.testing.assert_close(first.running_mean, maps.mean((0, 2, 3)), atol=0.02, rtol=0.1)
+    assert first.momentum == 0.1
+
+
 def write_photographs(folder: Path, classes: list[str], count: int, seed: int) -> Path:
     """Random images DOMAIN/CLASS/000.png; those of a class have one brightness."""
     for number, name in enumerate(classes):
@@ -334,7 +395,51 @@ def photographs(tmp_path: Path) -> dict[str, Path]:
     }
 
 
-def test_photographs_by_folders_of_classes(photographs, tmp_path, monkeypatch):
+def test_the_folder_of_a_target_image_only_measures(photographs, tmp_path):
+    """Two images that change places between classes leave the weights as they are."""
+    options = {"size": 16, "epochs": 1, "images_per_epoch": 8, "batch_size": 8, "mcc": True}
+    first = Train(output_dir=tmp_path / "first", **TINY | options | photographs)
+    train(first)
+    folder = photographs["target_dir"]
+    one, other = folder / "Chaise" / "000.png", folder / "Vélo" / "000.png"
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    second = Train(output_dir=tmp_path / "second", **TINY | options | photographs)
+    train(second)
+    assert same(first, second)
+
+
+def test_predict_finds_what_training_measured(photographs, data_dir, tmp_path):
+    """Both prepare images alike, photographs and digits."""
+    options = {"size": 16, "epochs": 1, "images_per_epoch": 16, "batch_size": 8}
+    args = Train(output_dir=tmp_path / "run", **TINY | options | photographs)
+    result = train(args)
+    checkpoint = args.output_dir / "model.safetensors"
+    right = 0
+    for name in ("Chaise", "Tasse à café", "Vélo"):
+        image_dir = photographs["target_dir"] / name
+        predict(Predict(checkpoint=checkpoint, image_dir=image_dir, output_csv=tmp_path / "p.csv"))
+        with (tmp_path / "p.csv").open(newline="") as file:
+            right += sum(row["label"] == name for row in csv.DictReader(file))
+    assert result["accuracy"]["target"] == pytest.approx(100 * right / 12)
+
+    args = small(data_dir, "digits", size=32)
+    result = train(args)
+    checkpoint = args.output_dir / "model.safetensors"
+    domain = data_dir / "digits" / "svhn"
+    predict(
+        Predict(checkpoint=checkpoint, image_dir=domain / "data", output_csv=tmp_path / "d.csv")
+    )
+    with (tmp_path / "d.csv").open(newline="") as file:
+        found = {row["image_name"]: row["label"] for row in csv.DictReader(file)}
+    with (domain / "val.csv").open(newline="") as file:
+        truth = list(csv.DictReader(file))
+    right = sum(found[row["image_name"]] == row["label"] for row in truth)
+    assert result["accuracy"]["target"] == pytest.approx(100 * right / len(truth))
+
+
+def test_photographs_by_folders_of_classes(photographs, tmp_path):
     options = {"size": 16, "epochs": 1, "images_per_epoch": 16, "batch_size": 8}
     args = Train(output_dir=tmp_path / "run", place="dense", **TINY | options | photographs)
     result = train(args)
@@ -404,18 +509,19 @@ def test_the_table_has_every_place_beside_the_report(data_dir):
         seeds=(0, 1),
         per_domain=5,
     )
-    table(args)
+    shutil.copytree(data_dir / "digits" / "svhn", data_dir / "digits" / "mnist")
+    table(replace(args, target="mnist"))
     with (args.output_dir / "table.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert [row[0] for row in rows[1:]] == ["none", "backbone", "dense", "label"]
-    assert rows[0][3] == "svhn, chosen by infomax, %"
-    assert rows[1][5] == "95.2 / 53.6"
+    assert rows[0][3] == "mnist, chosen by infomax, %"
+    assert rows[1][5] == "95.2 / 53.6"  # the report's, beside USPS → MNIST alone
     for row in rows[1:]:
         results = []
         for seed in (0, 1):
             folder = args.output_dir / f"{row[0]}-seed{seed}"
             results.append(json.loads((folder / "result.json").read_text()))
-        mean = sum(result["last_accuracy_target"] for result in results) / 2
+        mean = sum(result["last_accuracy"]["target"] for result in results) / 2
         assert row[2].startswith(f"{mean:.2f} ± ")
     assert (args.output_dir / "label-seed0" / "figures" / "tsne_domain.png").exists()
     assert not (args.output_dir / "label-seed1" / "figures" / "tsne_domain.png").exists()
@@ -445,12 +551,14 @@ def test_bad_options_are_named(data_dir, photographs, tmp_path, error_of):
     assert "has no digit domain 'mnist'" in error(*out)
     tiny = [*out, "--net", "resnet18", "--width", 8, "--source", "usps", "--target", "svhn"]
     assert "no such file" in error(*tiny, "--weights", tmp_path / "none.pth")
+    lone = ["embed", "--checkpoint", tmp_path, "--output-dir", tmp_path / "x", "--target-dir", "y"]
+    assert "--source-dir: photographs need both" in error(*lone)
     wrong = tmp_path / "wrong.pth"
     torch.save(ResNet("resnet18", 224, 8).state_dict(), wrong)
     message = error(*tiny, "--weights", wrong)
     assert f"--weights {wrong}: is not this resnet18 ('conv1.weight' is" in message
     deep = ["--source-dir", photographs["source_dir"], "--target-dir", photographs["target_dir"]]
-    assert "--frozen 6: resnet18 has 5 stages" in error(
+    assert "--frozen 6: resnet18 has 5 stages; at most 4 can be frozen" in error(
         *tiny, *deep, "--weights", wrong, "--frozen", 6
     )
     assert not (tmp_path / "x" / "config.json").exists()

@@ -312,6 +312,8 @@ def test_the_card_names_the_data_and_its_terms(tmp_path):
     }
     resnet = {"source": "mnistm", "target": "usps", "net": "adaptation"}
     assert release.describe_data(resnet, tmp_path) == release.describe_data(about, tmp_path)
+    with pytest.raises(UserError, match="RUN_DIR: was trained on photographs"):
+        release.describe_data(resnet | {"photographs": True}, tmp_path)
     source_only = release.describe_data(about | {"method": "source"}, tmp_path)
     assert "USPS" not in str(source_only)
     with pytest.raises(UserError, match="digits/svhn: no such folder; --data-dir"):

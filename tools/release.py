@@ -199,6 +199,8 @@ def describe_data(about: dict[str, Any], folder: Path) -> dict[str, str]:
     """
     domains = about.get("domains")
     if not domains:
+        if about.get("photographs"):
+            raise UserError("RUN_DIR: was trained on photographs, whose terms are not known here")
         roles = SEEN.get(about.get("method") or about.get("net", ""), [])
         domains = [about[role] for role in roles] or ["faces"]
     terms = {}
