@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.augment import augment_digits, augment_faces, diff_augment, of_3x3
+from common.augment import (
+    augment_digits,
+    augment_faces,
+    crop_and_flip,
+    diff_augment,
+    of_3x3,
+    turn_zoom_and_shift,
+)
 from common.rng import make_rng
 
 # Digits
@@ -26,6 +33,30 @@ def test_digits_keep_their_shape_and_depend_on_the_rng():
 def test_a_strength_of_0_changes_nothing():
     images = torch.rand(16, 3, 28, 28) * 2 - 1
     assert augment_digits(images, make_rng(0), 0.0) is images
+
+
+def test_turned_digits_stay_in_range_and_what_comes_in_is_black():
+    white = torch.ones(200, 3, 16, 16)
+    images = turn_zoom_and_shift(white, make_rng(0))
+    assert images.shape == white.shape
+    assert images.min() >= -1
+    assert images.max() <= 1
+    shares = (images[:, 0] > 0).float().mean((1, 2))  # of white pixels; 1 / 1.4² is 0.51
+    assert 0.3 < shares.min() < 0.6
+    assert shares.max() > 0.9
+    assert images[shares.argmin(), :, 0].max() < 0 or images[shares.argmin(), :, -1].max() < 0
+    assert torch.equal(images, turn_zoom_and_shift(white, make_rng(0)))
+
+
+def test_crops_are_parts_of_the_image_and_half_are_mirrored():
+    image = torch.rand(3, 20, 18)
+    crops = crop_and_flip(image.expand(200, 3, 20, 18), 16, make_rng(0))
+    parts = image.unfold(1, 16, 1).unfold(2, 16, 1)  # (3, 5, 3, 16, 16)
+    parts = parts.permute(1, 2, 0, 3, 4).flatten(0, 1)
+    plain = [crop for crop in crops if any(torch.equal(crop, part) for part in parts)]
+    mirrored = [crop for crop in crops if any(torch.equal(crop.flip(2), part) for part in parts)]
+    assert len(plain) + len(mirrored) == 200
+    assert 70 < len(plain) < 130
 
 
 def test_3x3_neighbourhoods_agree_with_pooling():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import Tensor
@@ -41,6 +42,7 @@ from p3_dann_resnet import (
     train,
 )
 from tests.conftest import noise, save_images
+from tests.two_processes import run_with_two_processes
 
 TINY = {"width": 8, "net": "resnet18", "device": "cpu", "precision": "fp32"}
 
@@ -107,6 +109,18 @@ def test_small_images_leave_a_map_of_an_eighth():
     for stage in net.backbone.stages()[:-1]:
         x = stage(x)
     assert net.backbone.get_submodule("layer4")(x).shape == (1, 256, 4, 4)
+
+
+def test_the_efficientnet_is_timms():
+    """With its keys and its pooled features."""
+    torch.manual_seed(0)
+    theirs = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
+    net = AdaptationNet("efficientnet_lite0", 3, "backbone", size=64, frozen=5).eval()
+    net.backbone.load_state_dict(theirs.state_dict())
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    _, features = net.upper(net.lower(images))
+    pixels = 127.5 * (images + 1)
+    torch.testing.assert_close(features, theirs((pixels - 127) / 128), atol=1e-4, rtol=1e-4)
 
 
 def test_frozen_stages_keep_weights_and_statistics():
@@ -375,6 +389,21 @@ def test_the_averaged_network_has_statistics_of_its_own():
     maps = net.backbone.conv1(net.lower(pixels.float() / 127.5 - 1))
     torch.testing.assert_close(first.running_mean, maps.mean((0, 2, 3)), atol=0.02, rtol=0.1)
     assert first.momentum == 0.1
+
+
+def test_two_processes_train_one_network(data_dir):
+    """BatchNorm sees each domain apart, in two forward passes before one backward pass."""
+    args = small(data_dir, "two", place="label", forward="separate", mcc=True)
+    words = ["train", "--mcc"]
+    for name in ("data_dir", "output_dir", "source", "target", "size", "width", "net", "place"):
+        words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    words += ["--epochs", "1", "--images-per-epoch", "24", "--batch-size", "8"]
+    words += ["--forward", "separate", "--device", "cpu", "--precision", "fp32"]
+    run_with_two_processes("p3_dann_resnet.py", *words)
+    config = json.loads((args.output_dir / "config.json").read_text())
+    assert config["hardware"]["processes"] == 2
+    assert all(value.isfinite().all() for value in weights_of(args).values())
+    assert len((args.output_dir / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def write_photographs(folder: Path, classes: list[str], count: int, seed: int) -> Path:
