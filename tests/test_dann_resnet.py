@@ -512,8 +512,8 @@ def test_frozen_stages_are_computed_once(photographs, tmp_path, monkeypatch):
     options |= {"frozen": 3, "weights": str(file), "place": "backbone"}
     args = Train(output_dir=tmp_path / "run", **TINY | options | photographs)
     result = train(args)
-    # 15 source and 12 target images three times each; 3, 12 and 12 that are measured once.
-    assert sum(seen) == 3 * 15 + 3 * 12 + 3 + 12 + 12
+    # 15 source and 12 target images three times each; 3 and 12 that are measured once.
+    assert sum(seen) == 3 * 15 + 3 * 12 + 3 + 12
     assert result["weights"].startswith("resnet18.pth, sha256 ")
     trained = weights_of(args)
     for name, value in weights.items():
@@ -576,6 +576,7 @@ def test_bad_options_are_named(data_dir, photographs, tmp_path, error_of):
     assert "--target-dir: photographs need both" in error(
         *out, "--source-dir", photographs["source_dir"]
     )
+    assert "--width 12: must be a multiple of 8" in error(*out, "--width", 12)
     assert "--frozen 2: needs --weights" in error(*out, "--frozen", 2)
     assert "has no digit domain 'mnist'" in error(*out)
     tiny = [*out, "--net", "resnet18", "--width", 8, "--source", "usps", "--target", "svhn"]
