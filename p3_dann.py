@@ -123,7 +123,7 @@ class Recipe:
     ema_decay: float = 0.998
     """Decay of the averaged network, which is the one that is evaluated and saved."""
     select: Selection = "last"
-    """Which epoch is the result. Nothing here reads a label of the target."""
+    """Which epoch is the result. No choice uses labels of the target."""
 
     def __post_init__(self) -> None:
         at_least("--epochs", self.epochs, 1)
@@ -606,9 +606,8 @@ def table(args: Table) -> None:
             for target in args.targets:
                 results = train_seeds(args, net, method, target)
                 if all(results):  # only the main process has them
-                    row.append(
-                        mean_and_sd([found["accuracy"].get(target, math.nan) for found in results])
-                    )
+                    values = [found["accuracy"].get(target, math.nan) for found in results]
+                    row.append(mean_and_sd(values))
                     grey |= results[0]["grey"]
             rows.append(row)
     if not grey:

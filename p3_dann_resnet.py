@@ -361,7 +361,7 @@ def adaptation_losses(
 
 
 def total_loss(losses: dict[str, Tensor]) -> Tensor:
-    """The sum that is minimised: of all that are losses."""
+    """The sum that is minimised. What is only for the record is no part of it."""
     return torch.stack([value for name, value in losses.items() if name.endswith("_loss")]).sum()
 
 
@@ -571,7 +571,7 @@ def set_statistics(ema: AdaptationNet, source: Inputs, target: Inputs | None, ar
 def measured_inputs(net: AdaptationNet, data: Domains, device: torch.device) -> dict[str, Inputs]:
     """What each epoch is measured on: source and target validation images, unlabelled ones.
 
-    Photographs of the target are both, so that they stand there once.
+    For photographs the last two are the same images, which are then measured once.
     """
     pixels = {"source": data.source_val.pixels, "target": data.target_val.pixels}
     unlabelled = data.target.pixels
