@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from common.archives import ArchiveError, is_torchscript, read_archive, read_tensors
 from common.cli import UserError
 from common.files import atomic_write
 from models.network import Network
 
 # Keys under which published checkpoints keep their weights.
-WRAPPERS = ("state_dict", "model_state_dict", "model")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "string_to_param")
 # What DataParallel and DistributedDataParallel, torch.compile, and the public DDPM script put
 # before every key.
 PREFIXES = ("module.", "_orig_mod.", "nn_model.")
@@ -78,15 +80,35 @@ def load_weights(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the weights and the configuration of a checkpoint.
 
-    The file is one of ours (.safetensors), or a published pickle in any usual wrapping, which has
-    no configuration. Pickles are read with weights_only=True, so that no file can run code. Raises
-    UserError that names the file.
+    The file is one of ours (.safetensors), or a published pickle or TorchScript archive in any
+    usual wrapping, which has no configuration. No file can run code. Raises UserError that names
+    the file.
     """
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file")
     if path.suffix == ".safetensors":
         return load_safetensors(path, flag)
     return load_pickle(path, flag), {}
+
+
+def tensors_under(path: Path, flag: str = "--checkpoint") -> dict[str, Tensor]:
+    """All tensors of a checkpoint by the names that it has for them, in a memory map of the file.
+
+    The file is a .safetensors file or an archive of PyTorch (.ckpt, .pt, .pth), whose tensors may
+    be under the key "state_dict". Raises UserError that names the file.
+    """
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: no such file")
+    if path.suffix == ".safetensors":
+        tensors, _ = load_safetensors(path, flag)
+        return tensors
+    try:
+        tensors = read_tensors(path)
+    except ArchiveError as error:
+        raise UserError(f"{flag} {error}") from None
+    if not tensors:
+        raise UserError(f"{flag} {path}: holds no dictionary of tensors")
+    return tensors
 
 
 def load_safetensors(path: Path, flag: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -103,7 +125,7 @@ def load_safetensors(path: Path, flag: str) -> tuple[dict[str, Tensor], dict[str
 def load_pickle(path: Path, flag: str) -> dict[str, Tensor]:
     """The weights of a published file, without its wrapping and the prefixes of its keys."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = unpickle(path)
     except Exception:  # a damaged or hostile pickle can raise anything
         raise UserError(
             f"{flag} {path}: not a whole file of PyTorch weights (only tensors are loaded)"
@@ -121,6 +143,20 @@ def load_pickle(path: Path, flag: str) -> dict[str, Tensor]:
     if not weights:
         raise UserError(f"{flag} {path}: holds no dictionary of weights")
     return without_prefixes(weights)
+
+
+def unpickle(path: Path) -> Any:
+    """The content of a published file. No code of it is run.
+
+    torch.load refuses a TorchScript archive, and a file that has objects of other classes beside
+    its weights: the tensors of both are read without the rest.
+    """
+    if is_torchscript(path):
+        return read_tensors(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return read_archive(path)
 
 
 def without_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:

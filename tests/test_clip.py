@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import p3_clip_zeroshot
+from common.checkpoints import tensors_under
 from common.cli import UserError
 from common.device import make_accelerator
 from p3_clip_zeroshot import Zeroshot, class_vectors, encode_images, encode_texts
@@ -213,6 +214,16 @@ def test_openai_weights_get_quickgelu(tmp_path: Path, archive: bool) -> None:
         torch.testing.assert_close(clip.net.encode_text(tokens), expected_text, atol=1e-6, rtol=0)
         # The test would see it if GELU were used.
         assert (with_gelu.encode_text(tokens) - expected_text).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_the_names_in_a_torchscript_clip_are_those_of_its_state_dict(tmp_path: Path) -> None:
+    torch.jit.script(small_clip()).save(tmp_path / "clip.pt")
+    expected = torch.jit.load(tmp_path / "clip.pt").state_dict()
+    weights = tensors_under(tmp_path / "clip.pt")
+    assert list(weights) == list(expected)
+    for key, value in expected.items():
+        assert torch.equal(weights[key], value)
 
 
 def test_named_weights_get_the_activation_they_need(monkeypatch: pytest.MonkeyPatch) -> None:

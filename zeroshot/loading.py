@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +110,7 @@ def load_clip(model: str, pretrained: str, checkpoint: Path | None) -> Clip:
     weights: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     if checkpoint is not None:
-        weights, config = read_weights(checkpoint)
+        weights, config = load_weights(checkpoint)
     try:
         with quiet_logging():
             if OPENAI_KEYS & weights.keys():
@@ -181,7 +180,22 @@ def build_own(weights: dict[str, Tensor], config: dict[str, Any], checkpoint: Pa
 
     net = open_clip.CLIP(**config["arguments"])
     net.load_state_dict(weights)
-    return with_tools(net, config["preprocess"], file_name(checkpoint))
+    clip = with_tools(net, config["preprocess"], file_name(checkpoint))
+    vocabulary = config.get("vocabulary")
+    if vocabulary is None:
+        return clip
+    tokenizer = clip.tokenizer
+    return clip._replace(tokenizer=lambda texts: rows_of_tokens(tokenizer(texts), vocabulary))
+
+
+def rows_of_tokens(tokens: Tensor, vocabulary: list[int]) -> Tensor:
+    """CLIP's tokens counted from 1 in a sorted list; those that are not in it become 0.
+
+    The end of a text keeps the largest number, by which open_clip finds it.
+    """
+    known = torch.tensor(vocabulary)
+    rows = torch.searchsorted(known, tokens).clamp(max=len(known) - 1)
+    return torch.where(known[rows] == tokens, rows + 1, 0)
 
 
 def with_tools(net: nn.Module, image_options: dict[str, Any], name: str) -> Clip:
@@ -215,18 +229,3 @@ def build_named(
         net.load_state_dict(weights)
         name = file_name(checkpoint)
     return Clip(net.eval(), open_clip.get_tokenizer(model), preprocess, name)
-
-
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and configuration of a file.
-
-    OpenAI's files are TorchScript archives, of which only the weights are taken.
-    """
-    if path.is_file() and path.suffix != ".safetensors":
-        try:
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):
-                archive = torch.jit.load(path, map_location="cpu")
-            return dict(archive.state_dict()), {}
-        except RuntimeError:  # not such an archive
-            pass
-    return load_weights(path)
