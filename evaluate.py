@@ -9,6 +9,8 @@
     python evaluate.py mse SAMPLES hw2_data/face/GT
     python evaluate.py attributes SAMPLES --classifier model.safetensors --data-dir hw2_data
     python evaluate.py train-attributes --output-dir runs/classifier/attributes
+    python evaluate.py train-scenes --output-dir runs/classifier/scenes
+    python evaluate.py inversion OUT hw2_data/textual_inversion/input.json --clip ViT-B-32.pt
 
 FID: Heusel et al., 2017, https://arxiv.org/abs/1706.08500, with the network of
 https://github.com/mseitzer/pytorch-fid, whose numbers are met to 1e-3.
@@ -52,6 +54,7 @@ from common.files import atomic_write, make_output_dir
 from common.rng import derive_seed, make_rng, seed_dropout
 from common.run import Run, environment
 from common.training import update_ema, warmup_cosine
+from inversion.concepts import read_concepts
 from metrics.attributes import (
     FaceSet,
     augment_for_attributes,
@@ -86,10 +89,13 @@ from metrics.frechet import (
     open_source,
     save_statistics,
 )
+from metrics.inversion import score_concepts, summary, table_of_scores
 from metrics.kernel import KERNEL_METRICS, KernelDistance, kernel_distance, size_of_subsets
 from metrics.pairs import squared_errors
+from metrics.scenes import TrainScenes, train_scenes
 from models.attribute_classifier import SMALLEST_INPUT, AttributeClassifier
 from models.digit_classifier import DigitResNet
+from zeroshot.loading import load_clip
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -342,6 +348,32 @@ class Mse:
     """Folder for result.json; without it the result is only printed."""
 
 
+@dataclass
+class Inversion:
+    """Scores of textual inversion: CLIP's similarity with a concept's images and with the prompt.
+
+    This is the grader's measure: of the 25 images of a prompt, the five best count.
+    """
+
+    images: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Folder that p3_textual_inversion.py generate has written."""
+    input_json: Annotated[Positional[Path], tyro.conf.arg(metavar="INPUT.json")]
+    """The course's file of concepts."""
+    sources: Path | None = None
+    """Folder with the concepts' images, 0/, 1/, ... (by default that of INPUT.json)."""
+    clip: Path | None = None
+    """File of CLIP's weights: OpenAI's ViT-B-32.pt (downloaded if not given), or of `pretrain`."""
+    count: int = 25
+    """Images that each prompt must have."""
+    device: Device = "auto"
+    """Where CLIP computes."""
+    output_dir: Path | None = None
+    """Folder for result.json and the table; without it the table is only printed."""
+
+    def __post_init__(self) -> None:
+        in_range("--count", self.count, 1, 100_000)
+
+
 # Scores
 
 
@@ -548,13 +580,33 @@ def score_mse(args: Mse) -> Score:
     return Score(result, "\n".join(lines))
 
 
-def evaluate(args: Fid | Kid | Faces | Digits | Attributes | Mse) -> dict[str, Any]:
+def score_inversion(args: Inversion, accelerator: Accelerator) -> Score:
+    """The grader's scores of each prompt, as a table."""
+    concepts = read_concepts(args.input_json)
+    clip = load_clip("ViT-B-32", "openai", args.clip)
+    clip.net.to(accelerator.device)
+    sources = args.sources or args.input_json.parent
+    scores = score_concepts(args.images, concepts, sources, clip, args.count)
+    found = summary(scores)
+    rows = table_of_scores(scores)
+    lines = [" | ".join(row) for row in rows]
+    lines.append(
+        f"image score {found['image']:.2f}, text score {found['text']:.2f} of {clip.name}; "
+        f"{found['passed']} of {found['with_baseline']} prompts with a baseline pass"
+    )
+    if args.output_dir is not None:
+        save_table(rows, args.output_dir / "table", f"scores of {clip.name}")
+    result = {"metric": "CLIP", "clip": clip.name, "scores": [asdict(score) for score in scores]}
+    return Score({**result, **found}, "\n".join(lines))
+
+
+def evaluate(args: Fid | Kid | Faces | Digits | Attributes | Mse | Inversion) -> dict[str, Any]:
     """Compute a score, print it and write result.json; returns what is in there."""
     started = time.monotonic()
     name = type(args).__name__.lower()
     file = None
     if args.output_dir is not None:
-        if isinstance(args, Digits | Attributes):
+        if isinstance(args, Digits | Attributes | Inversion):
             refuse_inside(args.output_dir, args.images)
         file = claim_result(args.output_dir, name)
     match args:
@@ -576,6 +628,9 @@ def evaluate(args: Fid | Kid | Faces | Digits | Attributes | Mse) -> dict[str, A
         case Mse():
             accelerator = make_accelerator("cpu", "fp32")
             score = score_mse(args)
+        case Inversion():
+            accelerator = make_accelerator(args.device, "fp32")
+            score = score_inversion(args, accelerator)
     print(score.text)
     result = {"score": name, **score.result}
     result["seconds"] = round(time.monotonic() - started, 1)
@@ -780,7 +835,8 @@ def finish_attributes(
     run.finish(measured)
 
 
-Command = Fid | Kid | Faces | Digits | Attributes | TrainClassifier | TrainAttributes | Mse
+Scores = Fid | Kid | Faces | Digits | Attributes | Mse | Inversion
+Command = Scores | TrainClassifier | TrainAttributes | TrainScenes
 
 
 def main(args: Command) -> dict[str, Any]:
@@ -790,6 +846,8 @@ def main(args: Command) -> dict[str, Any]:
             return train_classifier(args)
         case TrainAttributes():
             return train_attributes(args)
+        case TrainScenes():
+            return train_scenes(args)
         case _:
             return evaluate(args)
 

@@ -12,6 +12,11 @@ between two domains, in the layout of Office-Home:
 
     objects/{clipart,shaded}/CLASS/NNNNN.png                         64x64 RGB, drawn
 
+Two more are for text-to-image models and textual inversion; the second is laid out as in 2024:
+
+    captioned/{train,val}/{NNNNN.png, metadata.jsonl}                64x64 RGB, drawn, with captions
+    textual_inversion/{{0,1}/N.png, input.json}                      two concepts, drawn
+
     python prepare_data.py synthetic                       # drawn here, no network, about a minute
     python prepare_data.py download --year 2022            # the course's own archive
     python prepare_data.py download --public --textures BSDS500/data/images/train
@@ -42,11 +47,18 @@ from common.files import make_output_dir
 from metrics.faces import count_faces
 from preparation import archive, inspection, layout, mnist, public
 from preparation.synthetic import object_domains
-from preparation.synthetic.parts import draw_object_domains, draw_part, parallel_map
+from preparation.synthetic.parts import (
+    draw_captioned,
+    draw_concepts,
+    draw_object_domains,
+    draw_part,
+    parallel_map,
+)
 
 Part = Literal["digits/mnistm", "digits/svhn", "digits/usps", "face"]
 DRAWING_VERSION = 2  # raise it when what is drawn changes
-OBJECTS_VERSION = 1  # the same for objects/, so that other parts need not be drawn again
+# The same for parts that are newer, so that the others need not be drawn again.
+NEWER_VERSIONS = {"objects": 1, "captioned": 1, "textual_inversion": 1}
 MOST_IMAGES = 1_000_000  # of a split
 FEWEST_OBJECTS = 24  # two of each class: one for training and one for validation
 MOST_PROCESSES = 1_024
@@ -75,6 +87,8 @@ class Synthetic:
     """Number of objects for train and val; the twelve classes take turns."""
     objects: int = 600
     """Number of clip-art objects, and of shaded ones; the twelve classes take turns."""
+    captioned: tuple[int, int] = (1200, 200)
+    """Number of captioned scenes for train and val."""
     num_workers: int = os.cpu_count() or 1
     """Processes that draw."""
 
@@ -85,6 +99,7 @@ class Synthetic:
         check_counts("--usps", self.usps)
         check_counts("--face", self.face)
         check_counts("--clip-zeroshot", self.clip_zeroshot)
+        check_counts("--captioned", self.captioned)
         if not FEWEST_OBJECTS <= self.objects <= MOST_IMAGES:
             raise UserError(
                 f"--objects {self.objects}: each domain needs between {FEWEST_OBJECTS} and "
@@ -193,6 +208,8 @@ def synthetic(args: Synthetic) -> None:
         "digits/usps": in_splits(args.usps),
         "face": in_splits(args.face),
         "objects": dict.fromkeys(object_domains.DOMAINS, args.objects),
+        "captioned": in_splits(args.captioned),
+        "textual_inversion": {"0": layout.CONCEPT_IMAGES, "1": layout.CONCEPT_IMAGES},
         "clip_zeroshot": in_splits(args.clip_zeroshot),  # last: run_all.py takes it for the end
     }
     make_output_dir(args.data_dir, "--data-dir")
@@ -200,7 +217,7 @@ def synthetic(args: Synthetic) -> None:
     for part, halves in counts.items():
         settings: dict[str, Any] = {
             "made_by": "synthetic",
-            "version": OBJECTS_VERSION if part == "objects" else DRAWING_VERSION,
+            "version": NEWER_VERSIONS.get(part, DRAWING_VERSION),
             "seed": args.seed,
             **halves,
         }
@@ -218,6 +235,10 @@ def synthetic(args: Synthetic) -> None:
             with layout.new_part(args.data_dir, part, settings) as folder:
                 if part == "objects":
                     draw_object_domains(folder, args.seed, args.objects, run_map)
+                elif part == "captioned":
+                    draw_captioned(folder, args.seed, args.captioned, run_map)
+                elif part == "textual_inversion":
+                    draw_concepts(folder, args.seed)
                 else:
                     train, val = counts[part].values()
                     draw_part(folder, part, args.seed, (train, val), run_map)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 Kind = Literal["linear", "cosine"]
+AnyKind = Literal["linear", "cosine", "scaled-linear"]  # the third is Stable Diffusion's
 Rule = Literal["as-given", "scaled", "respaced"]
 Prediction = Literal["eps", "v"]
 Spacing = Literal["leading", "trailing", "beta"]
@@ -32,7 +33,7 @@ class Schedule:
     def __init__(
         self,
         timesteps: int = 1_000,
-        kind: Kind = "linear",
+        kind: AnyKind = "linear",
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
         rule: Rule = "scaled",
@@ -52,6 +53,8 @@ class Schedule:
 
         kind "cosine": Nichol and Dhariwal, 2021, https://arxiv.org/abs/2102.09672.
 
+        kind "scaled-linear": √β rises linearly, as in Stable Diffusion, whatever T is.
+
         prediction: what a network learns to return for x_t. "eps" is the noise, "v" the velocity
         √ᾱ_t ε - √(1-ᾱ_t) x_0, which depends on the image at every noise level (Salimans and Ho,
         2022, https://arxiv.org/abs/2202.00512).
@@ -69,7 +72,7 @@ class Schedule:
         self.counted_to = counted_to
         if timesteps < 2:
             raise ValueError(f"a noise schedule needs at least 2 steps, not {timesteps}")
-        betas = self._linear_betas() if kind == "linear" else self._cosine_betas()
+        betas = self._betas()
         lowest, highest = betas.min().item(), betas.max().item()
         if lowest <= 0 or highest >= 1:
             raise ValueError(
@@ -79,6 +82,14 @@ class Schedule:
         self.alpha_bar: list[float] = exact.tolist()
         self.betas = torch.cat([torch.zeros(1), betas.float()])
         self.alpha_bars = exact.float()
+
+    def _betas(self) -> Tensor:
+        if self.kind == "linear":
+            return self._linear_betas()
+        if self.kind == "cosine":
+            return self._cosine_betas()
+        first, last = math.sqrt(self.beta_start), math.sqrt(self.beta_end)
+        return torch.linspace(first, last, self.T, dtype=torch.float64) ** 2
 
     def _linear_betas(self) -> Tensor:
         if self.rule == "respaced":

@@ -19,6 +19,8 @@ from common.checkpoints import load_weights
 from common.class_folders import find_domain
 from common.cli import UserError
 from common.data import DIGIT_SIZE, list_images, read_labels
+from inversion.captions import read_metadata
+from inversion.concepts import read_concepts
 
 CSV_NAMES = ("train.csv", "val.csv", "test.csv")
 NOISE_SHAPES = ((1, 3, 256, 256), (1, 3, 64, 64))  # the course's, and that of our 64x64 network
@@ -327,6 +329,48 @@ def inspect_objects(folder: Path, report: Report) -> None:
         report.rows.append(("objects", child.name, images, found.sizes, found.channels, classes))
 
 
+# Captioned images and concepts
+
+
+def inspect_captioned(folder: Path, report: Report) -> None:
+    """captioned/{train,val}/ with metadata.jsonl."""
+    for split in ("train", "val"):
+        if not (folder / split).is_dir():
+            continue
+        found = inspect_images(folder / split, None, report)
+        try:
+            rows = read_metadata(folder / split)
+        except UserError as error:
+            report.problems.append(str(error))
+            continue
+        missing = sorted({row["file_name"] for row in rows} - set(found.names))
+        if missing:
+            report.problems.append(
+                f"{folder / split}: metadata.jsonl names {len(missing):,} images that are not "
+                f"there: {some(missing)}"
+            )
+        captions = f"{len({row['text'] for row in rows}):,} different captions"
+        images = f"{len(found.names):,}"
+        report.rows.append(("captioned", split, images, found.sizes, found.channels, captions))
+
+
+def inspect_concepts(folder: Path, report: Report) -> None:
+    """textual_inversion/{0,1}/ and input.json."""
+    try:
+        concepts = read_concepts(folder / "input.json")
+    except UserError as error:
+        report.problems.append(str(error))
+        return
+    for concept in concepts:
+        found = inspect_images(folder / concept.name, None, report)
+        if not found.names:
+            continue
+        images = f"{len(found.names):,}"
+        words = f"{concept.word}, {len(concept.prompts)} prompts"
+        row = ("textual_inversion", concept.name, images, found.sizes, found.channels, words)
+        report.rows.append(row)
+
+
 # The whole folder
 
 
@@ -351,9 +395,14 @@ def inspect_folder(data_dir: Path) -> Report:
         inspect_zero_shot(zero_shot, report)
     if objects.is_dir():
         inspect_objects(objects, report)
+    if (data_dir / "captioned").is_dir():
+        inspect_captioned(data_dir / "captioned", report)
+    if (data_dir / "textual_inversion").is_dir():
+        inspect_concepts(data_dir / "textual_inversion", report)
     if not report.rows and not report.problems:
         report.problems.append(
-            f"{data_dir}: holds neither digits/ nor face/ nor clip_zeroshot/ nor objects/"
+            f"{data_dir}: holds none of digits/, face/, clip_zeroshot/, objects/, captioned/ and "
+            "textual_inversion/"
         )
     return report
 

@@ -20,6 +20,7 @@ from PIL import Image
 from common.cli import UserError
 from common.rng import make_rng
 
+CONCEPT_IMAGES = 5  # of each concept that textual inversion learns
 MANIFEST = "made.json"  # in each part: the settings that made it
 
 
@@ -94,6 +95,20 @@ def write_attributes(
         cells = [f"{value:2d}" for value in values]
         lines.append(f"{image} " + " ".join(cells))
     (folder / "list_attr_celeba.txt").write_text("\n".join(lines) + "\n")
+
+
+def write_captions(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write metadata.jsonl: a line {"file_name": …, "text": …, …} for each image.
+
+    Hugging Face's `imagefolder` data sets have the same file.
+    """
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (folder / "metadata.jsonl").write_text("".join(lines))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of json that people read."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def write_names(folder: Path, names: Sequence[str]) -> None:

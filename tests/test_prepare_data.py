@@ -21,7 +21,7 @@ from common.cli import UserError
 from common.data import load_digits
 from common.rng import make_rng
 from preparation import archive, layout, mnist, public
-from preparation.synthetic import digits, looks, object_domains, objects
+from preparation.synthetic import digits, looks, object_domains, objects, scenes
 from prepare_data import Check, Download, Import, Noises, Synthetic
 
 TINY = {
@@ -31,6 +31,7 @@ TINY = {
     "face": (3, 2),
     "clip_zeroshot": (24, 13),
     "objects": 26,
+    "captioned": (12, 3),
     "num_workers": 1,
 }
 
@@ -234,7 +235,7 @@ def test_another_version_of_the_objects_leaves_other_parts_alone(copied, monkeyp
     before = fingerprint(copied)
     made = json.loads((copied / "digits" / "usps" / "made.json").read_text())
     assert made == {"made_by": "synthetic", "version": 2, "seed": 0, "train": 20, "val": 10}
-    monkeypatch.setattr(prepare_data, "OBJECTS_VERSION", 99)
+    monkeypatch.setitem(prepare_data.NEWER_VERSIONS, "objects", 99)
     with pytest.raises(UserError, match="objects holds other data"):
         prepare_data.main(Synthetic(copied, **TINY))
     monkeypatch.undo()
@@ -503,6 +504,33 @@ def test_check_of_object_domains(copied, capsys):
     assert "objects/clipart/key: contains no PNG or JPEG image" in text
     assert "objects/shaded: 1 broken images: fish/00001.png" in text
     assert len(text.splitlines()) == 2
+
+
+def test_check_of_captions_and_concepts(copied, capsys):
+    prepare_data.main(Check(copied))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "captioned train 12 64x64 RGB 12 different captions" in lines
+    assert "textual_inversion 0 5 64x64 RGB <new1>, 2 prompts" in lines
+    (copied / "captioned" / "train" / "00003.png").unlink()
+    (copied / "captioned" / "val" / "metadata.jsonl").write_text("{}")
+    shutil.rmtree(copied / "textual_inversion" / "1")
+    text = complaints(copied, capsys)
+    assert "metadata.jsonl names 1 images that are not there: 00003.png" in text
+    assert "metadata.jsonl, line 1: not of the form" in text
+    assert "textual_inversion/1: no such folder" in text
+    assert len(text.splitlines()) == 3
+    (copied / "textual_inversion" / "input.json").write_text("[]")
+    assert "input.json: not of the form" in complaints(copied, capsys)
+
+
+def test_captions_stand_beside_their_images(made):
+    folder = made / "captioned" / "train"
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert [row["file_name"] for row in rows] == [f"{k:05d}.png" for k in range(12)]
+    image, text, scene = scenes.draw_captioned(0, "train", 5)
+    assert rows[5] == {"file_name": "00005.png", "text": text, **scene.traits()}
+    with Image.open(folder / "00005.png") as stored:
+        assert np.array_equal(np.asarray(stored), image)
 
 
 def test_check_of_missing_and_empty_folders(tmp_path, capsys):

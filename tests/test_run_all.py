@@ -589,8 +589,11 @@ def leave_files(script: str, *arguments: str) -> None:
                 "clip_zeroshot/train",
                 "objects/clipart",
                 "objects/shaded",
+                "captioned/train",
+                "textual_inversion",
             ):
                 (after("--data-dir") / part).mkdir(parents=True)
+            (after("--data-dir") / "textual_inversion/input.json").touch()
             (after("--data-dir") / "face/list_attr_celeba.txt").touch()
         case ["p2_ddpm_train.py", *_] | ["p2_autoencoder.py" | "p2_score.py", "train"]:
             (after("--output-dir") / "model.safetensors").touch()

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The trainings of the released face models on one GPU, the most useful first.
+# The trainings of the released models of faces, and of text to image, on one GPU.
 #
 #   bash tools/train_on_gpu.sh DATA_DIR OUTPUT_DIR
 #
-# DATA_DIR has face/train and face/val. Every step is a run directory that continues where it was
+# DATA_DIR has face/train and face/val, and captioned/ and textual_inversion/ as prepare_data.py
+# synthetic --captioned 24000 1000 draws them. Every step is a run directory that continues where it was
 # stopped, and is skipped once it is finished. The steps share one autoencoder.
 set -euo pipefail
 data=$1
@@ -42,3 +43,21 @@ python p2_score.py table --checkpoint "$out/score/model.safetensors" --data-dir 
     --output-dir "$out/score-table" --batch-size 250 $gpu
 python experiments/faces_by_timesteps.py --data-dir "$data" --output-dir "$out/timesteps" \
     $latents --prediction v --images 1000000 --batch-size 256 --lr 1e-3 $gpu
+
+# 5. Text to image: the model (4 million images), what measures it, and two learned words.
+python p3_textual_inversion.py train-model --data-dir "$data" --output-dir "$out/text-to-image" \
+    --epochs 40 --images-per-epoch 100000 --batch-size 256 --ema-decay 0.9995 $gpu
+if [ ! -d "$out/other-drawings" ]; then
+    python prepare_data.py synthetic --data-dir "$out/other-drawings" --seed 1 --captioned 12000 1000
+fi
+python p3_clip_zeroshot.py pretrain --captioned --data-dir "$out/other-drawings" \
+    --output-dir "$out/clip-scenes" --batch-size 256 $gpu
+python evaluate.py train-scenes --data-dir "$out/other-drawings" \
+    --output-dir "$out/scene-classifier" $gpu
+python experiments/text_to_image.py --model "$out/text-to-image/model.safetensors" \
+    --classifier "$out/scene-classifier/model.safetensors" --output-dir "$out/text-to-image-scores"
+python p3_textual_inversion.py train "$data/textual_inversion/input.json" \
+    --model "$out/text-to-image/model.safetensors" --output-dir "$out/words"
+python experiments/inversion.py --model "$out/text-to-image/model.safetensors" \
+    --words "$out/words/words.safetensors" --clip "$out/clip-scenes/model.safetensors" \
+    --classifier "$out/scene-classifier/model.safetensors" --output-dir "$out/words-scores"

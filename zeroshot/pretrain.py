@@ -1,4 +1,4 @@
-"""Train a small CLIP from scratch on captioned images, so that everything runs without a download.
+"""Train a small CLIP from scratch, so that everything runs without a download.
 
 Contrastive training: Radford et al., 2021, https://arxiv.org/abs/2103.00020, section 2.3. The
 command is `python p3_clip_zeroshot.py pretrain`.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,16 +22,18 @@ from common.figures import save_curves
 from common.rng import derive_seed, make_rng
 from common.run import Run
 from common.training import warmup_cosine
-from zeroshot.loading import find_labelled
+from inversion.captions import read_captioned
+from zeroshot.loading import find_labelled, rows_of_tokens
 from zeroshot.prompts import cifar_templates, prompts_of
 
 # Peak learning rate of the text tower. A faster one makes all captions alike, and learning ends.
 TEXT_LR = 1e-4
+LENGTH = 24  # tokens of a caption
 
 
 @dataclass(kw_only=True)
 class Pretrain:
-    """Train a small CLIP on the images of a folder, captioned with CIFAR's 18 templates.
+    """Train a small CLIP on images with classes, captioned with CIFAR's 18 templates, or captions.
 
     The last epoch is the result: none is chosen afterwards.
     """
@@ -40,6 +42,8 @@ class Pretrain:
     """Run directory. The same command again continues an interrupted run."""
     data_dir: Path = Path("hw2_data")
     """Data folder, laid out as for zero-shot classification."""
+    captioned: bool = False
+    """Train on DATA_DIR/captioned and the captions in its metadata.jsonl instead of classes."""
     split: str = "train"
     """Sub-folder with the images."""
     epochs: int = 30
@@ -92,7 +96,6 @@ def pretrain(args: Pretrain) -> dict[str, Any]:
     import open_clip
 
     check_vision(args.vision)
-    found = find_labelled(args.data_dir, args.split)
     accelerator = make_accelerator(args.device, args.precision)
     if accelerator.num_processes > 1:
         raise UserError("pretrain runs in one process: its loss compares all images of a batch")
@@ -100,14 +103,15 @@ def pretrain(args: Pretrain) -> dict[str, Any]:
     run = Run(args, accelerator)
     if run.result is not None:
         return run.result
-    pixels = decode_images(found.paths, (args.image_size, args.image_size)).to(device)
-    labels = torch.from_numpy(found.labels).to(device)
+    data = load_captions(args) if args.captioned else load_classes(args)
+    pixels = data.pixels.to(device)
+    labels = data.labels.to(device)
+    tokens = data.tokens.to(device)
 
     torch.manual_seed(derive_seed(args.seed, "init"))
-    config = make_config(args)
+    config = make_config(args, data.vocabulary)
     bare_net = open_clip.CLIP(**config["arguments"])
     bare_net = bare_net.to(device, memory_format=torch.channels_last)
-    tokens = caption_tokens(found.names, bare_net.context_length).to(device)
     adam = make_optimizer(bare_net, args)
     net, adam = accelerator.prepare(bare_net, adam)
     parts = {"net": bare_net, "optimizer": adam}
@@ -125,7 +129,7 @@ def pretrain(args: Pretrain) -> dict[str, Any]:
         images = diff_augment(images, rng, args.augment)
         images = images.contiguous(memory_format=torch.channels_last)
 
-        # Each class in the batch gets one caption, with a random template.
+        # Each class in the batch gets one caption, with a random template if it has several.
         classes = labels[rows].unique()
         template = torch.randint(tokens.shape[1], (len(classes),), generator=rng, device=device)
         image_features, text_features, scale = net(images, tokens[classes, template])
@@ -165,7 +169,47 @@ def check_vision(name: str) -> None:
         raise UserError(f"--vision {name}: timm has no model of this name")
 
 
-def make_config(args: Pretrain) -> dict[str, Any]:
+class Captioned(NamedTuple):
+    """Images, and the captions that are true of them."""
+
+    pixels: Tensor
+    """uint8 (n, 3, size, size)."""
+    labels: Tensor
+    """int64 (n,): the row of `tokens` with the captions of each image."""
+    tokens: Tensor
+    """int64 (classes, captions of a class, LENGTH)."""
+    vocabulary: list[int] | None
+    """CLIP's tokens in the captions, which are counted from 1 in `tokens`; None for all tokens."""
+
+
+def load_classes(args: Pretrain) -> Captioned:
+    """Images with classes: each class has one caption for each of CIFAR's templates."""
+    found = find_labelled(args.data_dir, args.split)
+    templates = cifar_templates()
+    prompts = []
+    for name in found.names:
+        prompts += prompts_of(name, templates, "spaces")
+    tokens = caption_tokens(prompts).unflatten(0, (len(found.names), len(templates)))
+    pixels = decode_images(found.paths, (args.image_size, args.image_size))
+    return Captioned(pixels, torch.from_numpy(found.labels), tokens, None)
+
+
+def load_captions(args: Pretrain) -> Captioned:
+    """Images with captions. Each different caption is a class of its own.
+
+    The network gets only the tokens that there are: CLIP's whole table would be most of its file.
+    """
+    folder = args.data_dir / "captioned" / args.split
+    pixels, texts = read_captioned(folder, args.image_size, args.output_dir.parent / "cache")
+    captions = sorted(set(texts))
+    number_of = {caption: number for number, caption in enumerate(captions)}
+    labels = torch.tensor([number_of[text] for text in texts])
+    tokens = caption_tokens(captions)
+    vocabulary = sorted(set(tokens.flatten().tolist()) - {0})  # 0 fills the rest of a caption
+    return Captioned(pixels, labels, rows_of_tokens(tokens, vocabulary)[:, None], vocabulary)
+
+
+def make_config(args: Pretrain, vocabulary: list[int] | None) -> dict[str, Any]:
     """What builds the network, and how its images are prepared, as the checkpoint keeps it."""
     vision = {
         "timm_model_name": args.vision,
@@ -173,25 +217,24 @@ def make_config(args: Pretrain) -> dict[str, Any]:
         "timm_proj": "linear",
         "image_size": args.image_size,
     }
-    text = {"context_length": 24, "width": 128, "heads": 4, "layers": 2}
+    text = {"context_length": LENGTH, "width": 128, "heads": 4, "layers": 2}
     half = (0.5, 0.5, 0.5)  # the mean and sd that `normalise` uses
-    return {
+    config: dict[str, Any] = {
         "net": "clip",
         "arguments": {"embed_dim": 128, "vision_cfg": vision, "text_cfg": text},
         "preprocess": {"mean": half, "std": half, "resize_mode": "squash"},
     }
+    if vocabulary is not None:
+        text["vocab_size"] = len(vocabulary) + 1
+        config["vocabulary"] = vocabulary
+    return config
 
 
-def caption_tokens(names: list[str], context_length: int) -> Tensor:
-    """Tokens of the captions of all classes, int64 (classes, templates, context_length)."""
+def caption_tokens(captions: list[str]) -> Tensor:
+    """Tokens of captions, int64 (captions, LENGTH)."""
     import open_clip
 
-    templates = cifar_templates()
-    prompts = []
-    for name in names:
-        prompts += prompts_of(name, templates, "spaces")
-    tokens = open_clip.SimpleTokenizer(context_length=context_length)(prompts)
-    return tokens.unflatten(0, (len(names), len(templates)))
+    return open_clip.SimpleTokenizer(context_length=LENGTH)(captions)
 
 
 def make_optimizer(net: torch.nn.Module, args: Pretrain) -> torch.optim.AdamW:

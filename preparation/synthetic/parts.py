@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from preparation import layout
-from preparation.synthetic import digits, faces, looks, object_domains, objects
+from preparation.synthetic import digits, faces, looks, object_domains, objects, scenes
 
 CHUNK = 50  # images that a process draws before it reports
 Map = Callable[..., Iterator[Any]]  # like the built-in map
@@ -79,6 +79,23 @@ def draw_object_domains(folder: Path, seed: int, count: int, run_map: Map) -> No
         draw_split(Split("objects", seed, domain, 0, folder / domain), count, run_map)
 
 
+def draw_captioned(folder: Path, seed: int, counts: tuple[int, int], run_map: Map) -> None:
+    """Fill `folder` with {train,val}/NNNNN.png and metadata.jsonl, which has their captions."""
+    for name, count in zip(("train", "val"), counts, strict=True):
+        split = Split("captioned", seed, name, 0, folder / name)
+        layout.write_captions(split.folder, draw_split(split, count, run_map))
+
+
+def draw_concepts(folder: Path, seed: int) -> None:
+    """Fill `folder` with {0,1}/{0,...,4}.png and input.json, as the course hands them out."""
+    for concept, _ in enumerate(scenes.WORDS):
+        (folder / str(concept)).mkdir()
+        for k in range(layout.CONCEPT_IMAGES):
+            image, _ = scenes.draw_concept(seed, concept, k)
+            layout.save_image(image, folder / str(concept) / f"{k}.png")
+    layout.write_json(folder / "input.json", scenes.input_json())
+
+
 def draw_split(split: Split, count: int, run_map: Map) -> list[Any]:
     """Draw and save a split; returns the labels of its images, or for faces their attributes."""
     split.folder.mkdir(exist_ok=True)
@@ -117,6 +134,9 @@ def draw_image(split: Split, k: int) -> tuple[np.ndarray, Any, str]:
         rng = np.random.default_rng([split.seed, digits.SPLITS.index(split.name), k])
         image, attributes = faces.draw_face(rng)
         return image, attributes, name
+    if split.part == "captioned":
+        image, text, scene = scenes.draw_captioned(split.seed, split.name, k)
+        return image, {"file_name": name, "text": text, **scene.traits()}, name
     if split.part == "clip_zeroshot":
         number, label = divmod(k, len(objects.NAMES))  # the classes take turns
         image = objects.draw_object(split.seed, split.name, label, number)

@@ -1,0 +1,1 @@
+"""What p3_textual_inversion.py is made of: tokens, concepts, embeddings, models and scores."""

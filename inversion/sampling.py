@@ -1,0 +1,117 @@
+"""Sampling from a text-to-image model, with classifier-free guidance.
+
+Classifier-free guidance: Ho and Salimans, 2022, https://arxiv.org/abs/2207.12598.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from common.rng import ImageNoise
+from diffusion.samplers import ddim_step, dpm_solver_step, step_pairs
+from diffusion.schedule import Schedule, spaced_steps
+
+Solver = Literal["dpm", "ddim"]
+
+
+class TextModel(Protocol):
+    """What Stable Diffusion and the small model have in common."""
+
+    length: int
+    """Tokens of a prompt."""
+    image_size: int
+    """Side of the images."""
+    text_width: int
+    """Width of an embedding."""
+    shape: tuple[int, int, int]
+    """Shape of what is diffused: channels, height, width."""
+    range_limit: float | None
+    """Largest absolute value of what is diffused; None if it has no limit."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (batch, length) → embeddings (batch, length, text_width)."""
+        ...
+
+    def encode_text(self, embeddings: Tensor) -> Tensor:
+        """Embeddings → states (batch, length, text_width)."""
+        ...
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images in [-1, 1] → mean and standard deviation of what is diffused."""
+        ...
+
+    def save_memory(self) -> None:
+        """Prepare for training with encoded images."""
+        ...
+
+    def predict(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        """Noisy x (batch, *shape), steps t (batch,) from 0 to 999, states → noise or v."""
+        ...
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Clean x (batch, *shape) → images (batch, 3, size, size), about in [-1, 1]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled."""
+
+    steps: int
+    """Steps of the solver; each calls the network with and without the prompt."""
+    guidance: float
+    """Scale s of the guidance: without + s (with - without); 1 is none."""
+    solver: Solver = "dpm"
+    """DPM-Solver++(2M) or DDIM with eta = 0."""
+
+
+@torch.inference_mode()
+def sample(
+    model: TextModel,
+    schedule: Schedule,
+    states: Tensor,
+    empty: Tensor,
+    seed: int,
+    numbers: Sequence[int],
+    sampling: Sampling,
+) -> Tensor:
+    """Images (n, 3, size, size), about in [-1, 1]; image k depends on (seed, k) alone.
+
+    `states` are those of each image's prompt (n, length, width), `empty` those of the empty prompt
+    (1, length, width). `numbers` are the k of the images.
+    """
+    noise = ImageNoise(seed, numbers, model.shape, states.device)
+    x = noise().to(states.dtype)
+    both = torch.cat([states, empty.expand_as(states)])
+    before = None
+    for t, previous in step_pairs(spaced_steps(schedule.T, sampling.steps, "trailing")):
+        eps = guided_eps(model, schedule, x, t, both, sampling.guidance)
+        x0 = schedule.x0_from_eps(x, t, eps)
+        if model.range_limit is not None:
+            x0 = x0.clamp(-model.range_limit, model.range_limit)
+        if sampling.solver == "ddim":
+            x = ddim_step(schedule, x0, eps, t, previous)
+        else:
+            x = dpm_solver_step(schedule, x, x0, t, previous, before)
+            before = (t, x0)
+    return model.decode(x)
+
+
+def guided_eps(
+    model: TextModel, schedule: Schedule, x: Tensor, t: int, both: Tensor, guidance: float
+) -> Tensor:
+    """The noise in x_t, float32: ε(x) + s (ε(x, prompt) - ε(x)).
+
+    `both` holds the states of the prompts and of the empty prompt (2 n, length, width). Both
+    predictions are computed in one batch.
+    """
+    steps = torch.full((len(both),), t, device=x.device)
+    output = model.predict(torch.cat([x, x]), schedule.time(steps, model), both).float()
+    with_prompt, without = output.chunk(2)
+    guided = torch.lerp(without, with_prompt, guidance)
+    return schedule.eps_from_output(x, steps[: len(x)], guided)

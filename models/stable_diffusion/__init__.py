@@ -1,0 +1,1 @@
+"""The three networks of Stable Diffusion v1, with the keys of its published .ckpt files."""
