@@ -87,7 +87,7 @@ class Train:
     kind: tuple[Kind, ...] = ()
     """Templates of each word's captions; by INPUT.json's prompts if not given, or else object."""
     init: tuple[str, ...] = ()
-    """A known word for each new one, to start from; by default src_image, or for a style another."""
+    """Known words to start from, one each; by default src_image, or another style for a style."""
     model: Path = SMALL_MODEL
     """Stable Diffusion v1 (.ckpt or .safetensors), or a model of `train-model`."""
     output_dir: Path
@@ -114,8 +114,6 @@ class Train:
     """The frozen U-Net of Stable Diffusion in bf16 where the hardware is fast at it, or fp32."""
 
     def __post_init__(self) -> None:
-        if self.input_json is None and self.images is None:
-            raise UserError("train: give INPUT.json, or --images with the images of one word")
         if not is_word(self.token):
             raise UserError(f"--token {self.token!r}: must be one word, such as <new1>")
         in_range("--vectors", self.vectors, 1, 16)
@@ -124,6 +122,8 @@ class Train:
         above("--lr", self.lr, 0, 1)
         at_least("--snapshot-every", self.snapshot_every, 1)
         is_seed("--seed", self.seed)
+        if self.input_json is None and self.images is None:
+            raise UserError("train: give INPUT.json, or --images with the images of one word")
 
 
 @dataclass(kw_only=True)

@@ -90,7 +90,7 @@ class Compare:
         is_seed("--seed", self.seed)
 
 
-def compare(args: Compare) -> None:
+def main(args: Compare) -> None:
     """Draw all rows of both concepts, measure them, and write the tables and pictures."""
     loaded = load_model(args.model, args.device, "fp32")
     if loaded.which != "small":
@@ -258,4 +258,4 @@ def traits_shown(
 
 
 if __name__ == "__main__":
-    run_cli(Compare, compare)
+    run_cli(Compare, main)

@@ -93,7 +93,7 @@ def all_prompts() -> list[Prompt]:
     return prompts
 
 
-def measure(args: Measure) -> None:
+def main(args: Measure) -> None:
     """Draw all prompts at each guidance scale and write the table."""
     loaded = load_model(args.model, args.device, "fp32")
     if loaded.which != "small":
@@ -152,4 +152,4 @@ def shares_right(
 
 
 if __name__ == "__main__":
-    run_cli(Measure, measure)
+    run_cli(Measure, main)

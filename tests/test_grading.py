@@ -6,6 +6,7 @@ Python takes seconds.
 
 import csv
 import hashlib
+import json
 import os
 import runpy
 import shlex
@@ -21,13 +22,16 @@ import torch
 import tyro
 from PIL import Image
 
+import p3_textual_inversion
 from common.files import ROOT
 from diffusion.schedule import spaced_steps
+from inversion.concepts import save_words
 from models.dann import DannCNN
 from models.ddim_unet import DdimUnet
 from models.gan import Generator
 from p2_ddpm_infer import Generate
 from tests.conftest import save_net
+from tests.test_textual_inversion import tiny_model
 
 SCHEDULE = {"steps": 18, "as_given": True}  # the largest number of steps that the scripts take
 SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "grading").glob("*/*.sh"))
@@ -163,11 +167,41 @@ def test_a_missing_checkpoint_is_one_line_that_says_what_to_put_where(project):
     assert not list(project.glob("out*"))
 
 
-def test_textual_inversion_says_that_it_is_not_there(project):
-    ended = grade("2024/hw2_3", "input.json", "out", "model.ckpt")
-    assert ended.returncode == 1
-    assert "textual inversion" in ended.stderr
-    assert ended.stderr.count("\n") == 1
+@pytest.fixture
+def inversion(project) -> None:
+    """INPUT.json, a tiny model in place of Stable Diffusion, and its words in another folder."""
+    prompt = {"token_name": "<new1>", "prompt": ["A <new1> on a plain background."]}
+    Path("input.json").write_text(json.dumps({"0": prompt}))
+    save_net(tiny_model(), Path("model.safetensors"))
+    Path("words").mkdir()
+    save_words(Path("words/sd_words.safetensors"), {"<new1>": torch.ones(1, 32)})
+
+
+def test_25_images_of_each_prompt(run, project, inversion):
+    arguments = ("input.json", "an out", "model.safetensors")
+    run("2024/hw2_3", *arguments, CHECKPOINTS="words")
+    names = {f"source0_prompt0_{number}.png" for number in range(25)}
+    found = read_images(Path("an out/0/0"))
+    assert set(found) == names
+    before = hashes(Path("an out/0/0"))
+    shutil.rmtree("an out")
+    run("2024/hw2_3", *arguments, CHECKPOINTS="words")
+    assert hashes(Path("an out/0/0")) == before
+
+
+def test_missing_words_are_one_line_with_the_command_that_learns_them(
+    project, inversion, error_of, monkeypatch
+):
+    ended = grade("2024/hw2_3", "input.json", "out", "model.safetensors")
+    assert ended.returncode == 0
+    call = (project / "called").read_text().split("\0")[1:-1]
+    assert call == ["generate", "input.json", "out", "model.safetensors"]
+    monkeypatch.setattr(p3_textual_inversion, "SMALL_MODEL", project / "checkpoints" / "x")
+    commands = p3_textual_inversion.Train | p3_textual_inversion.Generate
+    error = error_of(commands, p3_textual_inversion.main, *call)
+    assert "no embedding of <new1> is known; learn it with: python" in error
+    assert "train input.json --model model.safetensors" in error
+    assert not Path("out").exists()
 
 
 def test_a_link_at_the_root_is_like_the_script(project):

@@ -536,7 +536,7 @@ def test_captions_stand_beside_their_images(made):
 def test_check_of_missing_and_empty_folders(tmp_path, capsys):
     with pytest.raises(UserError, match="no such folder"):
         prepare_data.main(Check(tmp_path / "nowhere"))
-    assert "holds neither digits/" in complaints(tmp_path, capsys)
+    assert "holds none of digits/, face/" in complaints(tmp_path, capsys)
 
 
 # Import

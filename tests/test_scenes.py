@@ -220,13 +220,13 @@ def test_softening_changes_half_of_the_images():
 
 
 def test_words_of_the_wrong_width_are_refused(tmp_path, data, clip_file):
-    from experiments.inversion import Compare, compare
+    from experiments.inversion import Compare, main
     from tests.test_textual_inversion import tiny_model
 
     model = save_net(tiny_model(), tmp_path / "model.safetensors")
     save_words(tmp_path / "words.safetensors", {"<new1>": torch.ones(1, 8)})
     with pytest.raises(UserError, match="has no <new1> of this model"):
-        compare(
+        main(
             Compare(
                 words=tmp_path / "words.safetensors",
                 clip=clip_file,
