@@ -209,8 +209,10 @@ def learn(
 ) -> Tensor:
     """Learn one word; returns its vectors (vectors, width). A finished run is read again."""
     net, schedule = loaded.net, loaded.schedule
-    run_args = replace(args, output_dir=args.output_dir / concept.name)
-    run = Run(run_args, make_accelerator(args.device, "fp32"))
+    accelerator = make_accelerator(args.device, "fp32")
+    if accelerator.num_processes > 1:
+        raise UserError("a word is learned in one process")
+    run = Run(replace(args, output_dir=args.output_dir / concept.name), accelerator)
     if run.result is not None:
         return read_words(run.dir / "word.safetensors")[concept.word]
     tokenizer = Tokenizer(net.length, {concept.word: args.vectors})
