@@ -413,6 +413,7 @@ def test_the_released_weights_load_and_are_those_of_their_cards():
     files = sorted((ROOT / "checkpoints").glob("*.safetensors"))
     expected = {
         *CLASSIFIERS,
+        "dann_resnet_mnist",
         "dann_svhn",
         "dann_usps",
         "dcgan_faces",
