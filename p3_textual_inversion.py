@@ -212,7 +212,9 @@ def learn(
     accelerator = make_accelerator(args.device, "fp32")
     if accelerator.num_processes > 1:
         raise UserError("a word is learned in one process")
-    run = Run(replace(args, output_dir=args.output_dir / concept.name), accelerator)
+    # What INPUT.json says is an argument of the run too: another file must not continue this run.
+    chosen = {"token": concept.word, "kind": (kind,), "init": (init,)}
+    run = Run(replace(args, output_dir=args.output_dir / concept.name, **chosen), accelerator)
     if run.result is not None:
         return read_words(run.dir / "word.safetensors")[concept.word]
     tokenizer = Tokenizer(net.length, {concept.word: args.vectors})
@@ -339,6 +341,7 @@ def train(args: Train) -> None:
             )
         start_of(init, args.vectors, loaded)
     make_output_dir(args.output_dir)
+    refuse_other_words(args.output_dir / "words.safetensors", concepts)
     seconds = 3 * args.steps * len(concepts) * seconds_of_a_call(loaded, args.batch_size)
     print_estimate("training", seconds, loaded)
     latents = [encode_folder(folder, loaded, args.flip) for folder in folders]
@@ -351,6 +354,18 @@ def train(args: Train) -> None:
     save_words(args.output_dir / "words.safetensors", words)
     peak = peak_memory(loaded.device) / 2**10
     print(f"{args.output_dir / 'words.safetensors'}: {', '.join(words)} (peak {peak:.1f} GiB)")
+
+
+def refuse_other_words(file: Path, concepts: Sequence[Concept]) -> None:
+    """Raise UserError if the file has words that this training would drop."""
+    if not file.exists():
+        return
+    others = set(read_words(file, "--output-dir")) - {concept.word for concept in concepts}
+    if others:
+        raise UserError(
+            f"--output-dir {file.parent}: holds other words ({', '.join(sorted(others))}); "
+            "choose another folder"
+        )
 
 
 def what_to_learn(args: Train) -> tuple[list[Concept], list[Path]]:
@@ -495,7 +510,7 @@ def prepare_folders(
     settings = {
         **asdict(sampling),
         "seed": args.seed,
-        "model": args.model.name,
+        "model": [args.model.name, args.model.stat().st_size],
         "prompts": {concept.name: list(concept.prompts) for concept in concepts},
         "words": {word: digest_of(rows) for word, rows in sorted(words.items())},
     }
@@ -507,9 +522,13 @@ def prepare_folders(
         for number, prompt in enumerate(concept.prompts):
             folder = args.output_dir / concept.name / str(number)
             stem = f"source{concept.name}_prompt{number}_"
+            for leftover in folder.glob(f".*-{stem}*.png"):
+                leftover.unlink()  # of a run that was killed while it wrote
             names = [f"{stem}{k}.png" for k in range(args.count)]
             make_output_dir(folder, "OUT", only=names)
             missing = [k for k, name in enumerate(names) if not (folder / name).exists()]
+            if len(missing) < args.count and not file.exists():
+                raise UserError(f"OUT {folder}: holds images of unknown settings; remove it first")
             pattern = str(folder).replace("{", "{{").replace("}", "}}") + f"/{stem}{{}}.png"
             if missing:
                 jobs.append((prompt, pattern, missing))

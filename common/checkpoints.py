@@ -23,6 +23,11 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "string_to_param")
 # What DataParallel and DistributedDataParallel, torch.compile, and the public DDPM script put
 # before every key.
 PREFIXES = ("module.", "_orig_mod.", "nn_model.")
+# What the constructor of a network raises for arguments that cannot be meant.
+BAD_SIZES = (
+    *(KeyError, TypeError, ValueError, IndexError),
+    *(AttributeError, ZeroDivisionError, RuntimeError),
+)
 
 
 def load_net(
@@ -61,7 +66,7 @@ def build_net(
         if not arguments:
             arguments = kind.arguments_of(weights)
         return kind(**arguments)
-    except (KeyError, TypeError):
+    except BAD_SIZES:
         return None
 
 
@@ -117,8 +122,10 @@ def load_safetensors(path: Path, flag: str) -> tuple[dict[str, Tensor], dict[str
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         config = json.loads(metadata.get("config", "{}"))
+        if not isinstance(config, dict):
+            raise UserError(f"{flag} {path}: its configuration is not a json object")
         return safetensors.torch.load_file(path), config
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+    except (safetensors.SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{flag} {path}: not a whole safetensors file ({error})") from None
 
 

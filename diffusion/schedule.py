@@ -72,6 +72,10 @@ class Schedule:
         self.counted_to = counted_to
         if timesteps < 2:
             raise ValueError(f"a noise schedule needs at least 2 steps, not {timesteps}")
+        if kind not in ("linear", "cosine", "scaled-linear") or prediction not in ("eps", "v"):
+            raise ValueError(
+                f"no noise schedule is called {kind!r} with the prediction {prediction!r}"
+            )
         betas = self._betas()
         lowest, highest = betas.min().item(), betas.max().item()
         if lowest <= 0 or highest >= 1:

@@ -18,19 +18,25 @@ def read_captioned(folder: Path, size: int, cache_dir: Path | None) -> tuple[Ten
     Raises UserError that names the file and the line for anything but {"file_name": …, "text": …}.
     """
     rows = read_metadata(folder)
+    paths = paths_of(folder, rows)
+    images = decode_cached(paths, None, (size, size), cache_dir, "captioned")
+    return images.pixels, [row["text"] for row in rows]
+
+
+def paths_of(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
+    """The image of each row. Raises UserError for one that is not there."""
     paths = [folder / row["file_name"] for row in rows]
     for path in paths:
         if not path.is_file():
             raise UserError(f"{folder / 'metadata.jsonl'}: names {path.name}, which is not there")
-    images = decode_cached(paths, None, (size, size), cache_dir, "captioned")
-    return images.pixels, [row["text"] for row in rows]
+    return paths
 
 
 def read_metadata(folder: Path) -> list[dict[str, Any]]:
     """The lines of FOLDER/metadata.jsonl. Raises UserError for a line without image or caption."""
     file = folder / "metadata.jsonl"
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; it gives each image's caption") from None
     except (OSError, UnicodeDecodeError) as error:

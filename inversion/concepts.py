@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from common.checkpoints import load_weights
@@ -69,6 +70,9 @@ TEMPLATES: dict[Kind, tuple[str, ...]] = {
 }
 NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")  # of a concept: it becomes the name of a folder
 WORD = re.compile(r"[^\s/\\]{1,60}")
+PLACEHOLDER = re.compile(r"<[^\s<>]+>")
+LARGEST_SCORE = 1_000
+LONGEST_TEXT = 1_000  # characters
 MOST_CONCEPTS = 100
 MOST_PROMPTS = 1_000
 
@@ -104,7 +108,8 @@ def read_concepts(path: Path) -> list[Concept]:
     another type, or not safe as the name of a folder, and for a prompt without its word.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_twice)
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=refuse_twice)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError:
@@ -118,6 +123,14 @@ def read_concepts(path: Path) -> list[Concept]:
     for word in words:
         if words.count(word) > 1:
             raise UserError(f"{path}: two concepts have the token_name {word}")
+    for concept in concepts:
+        for prompt in concept.prompts:
+            for placeholder in PLACEHOLDER.findall(prompt):
+                if placeholder not in words:
+                    raise UserError(
+                        f"{path}: concept {concept.name!r}: {placeholder} in the prompt "
+                        f"{prompt[:60]!r} is the token_name of no concept"
+                    )
     return concepts
 
 
@@ -128,11 +141,12 @@ def is_word(text: str) -> bool:
 
 def refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A json object as a dictionary. Raises ValueError for a key that is there twice."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
+    found = {}
+    for name, value in pairs:
+        if name in found:
             raise ValueError(f"the key {name!r} is there twice")
-    return dict(pairs)
+        found[name] = value
+    return found
 
 
 def read_concept(path: Path, name: str, entry: Any) -> Concept:
@@ -184,6 +198,8 @@ def texts_at(entry: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
     for text in texts:
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: {key} has an entry that is not a text: {str(text)[:60]}")
+        if len(text) > LONGEST_TEXT:
+            raise UserError(f"{where}: {key} has an entry of more than {LONGEST_TEXT:,} characters")
     return tuple(texts)
 
 
@@ -199,7 +215,7 @@ def baselines_at(
     scores = []
     for pair in pairs:
         is_pair = isinstance(pair, list) and len(pair) == 2
-        if not is_pair or not all(type(score) in (int, float) for score in pair):
+        if not is_pair or not all(is_score(score) for score in pair):
             raise UserError(f"{where}: baseline has an entry that is not [image, text]: {pair}")
         scores.append((float(pair[0]), float(pair[1])))
     return tuple(scores)
@@ -208,6 +224,11 @@ def baselines_at(
 def templates_of(kind: Kind, model: str) -> tuple[str, ...]:
     """Captions for a kind of word, in words that the model ("stable-diffusion", "small") knows."""
     return (SMALL_TEMPLATES if model == "small" else TEMPLATES)[kind]
+
+
+def is_score(value: Any) -> bool:
+    """Whether a value of INPUT.json is a number that a score can reach."""
+    return type(value) in (int, float) and abs(value) <= LARGEST_SCORE
 
 
 # Learned words
@@ -230,10 +251,13 @@ def read_words(path: Path, flag: str = "--embeddings") -> dict[str, Tensor]:
     for key, rows in load_weights(path, flag)[0].items():
         name = key.removeprefix("string_to_param.")
         word = f"<{path.stem}>" if name in ("emb_params", "*") else name
-        rows = rows.float()
+        is_plain = rows.layout == torch.strided and rows.device.type == "cpu"
+        if not is_plain or not rows.is_floating_point() or rows.ndim not in (1, 2):
+            raise UserError(f"{flag} {path}: {key!r} is not the embedding of a word")
+        rows = rows.detach().float()
         if rows.ndim == 1:
             rows = rows[None]
-        if rows.ndim != 2 or not is_word(word) or not 1 <= len(rows) <= 75:
+        if not is_word(word) or not 1 <= len(rows) <= 75:
             raise UserError(f"{flag} {path}: {key!r} is not the embedding of a word")
         if not rows.isfinite().all():
             raise UserError(f"{flag} {path}: {key!r} has values that are not finite")

@@ -38,6 +38,7 @@ IGNORED_NAMES = {
     "cond_stage_model.transformer.text_model.embeddings.position_ids",
 }
 IGNORED_PREFIX = "model_ema."
+STEPS = 1_000  # of the noise schedules of both models
 
 
 class Loaded(NamedTuple):
@@ -57,7 +58,8 @@ def load_model(path: Path, device: str, precision: str) -> Loaded:
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; Stable Diffusion's is sd-v1-4.ckpt from "
-            "https://huggingface.co/CompVis/stable-diffusion-v-1-4-original (4.3 GB)"
+            "https://huggingface.co/CompVis/stable-diffusion-v-1-4-original (4.3 GB), and "
+            "`train-model` makes a small one"
         )
     chosen = choose_device(device)
     if precision == "auto":
@@ -95,7 +97,12 @@ def load_small(
         raise UserError(f"MODEL {path}: is not this TextToImage ({misfit})")
     net.load_state_dict({name: value.float() for name, value in weights.items()})
     net.requires_grad_(False).eval().to(device)
-    schedule = Schedule.from_config(config.get("schedule", {}))
+    try:
+        schedule = Schedule.from_config(config.get("schedule", {}))
+    except (ValueError, TypeError, AttributeError):
+        schedule = None
+    if schedule is None or schedule.T != STEPS:
+        raise UserError(f"MODEL {path}: has no noise schedule of {STEPS:,} steps")
     return Loaded(net, schedule, "small", device)
 
 

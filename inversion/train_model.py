@@ -198,6 +198,11 @@ def make_net(args: TrainModel, vocabulary: list[int]) -> TextToImage:
             length=args.length,
         )
     net, _ = load_net(args.init, {"text_to_image": TextToImage}, "--init")
+    for name in ("size", "patch", "width", "text_width", "text_layers", "length"):
+        ours, theirs = getattr(args, name), net.config["arguments"].get(name)
+        if theirs != ours:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {ours}: --init {args.init} has {theirs}")
     new = set(vocabulary) - set(net.config["arguments"]["vocabulary"])
     if new:
         raise UserError(f"--init {args.init}: does not know {len(new)} tokens of the captions")

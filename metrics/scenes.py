@@ -24,7 +24,7 @@ from common.figures import save_curves
 from common.rng import derive_seed, make_rng
 from common.run import Run
 from common.training import update_ema, warmup_cosine
-from inversion.captions import read_metadata
+from inversion.captions import paths_of, read_metadata
 from models.scene_classifier import SceneClassifier
 from preparation.synthetic import scenes
 
@@ -113,7 +113,7 @@ def labels_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         for row in rows:
             try:
                 number = values.index(value_of(trait, row[trait])) if has_trait(row, trait) else -1
-            except (KeyError, ValueError, TypeError):
+            except (KeyError, ValueError, TypeError, OverflowError):
                 raise UserError(
                     f"metadata.jsonl: {row['file_name']} has no known {trait}; the classifier "
                     "learns from scenes of prepare_data.py synthetic"
@@ -127,7 +127,7 @@ def load_scenes(folder: Path, cache_dir: Path | None) -> tuple[Tensor, dict[str,
     """Scenes of a folder, uint8 (n, 3, 64, 64), and the labels of each trait."""
     rows = read_metadata(folder)
     labels = labels_of(rows)
-    paths = [folder / row["file_name"] for row in rows]
+    paths = paths_of(folder, rows)
     images = decode_cached(paths, None, (SIZE, SIZE), cache_dir, "scenes")
     return images.pixels, labels
 

@@ -234,6 +234,9 @@ def test_the_drawn_input_json_is_read(tmp_path):
         ({"baseline": [[1, 2]]}, "one pair of scores for each prompt"),
         ({"baseline": [[1, 2], [3]]}, "not [image, text]: [3]"),
         ({"baseline": [[1, 2], [True, 3]]}, "not [image, text]"),
+        ({"baseline": [[1, 2], [float("nan"), 3]]}, "not [image, text]"),
+        ({"baseline": [[1, 2], [10**400, 3]]}, "not [image, text]"),
+        ({"prompt": ["A <new1>.", "A <new1>." + "x" * 1_000]}, "more than 1,000 characters"),
         ({"src_image": 3}, "src_image is not a text"),
     ],
 )
@@ -278,6 +281,14 @@ def test_a_malformed_file_is_one_line(tmp_path, content, words):
         read_concepts(tmp_path / "none.json")
 
 
+def test_a_placeholder_of_no_concept_is_named(tmp_path):
+    file = tmp_path / "input.json"
+    prompts = ["A <new1> in the style of <new3>.", "A <new1>."]
+    file.write_text(json.dumps({"0": INPUT["0"] | {"prompt": prompts}}))
+    with pytest.raises(UserError, match=r"<new3> in the prompt .* is the token_name of no concept"):
+        read_concepts(file)
+
+
 def test_two_concepts_cannot_share_a_word(tmp_path):
     file = tmp_path / "input.json"
     file.write_text(json.dumps({"0": INPUT["0"], "1": INPUT["0"]}))
@@ -306,6 +317,23 @@ def test_words_of_other_programs_are_read(tmp_path):
     pickled = tmp_path / "old-cat.pt"
     torch.save({"string_to_param": {"*": torch.ones(2, 8)}, "name": "old", "step": 5}, pickled)
     assert read_words(pickled)["<old-cat>"].shape == (2, 8)
+
+
+def test_trained_parameters_are_read_as_plain_numbers(tmp_path):
+    file = tmp_path / "words.pt"
+    torch.save({"<new1>": nn.Parameter(torch.ones(2, 8))}, file)
+    assert not read_words(file)["<new1>"].requires_grad
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.ones(2, 8, dtype=torch.complex64), torch.ones(2, 8).to_sparse(), torch.ones(8).int()],
+)
+def test_only_plain_numbers_are_embeddings(tmp_path, value):
+    file = tmp_path / "words.pt"
+    torch.save({"<new1>": value}, file)
+    with pytest.raises(UserError, match="is not the embedding of a word"):
+        read_words(file)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
@@ -377,6 +405,21 @@ def test_a_run_continues_bit_for_bit(learn, stop_in_step_1, small_model, input_j
     assert (whole / "words.safetensors").read_bytes() == (
         args.output_dir / "words.safetensors"
     ).read_bytes()
+
+
+def test_another_input_json_does_not_continue_the_run(learn, input_json):
+    folder = learn()
+    changed = json.loads(input_json.read_text())
+    changed["0"]["prompt"] = ["A car in the style of <new1>."] * 2
+    input_json.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"--kind was \['object'\], is \['style'\]"):
+        learn()
+    input_json.write_text(json.dumps(INPUT).replace("<new1>", "<dog>"))
+    with pytest.raises(UserError, match="holds other words"):
+        learn()
+    (folder / "words.safetensors").unlink()
+    with pytest.raises(UserError, match="--token was <new1>, is <dog>"):
+        learn()
 
 
 def test_snapshots_start_from_the_known_word(learn, small_model):
@@ -519,6 +562,21 @@ def test_a_stray_file_is_refused_before_anything_is_drawn(draw, tmp_path):
     with pytest.raises(UserError, match=r"grid\.png, which graders would read too"):
         draw()
     assert not (tmp_path / "out" / "0" / "0" / "source0_prompt0_0.png").exists()
+
+
+def test_images_of_unknown_settings_are_refused(draw):
+    out = draw()
+    (out / "generated.json").unlink()
+    with pytest.raises(UserError, match="holds images of unknown settings"):
+        draw(steps=3)
+
+
+def test_what_a_killed_run_left_is_removed(draw):
+    out = draw()
+    leftover = out / "0" / "0" / ".123-source0_prompt0_1.png"
+    leftover.write_bytes(b"half an image")
+    draw()
+    assert not leftover.exists()
 
 
 def test_both_words_in_one_prompt(small_model, input_json, tmp_path):
@@ -720,6 +778,35 @@ def test_the_states_are_those_of_the_whole_length(tiny_networks):
     assert states.shape == (2, 77, 32)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        [1],
+        None,
+        {"net": "text_to_image", "arguments": {"vocabulary": [99_999]}},
+        {"net": "text_to_image", "arguments": {"vocabulary": ["a"]}},
+        {"net": "text_to_image", "arguments": {"vocabulary": [1], "patch": 0}},
+        {"net": "text_to_image", "arguments": {"vocabulary": [1], "length": -1}},
+        {"net": "text_to_image", "arguments": {"vocabulary": [1], "width": 33, "heads": 3}},
+    ],
+)
+def test_hostile_metadata_of_a_model_is_one_line(tmp_path, config):
+    file = tmp_path / "model.safetensors"
+    metadata = {"config": json.dumps(config)}
+    safetensors.torch.save_file({"x": torch.ones(1)}, file, metadata)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        load_model(file, "cpu", "fp32")
+
+
+@pytest.mark.parametrize(
+    "schedule", [[1], {"steps": 10}, {"steps": "a"}, {"kind": "foo"}, {"beta_end": 5}, {"x": 1}]
+)
+def test_a_schedule_that_cannot_be_meant_is_one_line(tmp_path, schedule):
+    file = save_net(tiny_model(), tmp_path / "model.safetensors", schedule=schedule)
+    with pytest.raises(UserError, match="has no noise schedule of 1,000 steps"):
+        load_model(file, "cpu", "fp32")
+
+
 # The small model and its captions
 
 
@@ -764,6 +851,8 @@ def test_the_small_model_trains_and_continues_bit_for_bit(
     with Image.open(args.output_dir / "samples" / "0001.png") as grid:
         assert grid.width > 2 * 32
     train_model(tiny_training(captioned, tmp_path / "runs" / "more", init=file))
+    with pytest.raises(UserError, match=r"--size 48: --init .* has 32"):
+        train_model(tiny_training(captioned, tmp_path / "runs" / "other", init=file, size=48))
 
 
 def test_every_parameter_of_the_small_model_learns():
