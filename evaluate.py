@@ -583,7 +583,7 @@ def score_mse(args: Mse) -> Score:
 def score_inversion(args: Inversion, accelerator: Accelerator) -> Score:
     """The grader's scores of each prompt, as a table."""
     concepts = read_concepts(args.input_json)
-    clip = load_clip("ViT-B-32", "openai", args.clip)
+    clip = load_clip("ViT-B-32", "openai", args.clip, "--clip")
     clip.net.to(accelerator.device)
     sources = args.sources or args.input_json.parent
     scores = score_concepts(args.images, concepts, sources, clip, args.count)

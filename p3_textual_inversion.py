@@ -23,11 +23,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -173,6 +174,9 @@ class Generate:
 class NewWord(nn.Module):
     """The vectors of a new word, which are all that is trained."""
 
+    snapshots: Tensor
+    norms: Tensor
+
     def __init__(self, start: Tensor, snapshots: int) -> None:
         """`start` (vectors, width) is what the word starts from."""
         super().__init__()
@@ -304,7 +308,7 @@ def start_of(init: str, vectors: int, loaded: Loaded) -> Tensor:
             f"--init {init}: is {len(ids)} tokens long; take a shorter word or --vectors {len(ids)}"
         )
     ids += [ids[-1]] * (vectors - len(ids))
-    return rows_of(loaded.net, ids, loaded.device)
+    return rows_of(loaded, ids)
 
 
 def digest_of_table(net: Any) -> str:
@@ -350,7 +354,12 @@ def train(args: Train) -> None:
     words = {}
     for concept, kind, init, encoded in zip(concepts, kinds, inits, latents, strict=True):
         print(f"{concept.word}: a new {kind}, starts from {init!r}")
-        words[concept.word] = learn(args, concept, kind, init, encoded, loaded)
+        try:
+            words[concept.word] = learn(args, concept, kind, init, encoded, loaded)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"--batch-size {args.batch_size}: too little memory; choose a smaller one"
+            ) from None
     save_words(args.output_dir / "words.safetensors", words)
     peak = peak_memory(loaded.device) / 2**10
     print(f"{args.output_dir / 'words.safetensors'}: {', '.join(words)} (peak {peak:.1f} GiB)")
@@ -397,6 +406,20 @@ def guessed_inits(concepts: Sequence[Concept], loaded: Loaded) -> list[str]:
     return [concept.source if concept.kind == "object" else style for concept in concepts]
 
 
+class Job(NamedTuple):
+    """A prompt of which images are missing."""
+
+    prompt: str
+    folder: Path
+    stem: str
+    """What the names of its files begin with."""
+    missing: list[int]
+
+    def path(self, number: int) -> Path:
+        """The file of an image."""
+        return self.folder / f"{self.stem}{number}.png"
+
+
 def generate(args: Generate) -> None:
     """Draw the images that are not there yet."""
     concepts = read_concepts(args.input_json)
@@ -404,7 +427,7 @@ def generate(args: Generate) -> None:
     words = find_words(args, concepts, loaded)
     sampling = Sampling(args.steps, default_guidance(args.guidance, loaded), args.solver)
     jobs = prepare_folders(args, concepts, words, sampling)
-    missing = sum(len(numbers) for _, _, numbers in jobs)
+    missing = sum(len(job.missing) for job in jobs)
     if not missing:
         print(f"{args.output_dir}: already finished, nothing to do")
         return
@@ -418,23 +441,29 @@ def generate(args: Generate) -> None:
     empty = encode_prompts(loaded, tokenizer, [""], rows)
     started = time.monotonic()
     bar = tqdm(total=missing, unit="image", disable=None, leave=False)
-    for prompt, pattern, numbers in jobs:
-        if tokenizer.is_too_long(prompt):
-            print(f"warning: the end of {prompt[:60]!r}… is cut off: it has too many tokens")
-        states = encode_prompts(loaded, tokenizer, [prompt], rows)
-        for first in range(0, len(numbers), batch_size):
-            some = numbers[first : first + batch_size]
-            images = sample(
-                loaded.net,
-                loaded.schedule,
-                states.expand(len(some), -1, -1),
-                empty,
-                args.seed,
-                some,
-                sampling,
-            )
+    for job in jobs:
+        if tokenizer.is_too_long(job.prompt):
+            print(f"warning: the end of {job.prompt[:60]!r}… is cut off: it has too many tokens")
+        states = encode_prompts(loaded, tokenizer, [job.prompt], rows)
+        first = 0
+        while first < len(job.missing):
+            some = job.missing[first : first + batch_size]
+            several = states.expand(len(some), -1, -1)
+            try:
+                images = sample(
+                    loaded.net, loaded.schedule, several, empty, args.seed, some, sampling
+                )
+            except torch.OutOfMemoryError:
+                if batch_size == 1:
+                    raise UserError(
+                        f"--device {args.device}: too little memory for one image"
+                    ) from None
+                batch_size = batch_size // 2
+                torch.cuda.empty_cache()
+                continue
             for number, image in zip(some, to_uint8(images), strict=True):
-                save_image(image, Path(pattern.format(number)))
+                save_image(image, job.path(number))
+            first += len(some)
             bar.update(len(some))
     bar.close()
     seconds = (time.monotonic() - started) / missing
@@ -453,7 +482,7 @@ def default_guidance(given: float | None, loaded: Loaded) -> float:
 
 
 def default_batch_size(loaded: Loaded) -> int:
-    """How many images are computed at a time; 5 of Stable Diffusion fit a GPU of 8 GB."""
+    """How many images are computed at a time, if the user does not say."""
     if loaded.which == "small":
         return 25
     return 1 if loaded.device.type == "cpu" else 5
@@ -489,11 +518,13 @@ def how_to_learn(args: Generate, concepts: Sequence[Concept], word: str, loaded:
     defaults = Train(input_json=args.input_json, output_dir=Path("runs/p3/words"))
     calls = 3 * defaults.steps * len(concepts)
     seconds = calls * seconds_of_a_call(loaded, defaults.batch_size)
-    inits = " ".join(init or "WORD" for init in guessed_inits(concepts, loaded))
+    command = [
+        *("python", "p3_textual_inversion.py", "train", str(args.input_json)),
+        *("--model", str(args.model), "--output-dir", str(defaults.output_dir)),
+        *("--init", *[init or "WORD" for init in guessed_inits(concepts, loaded)]),
+    ]
     return (
-        f"{args.input_json}: no embedding of {word} is known; learn it with: "
-        f"python p3_textual_inversion.py train {args.input_json} --model {args.model} "
-        f"--init {inits} --output-dir {defaults.output_dir} "
+        f"{args.input_json}: no embedding of {word} is known; learn it with: {shlex.join(command)} "
         f"(about {tqdm.format_interval(seconds)} on {loaded.device.type}), and then put "
         f"{defaults.output_dir}/words.safetensors at checkpoints/{WORDS_FILES[loaded.which]}"
     )
@@ -501,8 +532,8 @@ def how_to_learn(args: Generate, concepts: Sequence[Concept], word: str, loaded:
 
 def prepare_folders(
     args: Generate, concepts: Sequence[Concept], words: dict[str, Tensor], sampling: Sampling
-) -> list[tuple[str, str, list[int]]]:
-    """Make the folders; returns each prompt, the pattern of its files, and which are missing.
+) -> list[Job]:
+    """Make the folders; returns the prompts of which images are missing.
 
     Raises UserError if a folder holds other files, or images of other settings.
     """
@@ -529,9 +560,8 @@ def prepare_folders(
             missing = [k for k, name in enumerate(names) if not (folder / name).exists()]
             if len(missing) < args.count and not file.exists():
                 raise UserError(f"OUT {folder}: holds images of unknown settings; remove it first")
-            pattern = str(folder).replace("{", "{{").replace("}", "}}") + f"/{stem}{{}}.png"
             if missing:
-                jobs.append((prompt, pattern, missing))
+                jobs.append(Job(prompt, folder, stem, missing))
     atomic_write(file, json.dumps(settings, indent=1) + "\n")
     return jobs
 

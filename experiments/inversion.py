@@ -99,7 +99,7 @@ def main(args: Compare) -> None:
     for word in ("<new1>", "<new2>"):
         if word not in words or words[word].shape[1] != loaded.net.text_width:
             raise UserError(f"--words {args.words}: has no {word} of this model")
-    clip = load_clip("ViT-B-32", "openai", args.clip)
+    clip = load_clip("ViT-B-32", "openai", args.clip, "--clip")
     classifier = load_scene_classifier(args.classifier)
     make_output_dir(args.output_dir)
     started = time.monotonic()

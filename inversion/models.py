@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.checkpoints import build_net, first_misfit, load_weights, tensors_under
 from common.cli import UserError
 from common.device import available_devices, has_fast_bf16
 from diffusion.schedule import Schedule
-from inversion.sampling import TextModel
+from inversion.sampling import TextToImageModel
 from inversion.tokens import VOCABULARY, Tokenizer
 from models.stable_diffusion.model import PREFIXES, StableDiffusion
 from models.text_to_image import TextToImage
@@ -44,7 +44,7 @@ STEPS = 1_000  # of the noise schedules of both models
 class Loaded(NamedTuple):
     """A frozen model in eval mode on its device, its schedule, and which of the two it is."""
 
-    net: TextModel
+    net: TextToImageModel
     schedule: Schedule
     which: WhichModel
     device: torch.device
@@ -93,7 +93,7 @@ def load_small(
     """A model of `train-model`."""
     net = build_net(TextToImage, config, weights)
     misfit = first_misfit(net.state_dict(), weights) if net else "no such network"
-    if net is None or misfit:
+    if not isinstance(net, TextToImage) or misfit:
         raise UserError(f"MODEL {path}: is not this TextToImage ({misfit})")
     net.load_state_dict({name: value.float() for name, value in weights.items()})
     net.requires_grad_(False).eval().to(device)
@@ -135,7 +135,7 @@ def build_stable_diffusion(path: Path, weights: dict[str, Tensor]) -> StableDiff
 # Prompts
 
 
-def embed_prompts(model: TextModel, ids: Tensor, rows: Tensor | None) -> Tensor:
+def embed_prompts(model: TextToImageModel, ids: Tensor, rows: Tensor | None) -> Tensor:
     """Embeddings (batch, length, width) of token ids, in which learned words have their own rows.
 
     `rows` (learned vectors, width) are put in place at lookup, so that they are the only thing that
@@ -172,6 +172,6 @@ def word_ids(loaded: Loaded, word: str, flag: str = "--init") -> list[int]:
     return ids
 
 
-def rows_of(model: nn.Module | TextModel, ids: list[int], device: torch.device) -> Tensor:
+def rows_of(loaded: Loaded, ids: list[int]) -> Tensor:
     """The model's own embeddings (ids, width) of token ids."""
-    return model.embed(torch.tensor([ids], device=device))[0].clone()  # type: ignore[union-attr]
+    return loaded.net.embed(torch.tensor([ids], device=loaded.device))[0].clone()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,47 +15,15 @@ from torch import Tensor
 from common.rng import ImageNoise
 from diffusion.samplers import ddim_step, dpm_solver_step, step_pairs
 from diffusion.schedule import Schedule, spaced_steps
+from models.stable_diffusion.model import StableDiffusion
+from models.text_to_image import TextToImage
 
 Solver = Literal["dpm", "ddim"]
 
-
-class TextModel(Protocol):
-    """What Stable Diffusion and the small model have in common."""
-
-    length: int
-    """Tokens of a prompt."""
-    image_size: int
-    """Side of the images."""
-    text_width: int
-    """Width of an embedding."""
-    shape: tuple[int, int, int]
-    """Shape of what is diffused: channels, height, width."""
-    range_limit: float | None
-    """Largest absolute value of what is diffused; None if it has no limit."""
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token ids (batch, length) → embeddings (batch, length, text_width)."""
-        ...
-
-    def encode_text(self, embeddings: Tensor) -> Tensor:
-        """Embeddings → states (batch, length, text_width)."""
-        ...
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images in [-1, 1] → mean and standard deviation of what is diffused."""
-        ...
-
-    def save_memory(self) -> None:
-        """Prepare for training with encoded images."""
-        ...
-
-    def predict(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
-        """Noisy x (batch, *shape), steps t (batch,) from 0 to 999, states → noise or v."""
-        ...
-
-    def decode(self, x: Tensor) -> Tensor:
-        """Clean x (batch, *shape) → images (batch, 3, size, size), about in [-1, 1]."""
-        ...
+# Both have the methods embed, encode_text, encode, predict, decode and save_memory. Both know
+# `length` (tokens of a prompt), `text_width`, `image_size`, `shape` (of what is diffused) and
+# `range_limit` (the largest absolute value of what is diffused; None if there is none).
+TextToImageModel = StableDiffusion | TextToImage
 
 
 @dataclass(frozen=True)
@@ -72,7 +40,7 @@ class Sampling:
 
 @torch.inference_mode()
 def sample(
-    model: TextModel,
+    model: TextToImageModel,
     schedule: Schedule,
     states: Tensor,
     empty: Tensor,
@@ -103,13 +71,17 @@ def sample(
 
 
 def guided_eps(
-    model: TextModel, schedule: Schedule, x: Tensor, t: int, both: Tensor, guidance: float
+    model: TextToImageModel, schedule: Schedule, x: Tensor, t: int, both: Tensor, guidance: float
 ) -> Tensor:
     """The noise in x_t, float32: ε(x) + s (ε(x, prompt) - ε(x)).
 
     `both` holds the states of the prompts and of the empty prompt (2 n, length, width). Both
-    predictions are computed in one batch.
+    predictions are computed in one batch. For s = 1 the empty prompt is not needed.
     """
+    if guidance == 1:
+        steps = torch.full((len(x),), t, device=x.device)
+        output = model.predict(x, schedule.time(steps, model), both[: len(x)]).float()
+        return schedule.eps_from_output(x, steps, output)
     steps = torch.full((len(both),), t, device=x.device)
     output = model.predict(torch.cat([x, x]), schedule.time(steps, model), both).float()
     with_prompt, without = output.chunk(2)

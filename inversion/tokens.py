@@ -23,6 +23,13 @@ def byte_pairs() -> Any:
     return SimpleTokenizer(clean="lower")
 
 
+def whole_word(word: str) -> str:
+    """A pattern of a word; where it begins or ends with a letter, it is no part of a longer one."""
+    before = r"(?<!\w)" if re.match(r"\w", word) else ""
+    after = r"(?!\w)" if re.search(r"\w$", word) else ""
+    return before + re.escape(word) + after
+
+
 class Tokenizer:
     """Makes token ids of prompts, in which each learned word has ids of its own.
 
@@ -43,7 +50,7 @@ class Tokenizer:
             self.ids[word] = list(range(first, first + count))
             first += count
         longest_first = sorted(self.ids, key=len, reverse=True)
-        self.pattern = re.compile("|".join(re.escape(word) for word in longest_first))
+        self.pattern = re.compile("|".join(whole_word(word) for word in longest_first))
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without start, end and filling."""

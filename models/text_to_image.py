@@ -23,6 +23,7 @@ CLIP_TOKENS = 49_408
 class TextToImage(Network):
     """Predicts the velocity v in noisy images, given the states of a prompt."""
 
+    rows: Tensor  # of the table of embeddings, for each of CLIP's tokens
     counts_steps = True
     range_limit = 1.0  # it diffuses pixels
 

@@ -98,7 +98,9 @@ class Clip(NamedTuple):
     name: str
 
 
-def load_clip(model: str, pretrained: str, checkpoint: Path | None) -> Clip:
+def load_clip(
+    model: str, pretrained: str, checkpoint: Path | None, flag: str = "--checkpoint"
+) -> Clip:
     """Load a CLIP: weights by open_clip's names, or those of a file.
 
     The file is OpenAI's, one of `pretrain`, or one with the weights of the architecture `model`.
@@ -110,7 +112,7 @@ def load_clip(model: str, pretrained: str, checkpoint: Path | None) -> Clip:
     weights: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     if checkpoint is not None:
-        weights, config = load_weights(checkpoint)
+        weights, config = load_weights(checkpoint, flag)
     try:
         with quiet_logging():
             if OPENAI_KEYS & weights.keys():
@@ -122,12 +124,12 @@ def load_clip(model: str, pretrained: str, checkpoint: Path | None) -> Clip:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         if checkpoint is not None:
             raise UserError(
-                f"--checkpoint {checkpoint}: is not a CLIP of --model {model} ({reason})"
+                f"{flag} {checkpoint}: is not a CLIP of the architecture {model} ({reason})"
             ) from None
         raise UserError(
-            f"--pretrained {pretrained}: the weights of {model} are not here and cannot be "
-            f"downloaded ({reason}); download them elsewhere (OpenAI's are ViT-B-32.pt) and give "
-            "the file as --checkpoint, or train a small CLIP with `pretrain`"
+            f"the weights '{pretrained}' of {model} are not here and cannot be downloaded "
+            f"({reason}); download them elsewhere (OpenAI's are ViT-B-32.pt) and give the file as "
+            f"{flag}, or train a small CLIP with `pretrain`"
         ) from None
 
 

@@ -345,12 +345,18 @@ def as_print(picture: np.ndarray, dark_hue: float, light_hue: float) -> np.ndarr
 
 def draw_captioned(seed: int, split: str, k: int) -> tuple[np.ndarray, str, Scene]:
     """Image k of a split, its caption and what it shows; they depend on these three alone."""
+    scene, words, rng = captioned_scene(seed, split, k)
+    return draw_scene(scene, rng), words, scene
+
+
+def captioned_scene(seed: int, split: str, k: int) -> tuple[Scene, str, np.random.Generator]:
+    """Scene k of a split, its caption, and the generator that goes on to draw it."""
     rng = np.random.default_rng([seed, 9, SPLITS.index(split), k])
     scene = random_scene(rng)
     words = caption(scene, rng)
     if k % 3 == 0:
         words += "."  # prompts often end in a full stop
-    return draw_scene(scene, rng), words, scene
+    return scene, words, rng
 
 
 # What input.json says of the two concepts, as in the course's hand-out. {} stands for the concept.
