@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import pickle
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ from models.text_to_image import TextToImage
 from p3_textual_inversion import Generate, Train, TrainModel, generate, train, train_model
 from preparation.synthetic import scenes
 from tests.conftest import noise, save_images, save_net
+from tools import rehearse_sd
 
 WORDS = "a an picture drawing of on in the style car house creature background plain sketch"
 INPUT = {
@@ -777,6 +780,18 @@ def test_stable_diffusion_loads_as_it_is_published(tiny_networks, tmp_path, name
     assert loaded.which == "stable-diffusion"
     assert digest(loaded.net) == digest(tiny_networks)
     assert loaded.schedule.alpha_bar[1000] == pytest.approx(0.0046599, rel=1e-4)
+
+
+def test_a_file_with_objects_of_another_library(tiny_networks, tmp_path, monkeypatch):
+    """The rehearsal's file is as the published one: torch alone refuses it."""
+    monkeypatch.setattr(rehearse_sd, "StableDiffusion", tiny_stable_diffusion)
+    file = tmp_path / "sd-v1-4.ckpt"
+    rehearse_sd.write_random_file(file)
+    for name in [name for name in sys.modules if name.startswith("pytorch_lightning")]:
+        del sys.modules[name]
+    with pytest.raises(pickle.UnpicklingError, match="pytorch_lightning"):
+        torch.load(file, weights_only=True)
+    assert load_model(file, "cpu", "fp32").which == "stable-diffusion"
 
 
 def test_a_key_that_is_missing_or_unknown_is_named(tiny_networks, tmp_path):

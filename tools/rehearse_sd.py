@@ -25,6 +25,7 @@ import torch
 
 from common.cli import UserError, in_range, run_cli
 from common.data import list_images
+from common.device import Device
 from common.files import ROOT, atomic_write, make_output_dir
 from models.stable_diffusion.model import PREFIXES, StableDiffusion
 
@@ -43,7 +44,7 @@ class Rehearse:
     """Steps of the sampler."""
     batch_size: int = 2
     """Images of a training step."""
-    device: str = "auto"
+    device: Device = "auto"
     """Where to compute."""
 
     def __post_init__(self) -> None:
@@ -69,10 +70,14 @@ def write_random_file(path: Path) -> None:
     ids = torch.arange(77)[None]
     weights["cond_stage_model.transformer.text_model.embeddings.position_ids"] = ids
 
-    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
-    ModelCheckpoint.__module__ = module.__name__
-    module.ModelCheckpoint = ModelCheckpoint  # type: ignore[attr-defined]
-    sys.modules[module.__name__] = module
+    # A pickle names a class by its module, which must be there while it is written.
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        package = ".".join(parts[:count])
+        sys.modules[package] = types.ModuleType(package)
+    ModelCheckpoint.__module__ = name
+    sys.modules[name].ModelCheckpoint = ModelCheckpoint  # type: ignore[attr-defined]
     content = {
         "epoch": 0,
         "global_step": 470_000,
