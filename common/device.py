@@ -28,11 +28,7 @@ def make_accelerator(device: Device = "auto", precision: Precision = "auto") -> 
     from accelerate import Accelerator  # takes more than a second to import
     from accelerate.state import AcceleratorState
 
-    available = available_devices()
-    if device not in ("auto", *available):
-        there = ", ".join(available)
-        raise UserError(f"--device {device}: not available on this machine (available: {there})")
-    chosen = available[0] if device == "auto" else device
+    chosen = choose_device(device)
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(chosen) else "fp32"
     # A program may train in bf16 and then predict in fp32. Accelerate keeps the settings of its
@@ -40,6 +36,15 @@ def make_accelerator(device: Device = "auto", precision: Precision = "auto") -> 
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     mixed_precision = "bf16" if precision == "bf16" else "no"
     return Accelerator(cpu=chosen == "cpu", mixed_precision=mixed_precision)
+
+
+def choose_device(device: Device) -> str:
+    """The kind of device of the option --device. Raises UserError if it is not there."""
+    available = available_devices()
+    if device not in ("auto", *available):
+        there = ", ".join(available)
+        raise UserError(f"--device {device}: not available on this machine (available: {there})")
+    return available[0] if device == "auto" else device
 
 
 def available_devices() -> list[str]:

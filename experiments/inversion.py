@@ -40,7 +40,7 @@ from inversion.concepts import read_words
 from inversion.models import Loaded, encode_prompts, load_model
 from inversion.sampling import Sampling, sample
 from inversion.tokens import Tokenizer
-from metrics.inversion import best_five, image_features, text_features
+from metrics.inversion import best_five, image_features, scores_of
 from metrics.scenes import hits, load_scene_classifier, see
 from p3_textual_inversion import SMALL_MODEL, STYLES
 from preparation.synthetic import scenes
@@ -234,10 +234,8 @@ def score(
     plain = scenes.input_json()[str(concept)]["prompt_4_clip_eval"]
     scores = []
     for number, some in enumerate(pixels):
-        features = image_features(clip, save_pixels(some, folder / str(number)))
-        image_scores = 100 * (features @ source_features.T).mean(1).numpy()
-        text_scores = 100 * (features @ text_features(clip, plain[number])).numpy()
-        scores.append(best_five(image_scores, text_scores))
+        paths = save_pixels(some, folder / str(number))
+        scores.append(best_five(*scores_of(clip, paths, source_features, plain[number])))
     means = np.mean(scores, axis=0)
     return float(means[0]), float(means[1])
 

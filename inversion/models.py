@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.checkpoints import build_net, first_misfit, load_weights, tensors_under
 from common.cli import UserError
-from common.device import available_devices, has_fast_bf16
+from common.device import Device, Precision, choose_device, has_fast_bf16
 from diffusion.schedule import Schedule
 from inversion.sampling import TextToImageModel
 from inversion.tokens import VOCABULARY, Tokenizer
@@ -50,7 +50,7 @@ class Loaded(NamedTuple):
     device: torch.device
 
 
-def load_model(path: Path, device: str, precision: str) -> Loaded:
+def load_model(path: Path, device: Device, precision: Precision) -> Loaded:
     """Load Stable Diffusion v1 (.ckpt or .safetensors) or a model of `train-model`.
 
     Raises UserError that names the file, and says what to do if it is not there.
@@ -61,7 +61,7 @@ def load_model(path: Path, device: str, precision: str) -> Loaded:
             "https://huggingface.co/CompVis/stable-diffusion-v-1-4-original (4.3 GB), and "
             "`train-model` makes a small one"
         )
-    chosen = choose_device(device)
+    chosen = torch.device(choose_device(device))
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(chosen.type) else "fp32"
     if path.suffix == ".safetensors":
@@ -76,15 +76,6 @@ def load_model(path: Path, device: str, precision: str) -> Loaded:
     net.requires_grad_(False).eval().to(chosen)
     schedule = Schedule(kind="scaled-linear", beta_start=0.00085, beta_end=0.012)
     return Loaded(net, schedule, "stable-diffusion", chosen)
-
-
-def choose_device(device: str) -> torch.device:
-    """The device of the option --device. Raises UserError if it is not there."""
-    available = available_devices()
-    if device not in ("auto", *available):
-        there = ", ".join(available)
-        raise UserError(f"--device {device}: not available on this machine (available: {there})")
-    return torch.device(available[0] if device == "auto" else device)
 
 
 def load_small(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.captions import read_captioned
 from common.checkpoints import load_net
 from common.cli import UserError, above, at_least, below, in_range, is_seed
 from common.data import draw_batch, normalise, to_uint8
@@ -26,7 +27,6 @@ from common.rng import derive_seed, make_rng
 from common.run import Run
 from common.training import update_ema, warmup_cosine
 from diffusion.schedule import Schedule
-from inversion.captions import read_captioned
 from inversion.sampling import Sampling, sample
 from inversion.tokens import END, START, Tokenizer
 from models.text_to_image import TextToImage

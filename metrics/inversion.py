@@ -84,9 +84,8 @@ def score_concepts(
     for concept in concepts:
         source_features = image_features(clip, list_images(sources / concept.name))
         for number, prompt in enumerate(concept.plain_prompts):
-            features = image_features(clip, folders[concept.name, number])
-            image_scores = 100 * (features @ source_features.T).mean(1).numpy()
-            text_scores = 100 * (features @ text_features(clip, prompt)).numpy()
+            paths = folders[concept.name, number]
+            image_scores, text_scores = scores_of(clip, paths, source_features, prompt)
             image, text = best_five(image_scores, text_scores)
             scores.append(
                 PromptScore(
@@ -100,6 +99,19 @@ def score_concepts(
                 )
             )
     return scores
+
+
+def scores_of(
+    clip: Clip, paths: Sequence[Path], source_features: Tensor, prompt: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Image scores and text scores (n,) of drawings.
+
+    `source_features` are the unit vectors (m, features) of the concept's images.
+    """
+    features = image_features(clip, paths)
+    image_scores = 100 * (features @ source_features.T).mean(1)
+    text_scores = 100 * (features @ text_features(clip, prompt))
+    return image_scores.numpy(), text_scores.numpy()
 
 
 def drawings_in(folder: Path, count: int) -> list[Path]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.captions import paths_of, read_metadata
 from common.checkpoints import load_net
 from common.cli import UserError, above, at_least, below, is_seed
 from common.data import decode_cached, draw_batch, normalise
@@ -24,7 +25,6 @@ from common.figures import save_curves
 from common.rng import derive_seed, make_rng
 from common.run import Run
 from common.training import update_ema, warmup_cosine
-from inversion.captions import paths_of, read_metadata
 from models.scene_classifier import SceneClassifier
 from preparation.synthetic import scenes
 

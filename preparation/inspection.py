@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from common.attributes import read_attributes
+from common.captions import read_metadata
 from common.checkpoints import load_weights
 from common.class_folders import find_domain
 from common.cli import UserError
 from common.data import DIGIT_SIZE, list_images, read_labels
-from inversion.captions import read_metadata
 from inversion.concepts import read_concepts
 
 CSV_NAMES = ("train.csv", "val.csv", "test.csv")

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import nn
 
 import p3_textual_inversion as script
+from common.captions import read_captioned
 from common.cli import UserError
 from common.data import decode_image
 from diffusion.schedule import Schedule
 from inversion import models as inversion_models
 from inversion import train_model as training
-from inversion.captions import read_captioned
 from inversion.concepts import read_concepts, read_words, save_words
 from inversion.models import Loaded, embed_prompts, encode_prompts, load_model
 from inversion.sampling import Sampling, guided_eps, sample

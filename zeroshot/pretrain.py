@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.augment import augment_faces, diff_augment
+from common.captions import read_captioned
 from common.cli import UserError, above, at_least, each_once, in_range, is_seed
 from common.data import decode_images, draw_batch, normalise
 from common.device import Device, Precision, make_accelerator
@@ -22,7 +23,6 @@ from common.figures import save_curves
 from common.rng import derive_seed, make_rng
 from common.run import Run
 from common.training import warmup_cosine
-from inversion.captions import read_captioned
 from zeroshot.loading import find_labelled, rows_of_tokens
 from zeroshot.prompts import cifar_templates, prompts_of
 
