@@ -50,8 +50,8 @@ class RunAll:
     profile: Annotated[str | None, arg(metavar="NAME")] = None
     """quick (the default): small networks, minutes. full: for a GPU. smoke: each step, shortest."""
     only: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
-    """Problems (p1, p2, p3) or parts of them (faces; digits, ddim, face-diffusion; dann, clip); by
-    default all."""
+    """Problems (p1, p2, p3) or parts of them (faces; digits, ddim, face-diffusion; dann, clip,
+    inversion); by default all."""
     jobs: Annotated[int | None, arg(metavar="INT")] = None
     """Parts that run side by side, each on its share of the cores: by default 2, for full 1."""
     classifier: Annotated[Path | None, arg(metavar="FILE")] = None

@@ -10,6 +10,9 @@ drawn        drawings of the concept itself in the scenes of the prompts: the ce
 The image and text scores are those of the grader's rule with a small CLIP, the traits those that an
 independent classifier sees. CLIP and classifier have learned from drawings of another seed.
 
+Two more pictures: the prompts with the word after every so many steps of its training, and both
+words in one prompt.
+
     python experiments/inversion.py --words runs/p3/words/words.safetensors \
         --clip runs/p3/clip-scenes/model.safetensors \
         --classifier runs/classifier/scenes/model.safetensors --output-dir runs/p3/inversion
@@ -34,7 +37,7 @@ from torch import Tensor
 from common.cli import UserError, in_range, is_seed, run_cli
 from common.data import to_uint8
 from common.device import Device
-from common.figures import save_image, save_labelled, save_table
+from common.figures import save_grid, save_image, save_labelled, save_table
 from common.files import atomic_write, make_output_dir
 from inversion.concepts import read_words
 from inversion.models import Loaded, encode_prompts, load_model
@@ -54,6 +57,7 @@ CREATURE_SCENES = (
     {"ground": "striped", "ground_colour": "pink"},
 )
 PRINT_SCENES = ({"subject": "car"}, {"subject": "house", "ground": "striped"})
+TOGETHER = "A <new1> on a plain blue background in the style of <new2>."
 CREATURE_TRAITS = ("body", "ears", "coat", "second_colour", "eyes", "colour")
 PRINT_TRAITS = ("style", "dark_hue", "light_hue")
 
@@ -63,7 +67,7 @@ class Compare:
     """Compare learned words with known words, with descriptions and with drawings."""
 
     words: Path
-    """File of the two learned words, <new1> and <new2>."""
+    """File of the two learned words, <new1> and <new2>. Their snapshots may lie beside it."""
     clip: Path
     """CLIP of `p3_clip_zeroshot.py pretrain --captioned`."""
     classifier: Path
@@ -129,6 +133,9 @@ def main(args: Compare) -> None:
         columns = [f"prompt {number}" for number in range(len(pictures) // len(ROWS))]
         picture = torch.cat(pictures)
         save_labelled(picture, args.output_dir / f"{name}.png", list(ROWS), columns, name)
+        draw_progress(concept, args, loaded, words)
+    together = images_of(TOGETHER, 8, args, loaded, words)
+    save_grid(together, args.output_dir / "together.png", columns=8)
     for name in NAMES:
         results[name] = way_covered(results, name)
     save_table(table, args.output_dir / "table")
@@ -158,23 +165,39 @@ def images_of_row(
     """Images uint8 (count, 3, 64, 64) of each prompt of a concept."""
     if row == "drawn":
         return [drawn(concept, prompt, args) for prompt in range(len(scenes.PROMPTS[concept]))]
+    prompts = prompts_of(row, concept)
+    return [images_of(prompt, args.count, args, loaded, words) for prompt in prompts]
+
+
+def images_of(
+    prompt: str, count: int, args: Compare, loaded: Loaded, words: dict[str, Tensor]
+) -> Tensor:
+    """Images uint8 (count, 3, 64, 64) of a prompt, in which learned words may stand."""
     tokenizer = Tokenizer(loaded.net.length, {word: len(rows) for word, rows in words.items()})
     vectors = torch.cat(list(words.values())).to(loaded.device)
     empty = encode_prompts(loaded, tokenizer, [""], vectors)
-    pixels = []
-    for prompt in prompts_of(row, concept):
-        states = encode_prompts(loaded, tokenizer, [prompt], vectors)
-        images = sample(
-            loaded.net,
-            loaded.schedule,
-            states.expand(args.count, -1, -1),
-            empty,
-            args.seed,
-            range(args.count),
-            Sampling(args.steps, args.guidance),
-        )
-        pixels.append(to_uint8(images).cpu())
-    return pixels
+    states = encode_prompts(loaded, tokenizer, [prompt], vectors).expand(count, -1, -1)
+    sampling = Sampling(args.steps, args.guidance)
+    images = sample(loaded.net, loaded.schedule, states, empty, args.seed, range(count), sampling)
+    return to_uint8(images).cpu()
+
+
+def draw_progress(concept: int, args: Compare, loaded: Loaded, words: dict[str, Tensor]) -> None:
+    """Draw the prompts with the word after every so many steps, if its snapshots are there."""
+    file = args.words.parent / str(concept) / "snapshots.safetensors"
+    if not file.is_file():
+        return
+    word = f"<new{concept + 1}>"
+    prompts = prompts_of("learned", concept)
+    pictures = []
+    rows = []
+    for name, vectors in sorted(read_words(file, "--words").items()):
+        rows.append(f"step {int(name.removeprefix('step_'))}")
+        then = words | {word: vectors}
+        pictures += [images_of(prompt, 2, args, loaded, then) for prompt in prompts]
+    columns = [f"prompt {number}" for number in range(len(prompts)) for _ in range(2)]
+    path = args.output_dir / f"progress_{NAMES[concept]}.png"
+    save_labelled(torch.cat(pictures), path, rows, columns)
 
 
 def prompts_of(row: str, concept: int) -> list[str]:

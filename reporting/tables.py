@@ -49,6 +49,13 @@ def all_tables(output: Output) -> dict[str, Table]:
         "p3_clip_prompts": output.table(
             "p3/clip/table.csv", "Zero-shot classification with all sets of prompts"
         ),
+        "p3_inversion": output.table("p3/inversion/table.csv", "Learned words and known words"),
+        "p3_inversion_traits": output.table(
+            "p3/inversion/traits.csv", "What a classifier sees of each hidden trait"
+        ),
+        "p3_inversion_scores": output.table(
+            "p3/score/inversion/table.csv", "Scores of each prompt by the grader's rule"
+        ),
         "steps": steps_table(output),
         "runs": runs_table(output),
         "versions": versions_table(output),

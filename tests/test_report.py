@@ -292,6 +292,25 @@ def write_guided(folder: Path, data_dir: Path) -> None:
     (folder / "p2/guidance/table.csv").write_text('guidance,"hit rate, %",KID\nfree 4,81.5,9.0\n')
 
 
+def write_inversion(folder: Path) -> None:
+    """Problem 3: two learned words, with the tables and pictures of experiments/inversion.py."""
+    inversion = folder / "p3/inversion"
+    for name in ("creature", "print"):
+        write_image(inversion / f"sources/{name}/0.png")
+        write_image(inversion / f"{name}.png")
+        write_image(inversion / f"progress_{name}.png")
+    write_image(inversion / "together.png")
+    (inversion / "table.csv").write_text("concept,images,image score\ncreature,learned,81.5\n")
+    (inversion / "traits.csv").write_text("concept,images,trait,%\ncreature,learned,ears,75.0\n")
+    for concept in (0, 1):
+        for prompt in (0, 1):
+            folder_of_prompt = folder / f"p3/inversion-images/{concept}/{prompt}"
+            write_image(folder_of_prompt / f"source{concept}_prompt{prompt}_0.png")
+    scores = folder / "p3/score/inversion/table.csv"
+    scores.parent.mkdir(parents=True, exist_ok=True)
+    scores.write_text("concept,prompt\n0,A creature.\n")
+
+
 @pytest.fixture
 def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Data with as many files as the course's, which are counted as 3 in these tests."""
@@ -315,6 +334,7 @@ def output(tmp_path: Path, data_dir: Path) -> Path:
     write_dann(folder, data_dir)
     write_resnet(folder, data_dir)
     write_clip(folder, data_dir)
+    write_inversion(folder)
     (folder / "steps").mkdir()
     (folder / "steps/dcgan.txt").write_text("python p1_dcgan.py train --lr 1e-3\n60\n")
     return folder
@@ -339,7 +359,8 @@ def test_the_page_needs_no_other_file(output):
 def test_every_image_is_whole_and_of_its_kind(output):
     page = page_of(output)
     # 6 of GANs, 12 of digits, 14 of DDIM, 11 and 7 of faces by diffusion, 12 of DANN, 4 of CLIP.
-    assert len(page.images) == 66
+    # And 11 of textual inversion.
+    assert len(page.images) == 77
     for name, source in page.images.items():
         with Image.open(io.BytesIO(page.image(name))) as image:
             image.load()

@@ -603,6 +603,12 @@ def leave_files(script: str, *arguments: str) -> None:
             (after("--output-dir") / "slerp.png").touch()
         case ["p3_dann.py", "table"]:
             (after("--output-dir") / "table.png").touch()
+        case ["p3_textual_inversion.py", "train-model"]:
+            (after("--output-dir") / "model.safetensors").touch()
+        case ["p3_textual_inversion.py", "train"]:
+            (after("--output-dir") / "words.safetensors").touch()
+        case ["p3_textual_inversion.py", "generate"]:
+            Path(arguments[2]).mkdir(parents=True, exist_ok=True)
 
 
 @pytest.fixture
@@ -665,6 +671,10 @@ def test_the_quick_profile_from_data_to_the_report(real, tmp_path):
         "p2_guided.py grid",
         "experiments/guidance.py",
         "p3_dann_resnet.py table",
+        "p3_textual_inversion.py train",
+        "p3_textual_inversion.py generate",
+        "evaluate.py inversion",
+        "experiments/inversion.py",
     ):
         assert command in commands
     for command in ("p2_ddpm_infer.py", "evaluate.py digits", "p3_dann.py embed"):
@@ -949,5 +959,5 @@ def test_the_smoke_profile_makes_the_report(real, tmp_path, monkeypatch):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     page = (tmp_path / "real/out/report.html").read_text()
     assert "Not run: " not in page
-    assert page.count('<img src="data:image/') == 66
+    assert page.count('<img src="data:image/') == 78  # with the curves of text-to-image
     assert "Synthetic data." in page

@@ -21,11 +21,11 @@ from typing import Annotated, Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.checkpoints import load_net
+from common.checkpoints import load_net, load_weights
 from common.cli import UserError, run_cli
 from common.files import ROOT, atomic_write
 from diffusion.schedule import Schedule
@@ -34,9 +34,11 @@ from models.adaptation import AdaptationNet
 from models.attribute_classifier import AttributeClassifier
 from models.autoencoder import Autoencoder
 from models.latent_unet import LatentUnet
-from models.network import Network
 from models.noisy_classifier import NoisyClassifier
+from models.scene_classifier import SceneClassifier
+from models.text_to_image import TextToImage
 from p2_ddpm_infer import NETS as U_NETS
+from zeroshot.loading import load_clip
 
 NETS = gan.GENERATORS | dann.NETS | U_NETS
 NETS |= {
@@ -44,7 +46,10 @@ NETS |= {
     "autoencoder": Autoencoder,
     "noisy_classifier": NoisyClassifier,
     "attribute_classifier": AttributeClassifier,
+    "text_to_image": TextToImage,
+    "scene_classifier": SceneClassifier,
 }
+CAPTIONED = ("text_to_image", "scene_classifier", "clip")  # networks that learn from captions
 MOST_BYTES = 16_000_000
 # By domain: its folder in the data folder, its name, and its terms.
 DATA = {
@@ -57,6 +62,7 @@ DATA = {
     "usps": ("digits/usps", "USPS", "public"),
     "mnist": ("digits/mnist", "MNIST", "CC BY-SA 3.0"),
     "faces": ("face", "CelebA", "non-commercial research"),
+    "captioned": ("captioned", "captioned images", "not known here"),
 }
 # The domains that a network for domain adaptation has seen, as the roles in its configuration.
 SEEN = {
@@ -99,7 +105,15 @@ class Release:
             raise UserError(f"NAME {self.name!r}: must consist of letters, digits, _ and -")
 
 
-def halve(net: Network) -> tuple[dict[str, Tensor], str]:
+def load(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a run, and its configuration. A CLIP is open_clip's class, not ours."""
+    _, about = load_weights(path, "RUN_DIR")
+    if about.get("net") == "clip":
+        return load_clip("ViT-B-32", "openai", path, "RUN_DIR").net, about
+    return load_net(path, NETS, "RUN_DIR")
+
+
+def halve(net: nn.Module) -> tuple[dict[str, Tensor], str]:
     """The weights with parameters in float16, and a line that says how they are stored.
 
     Buffers stay as they are. A parameter stays in float32 if a number overflows, or if so many
@@ -128,7 +142,7 @@ def halve(net: Network) -> tuple[dict[str, Tensor], str]:
     return stored, line
 
 
-def replace_decoder(net: Network, path: Path) -> str:
+def replace_decoder(net: nn.Module, path: Path) -> str:
     """Put the decoder of an autoencoder's file into a network for latents; returns its hash.
 
     The hash is the sha256 of the file. Raises UserError for a network without latents, and for an
@@ -202,7 +216,8 @@ def describe_data(about: dict[str, Any], folder: Path) -> dict[str, str]:
         if about.get("photographs"):
             raise UserError("RUN_DIR: was trained on photographs, whose terms are not known here")
         roles = SEEN.get(about.get("method") or about.get("net", ""), [])
-        domains = [about[role] for role in roles] or ["faces"]
+        default = "captioned" if about.get("net") in CAPTIONED else "faces"
+        domains = [about[role] for role in roles] or [default]
     terms = {}
     for domain in domains:
         part, name, term = DATA.get(domain, (f"digits/{domain}", domain, "not known here"))
@@ -211,7 +226,7 @@ def describe_data(about: dict[str, Any], folder: Path) -> dict[str, str]:
                 f"{folder / part}: no such folder; --data-dir says where the data is now"
             )
         if any('"synthetic"' in made.read_text() for made in (folder / part).glob("made.json")):
-            name = f"{name}-like images"
+            name = f"drawn {name}" if domain == "captioned" else f"{name}-like images"
             term = "drawn by prepare_data.py synthetic"
         terms[name] = f"{name}: {term}"
     # Only the classifier that measures has learned from some of val, too.
@@ -289,7 +304,7 @@ def main(args: Release) -> None:
     result = json.loads((args.run_dir / "result.json").read_text())
     history = (args.run_dir / "metrics.jsonl").read_text().splitlines()
     last = json.loads(history[-1])
-    net, about = load_net(args.run_dir / "model.safetensors", NETS, "RUN_DIR")
+    net, about = load(args.run_dir / "model.safetensors")
     decoder = replace_decoder(net, args.decoder) if args.decoder else ""
     if decoder:
         about = about | {"decoder": decoder}
