@@ -350,6 +350,7 @@ def train(args: Train) -> dict[str, Any]:
 
     torch.manual_seed(derive_seed(args.seed, "init"))
     bare_net = place(NETS[args.net](), device)
+    assert bare_net.domain_classifier is not None
     bare_net.domain_classifier.requires_grad_(args.method == "dann")
     trained = [p for p in bare_net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.01, fused=True)

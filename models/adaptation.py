@@ -170,6 +170,8 @@ class AdaptationNet(Network):
     ) -> None:
         """`dense` and `hidden` are the widths of the dense layer and of the domain classifier.
 
+        `hidden` = 0 leaves the domain classifier out: only training needs it.
+
         Raises ValueError if no stage of the backbone is left to train.
         """
         super().__init__()
@@ -204,7 +206,7 @@ class AdaptationNet(Network):
         self.label = nn.Linear(dense, classes)
         # It comes last, so that the other parts start alike at every place.
         self.domain: nn.Module | None = None
-        if place != "none":
+        if place != "none" and hidden > 0:
             reads = {"backbone": channels, "dense": dense, "label": classes}
             self.domain = nn.Sequential(
                 nn.Linear(reads[place], hidden),

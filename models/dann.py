@@ -18,7 +18,7 @@ class DannNet(Network):
     """What both networks do with their parts."""
 
     class_classifier: nn.Module
-    domain_classifier: nn.Module
+    domain_classifier: nn.Module | None
 
     def features(self, images: Tensor) -> Tensor:
         """Images (batch, 3, 28, 28) in [-1, 1] → features (batch, d)."""
@@ -30,6 +30,7 @@ class DannNet(Network):
 
     def discriminate(self, features: Tensor) -> Tensor:
         """Features (batch, d) → log-probabilities of the two domains (batch, 2), float32."""
+        assert self.domain_classifier is not None
         return self.domain_classifier(features).float().log_softmax(1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -93,9 +94,17 @@ class DannDeep(DannNet):
     anything is learned. Pooling comes before normalisation and ReLU, which makes both cheaper.
     """
 
-    def __init__(self, classes: int = 10, width: int = 32) -> None:
+    def __init__(self, classes: int = 10, width: int = 32, hidden: int | None = None) -> None:
+        """`hidden` is the width of the domain classifier, 16 `width` by default.
+
+        0 leaves it out, as the released files do: only training needs it.
+        """
         super().__init__()
         self.config = {"net": "deep", "arguments": {"classes": classes, "width": width}}
+        if hidden is None:
+            hidden = 16 * width
+        else:
+            self.config["arguments"]["hidden"] = hidden
         self.feature = nn.Sequential(
             nn.InstanceNorm2d(3),
             *_convolution(3, width, kernel=5, pool=True),  # 28 → 14 pixels
@@ -106,20 +115,21 @@ class DannDeep(DannNet):
         )
         flat = 3 * width * 3 * 3
         features = 8 * width
-        hidden = 16 * width
         self.bottleneck = nn.Sequential(
             nn.Linear(flat, features, bias=False), nn.BatchNorm1d(features), nn.ReLU()
         )
         self.class_classifier = nn.Linear(features, classes)
-        self.domain_classifier = nn.Sequential(
-            nn.Linear(features, hidden),
-            nn.BatchNorm1d(hidden),
-            nn.LeakyReLU(0.1),
-            nn.Linear(hidden, hidden),
-            nn.BatchNorm1d(hidden),
-            nn.LeakyReLU(0.1),
-            nn.Linear(hidden, 2),
-        )
+        self.domain_classifier = None
+        if hidden > 0:
+            self.domain_classifier = nn.Sequential(
+                nn.Linear(features, hidden),
+                nn.BatchNorm1d(hidden),
+                nn.LeakyReLU(0.1),
+                nn.Linear(hidden, hidden),
+                nn.BatchNorm1d(hidden),
+                nn.LeakyReLU(0.1),
+                nn.Linear(hidden, 2),
+            )
 
     def features(self, images: Tensor) -> Tensor:
         """Images (batch, 3, 28, 28) in [-1, 1] → features (batch, 8 width)."""

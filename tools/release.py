@@ -113,6 +113,19 @@ def load(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     return load_net(path, NETS, "RUN_DIR")
 
 
+def without_domain_classifier(
+    net: nn.Module, about: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network and its configuration without a domain classifier, which only training needs."""
+    if not isinstance(net, AdaptationNet | dann.DannDeep):
+        return net, about
+    about = about | {"arguments": about["arguments"] | {"hidden": 0}}
+    smaller = type(net)(**about["arguments"])
+    weights = net.state_dict()
+    smaller.load_state_dict({key: weights[key] for key in smaller.state_dict()})
+    return smaller.eval(), about
+
+
 def halve(net: nn.Module) -> tuple[dict[str, Tensor], str]:
     """The weights with parameters in float16, and a line that says how they are stored.
 
@@ -304,7 +317,9 @@ def main(args: Release) -> None:
     result = json.loads((args.run_dir / "result.json").read_text())
     history = (args.run_dir / "metrics.jsonl").read_text().splitlines()
     last = json.loads(history[-1])
-    net, about = load(args.run_dir / "model.safetensors")
+    whole, about = load(args.run_dir / "model.safetensors")
+    net, about = without_domain_classifier(whole, about)
+    left_out = "" if net is whole else "; without the domain classifier"
     decoder = replace_decoder(net, args.decoder) if args.decoder else ""
     if decoder:
         about = about | {"decoder": decoder}
@@ -326,7 +341,7 @@ def main(args: Release) -> None:
     shown = {name: value for name, value in about.items() if name not in APART}
     card["network"] = f"`{json.dumps(shown)}`, {numbers:,} numbers"
     card |= describe_attributes(about)
-    card["stored"] = how_stored
+    card["stored"] = how_stored + left_out
     card["command"] = f"`python {strip_folders(config['command'])}`, {versions}"
     card["run"] = (
         f"seed {given['seed']}, epochs {last['epoch']}, "
