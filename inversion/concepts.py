@@ -245,12 +245,13 @@ def read_words(path: Path, flag: str = "--embeddings") -> dict[str, Tensor]:
 
     The file is ours, one of diffusers' ({word: (width,) or (vectors, width)}, .safetensors or
     .bin), or one of a web interface, which has one word and calls it emb_params or *. Such a word
-    gets the name of the file in angle brackets. Raises UserError that names the file.
+    gets the name of the file in angle brackets, with - for spaces. Raises UserError that names the
+    file.
     """
     words = {}
     for key, rows in load_weights(path, flag)[0].items():
         name = key.removeprefix("string_to_param.")
-        word = f"<{path.stem}>" if name in ("emb_params", "*") else name
+        word = f"<{'-'.join(path.stem.split())}>" if name in ("emb_params", "*") else name
         is_plain = rows.layout == torch.strided and rows.device.type == "cpu"
         if not is_plain or not rows.is_floating_point() or rows.ndim not in (1, 2):
             raise UserError(f"{flag} {path}: {key!r} is not the embedding of a word")

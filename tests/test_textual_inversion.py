@@ -323,7 +323,7 @@ def test_words_of_other_programs_are_read(tmp_path):
     web = tmp_path / "my-cat.safetensors"
     safetensors.torch.save_file({"emb_params": torch.ones(3, 8)}, web)
     assert read_words(web)["<my-cat>"].shape == (3, 8)
-    pickled = tmp_path / "old-cat.pt"
+    pickled = tmp_path / "old cat.pt"
     torch.save({"string_to_param": {"*": torch.ones(2, 8)}, "name": "old", "step": 5}, pickled)
     assert read_words(pickled)["<old-cat>"].shape == (2, 8)
 
