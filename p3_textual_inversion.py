@@ -32,7 +32,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
@@ -56,6 +55,7 @@ from inversion.models import (
     Loaded,
     embed_prompts,
     encode_prompts,
+    image_errors,
     load_model,
     rows_of,
     word_ids,
@@ -243,7 +243,7 @@ def learn(
         t = t.to(loaded.device)
         eps = torch.randn(x0.shape, generator=rng).to(loaded.device)
         output = net.predict(schedule.q_sample(x0, t, eps), schedule.time(t, net), states)
-        loss = F.mse_loss(output.float(), schedule.target(x0, t, eps))
+        loss = image_errors(schedule, output, x0, t, eps).mean()
         adam.zero_grad()
         loss.backward()
         adam.step()

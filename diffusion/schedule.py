@@ -10,7 +10,7 @@ DDPM: Ho et al., 2020, https://arxiv.org/abs/2006.11239.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 Kind = Literal["linear", "cosine"]
 AnyKind = Literal["linear", "cosine", "scaled-linear"]  # the third is Stable Diffusion's
 Rule = Literal["as-given", "scaled", "respaced"]
-Prediction = Literal["eps", "v"]
+Prediction = Literal["eps", "v", "x0"]
 Spacing = Literal["leading", "trailing", "beta"]
 USUAL_T = 1_000  # the T for which the range of the linear schedule is meant
 
@@ -57,7 +57,8 @@ class Schedule:
 
         prediction: what a network learns to return for x_t. "eps" is the noise, "v" the velocity
         √ᾱ_t ε - √(1-ᾱ_t) x_0, which depends on the image at every noise level (Salimans and Ho,
-        2022, https://arxiv.org/abs/2202.00512).
+        2022, https://arxiv.org/abs/2202.00512). "x0" is the clean image: a narrow network that sees
+        large patches can draw it more easily than noise.
 
         counted_to: a network that counts steps reads up to this number for every T (see `time`).
 
@@ -72,7 +73,7 @@ class Schedule:
         self.counted_to = counted_to
         if timesteps < 2:
             raise ValueError(f"a noise schedule needs at least 2 steps, not {timesteps}")
-        if kind not in ("linear", "cosine", "scaled-linear") or prediction not in ("eps", "v"):
+        if kind not in get_args(AnyKind) or prediction not in get_args(Prediction):
             raise ValueError(
                 f"no noise schedule is called {kind!r} with the prediction {prediction!r}"
             )
@@ -170,22 +171,26 @@ class Schedule:
         return signal * x0 + sigma * noise
 
     def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """What the network should return for q_sample(x0, t, noise): the noise, or v."""
+        """What the network should return for q_sample(x0, t, noise): the noise, v, or x0."""
         if self.prediction == "eps":
             return noise
+        if self.prediction == "x0":
+            return x0
         signal, sigma = self.coefficients(t)
         return signal * noise - sigma * x0
 
     def min_snr_weight(self, t: Tensor, gamma: float = 5.0) -> Tensor:
         """Weights (batch,) that make the loss min(SNR, γ) times the squared error of the image.
 
-        min(SNR, γ) / SNR if the noise is predicted, min(SNR, γ) / (SNR + 1) for v (Hang et al.,
-        2023, https://arxiv.org/abs/2303.09556). SNR = ᾱ_t / (1 - ᾱ_t).
+        min(SNR, γ) / SNR if the noise is predicted, min(SNR, γ) / (SNR + 1) for v, and min(SNR, γ)
+        for the image (Hang et al., 2023, https://arxiv.org/abs/2303.09556). SNR = ᾱ_t / (1 - ᾱ_t).
         """
         alpha_bar = self.alpha_bars.to(t.device)[t]
         weight = (gamma * (1 - alpha_bar) / alpha_bar).clamp(max=1.0)
         if self.prediction == "v":
-            weight = weight * alpha_bar  # SNR / (SNR + 1) = ᾱ
+            return weight * alpha_bar  # SNR / (SNR + 1) = ᾱ
+        if self.prediction == "x0":
+            return weight * alpha_bar / (1 - alpha_bar)
         return weight
 
     # Conversions between what a network predicts
@@ -195,7 +200,18 @@ class Schedule:
         if self.prediction == "eps":
             return output
         signal, sigma = self.coefficients(t)
+        if self.prediction == "x0":
+            return (x - signal * output) / sigma
         return signal * output + sigma * x
+
+    def x0_from_output(self, x: Tensor, t: int, output: Tensor) -> Tensor:
+        """The clean image according to the network's output for step t."""
+        if self.prediction == "x0":
+            return output
+        if self.prediction == "eps":
+            return self.x0_from_eps(x, t, output)
+        alpha_bar = self.alpha_bar[t]
+        return math.sqrt(alpha_bar) * x - math.sqrt(1 - alpha_bar) * output
 
     def x0_from_eps(self, x: Tensor, t: int, eps: Tensor) -> Tensor:
         """The clean image that x_t and its noise imply: equation 15 of DDPM."""

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from common.checkpoints import build_net, first_misfit, load_weights, tensors_under
 from common.cli import UserError
@@ -76,6 +77,19 @@ def load_model(path: Path, device: Device, precision: Precision) -> Loaded:
     net.requires_grad_(False).eval().to(chosen)
     schedule = Schedule(kind="scaled-linear", beta_start=0.00085, beta_end=0.012)
     return Loaded(net, schedule, "stable-diffusion", chosen)
+
+
+def image_errors(schedule: Schedule, output: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """The squared error of each image (batch,), with the weights that its model is trained with.
+
+    Stable Diffusion predicts the noise, and all steps count alike. The small model predicts the
+    image, and its error counts min(SNR, 5).
+    """
+    errors = F.mse_loss(output.float(), schedule.target(x0, t, eps), reduction="none")
+    errors = errors.flatten(1).mean(1)
+    if schedule.prediction == "x0":
+        errors = errors * schedule.min_snr_weight(t)
+    return errors
 
 
 def load_small(

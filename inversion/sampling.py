@@ -58,11 +58,12 @@ def sample(
     both = torch.cat([states, empty.expand_as(states)])
     before = None
     for t, previous in step_pairs(spaced_steps(schedule.T, sampling.steps, "trailing")):
-        eps = guided_eps(model, schedule, x, t, both, sampling.guidance)
-        x0 = schedule.x0_from_eps(x, t, eps)
+        output = guided_output(model, schedule, x, t, both, sampling.guidance)
+        x0 = schedule.x0_from_output(x, t, output)
         if model.range_limit is not None:
             x0 = x0.clamp(-model.range_limit, model.range_limit)
         if sampling.solver == "ddim":
+            eps = schedule.eps_from_output(x, torch.full((len(x),), t, device=x.device), output)
             x = ddim_step(schedule, x0, eps, t, previous)
         else:
             x = dpm_solver_step(schedule, x, x0, t, previous, before)
@@ -70,20 +71,18 @@ def sample(
     return model.decode(x)
 
 
-def guided_eps(
+def guided_output(
     model: TextToImageModel, schedule: Schedule, x: Tensor, t: int, both: Tensor, guidance: float
 ) -> Tensor:
-    """The noise in x_t, float32: ε(x) + s (ε(x, prompt) - ε(x)).
+    """What the model predicts for x_t, float32, guided: f(x) + s (f(x, prompt) - f(x)).
 
     `both` holds the states of the prompts and of the empty prompt (2 n, length, width). Both
     predictions are computed in one batch. For s = 1 the empty prompt is not needed.
     """
     if guidance == 1:
         steps = torch.full((len(x),), t, device=x.device)
-        output = model.predict(x, schedule.time(steps, model), both[: len(x)]).float()
-        return schedule.eps_from_output(x, steps, output)
+        return model.predict(x, schedule.time(steps, model), both[: len(x)]).float()
     steps = torch.full((len(both),), t, device=x.device)
     output = model.predict(torch.cat([x, x]), schedule.time(steps, model), both).float()
     with_prompt, without = output.chunk(2)
-    guided = torch.lerp(without, with_prompt, guidance)
-    return schedule.eps_from_output(x, steps[: len(x)], guided)
+    return torch.lerp(without, with_prompt, guidance)

@@ -1,8 +1,9 @@
 """Train a small text-to-image model on captioned images, so that all runs without a download.
 
 Latent diffusion with a text encoder that is trained jointly: Rombach et al., 2022,
-https://arxiv.org/abs/2112.10752, section 4.3. The prediction is v (Salimans and Ho, 2022,
-https://arxiv.org/abs/2202.00512). The command is `python p3_textual_inversion.py train-model`.
+https://arxiv.org/abs/2112.10752, section 4.3. The network predicts the clean image, which suits
+patches of many pixels (Li and He, 2025, https://arxiv.org/abs/2511.13720). The command is
+`python p3_textual_inversion.py train-model`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from common.captions import read_captioned
 from common.checkpoints import load_net
@@ -27,6 +27,7 @@ from common.rng import derive_seed, make_rng
 from common.run import Run
 from common.training import update_ema, warmup_cosine
 from diffusion.schedule import Schedule
+from inversion.models import image_errors
 from inversion.sampling import Sampling, sample
 from inversion.tokens import END, START, Tokenizer
 from models.text_to_image import TextToImage
@@ -125,7 +126,7 @@ def train_model(args: TrainModel) -> dict[str, Any]:
     adam = torch.optim.AdamW(bare_net.parameters(), weight_decay=args.weight_decay, fused=True)
     net, adam = accelerator.prepare(bare_net, adam)
     parts = {"net": bare_net, "ema": ema, "adam": adam}
-    schedule = Schedule(kind="cosine", prediction="v")
+    schedule = Schedule(kind="cosine", prediction="x0")
     config = bare_net.config | {"schedule": schedule.to_config(), "seed": args.seed}
     pixels = pixels.to(device)
     tokens = tokens.to(device)
@@ -217,7 +218,7 @@ def caption_losses(
     ids: Tensor,
     rng: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Mean squared error of the predicted v at random t, also by quarter of t for the record.
+    """The loss of the predicted images at random t, also by quarter of t for the record.
 
     `images` is (batch, 3, size, size) in [-1, 1], `ids` int64 (batch, length).
     """
@@ -225,9 +226,8 @@ def caption_losses(
     t = torch.randint(1, schedule.T + 1, (len(x0),), generator=rng, device=x0.device)
     eps = torch.randn(x0.shape, generator=rng, device=x0.device)
     x_t = schedule.q_sample(x0, t, eps)
-    output = net(x_t, schedule.time(t, bare_net), ids=ids).float()
-    target = schedule.target(x0, t, eps)
-    errors = F.mse_loss(output, target, reduction="none").flatten(1).mean(1)  # (batch,)
+    output = net(x_t, schedule.time(t, bare_net), ids=ids)
+    errors = image_errors(schedule, output, x0, t, eps)
     losses = {"loss": errors.mean()}
     add_quarters(losses, errors, quarter_of(t, schedule.T), "t")
     return losses

@@ -41,7 +41,7 @@ def model(tmp_path: Path) -> Path:
         text_width=WIDTH,
         text_layers=1,
     )
-    schedule = Schedule(kind="cosine", prediction="v").to_config()
+    schedule = Schedule(kind="cosine", prediction="x0").to_config()
     return save_net(net, tmp_path / "model.safetensors", schedule=schedule)
 
 

@@ -133,13 +133,32 @@ def test_a_network_that_predicts_noise_has_the_noise_as_its_target():
     assert torch.equal(Schedule().target(x0, torch.tensor([1, 500, 1000]), noise), noise)
 
 
-def test_v_contains_the_noise():
-    schedule = Schedule(prediction="v")
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+def test_v_and_the_image_contain_the_noise(prediction):
+    schedule = Schedule(prediction=prediction)
     t = torch.tensor([1, 250, 1000])
     x0, noise = images_and_noise()
     x = schedule.q_sample(x0, t, noise)
-    v = schedule.target(x0, t, noise)
-    torch.testing.assert_close(schedule.eps_from_output(x, t, v), noise, rtol=1e-4, atol=1e-5)
+    target = schedule.target(x0, t, noise)
+    found = schedule.eps_from_output(x, t, target)
+    torch.testing.assert_close(found, noise, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_every_prediction_contains_the_image(prediction):
+    schedule = Schedule(prediction=prediction)
+    x0, noise = images_and_noise()
+    for t in (1, 250, 1000):
+        steps = torch.full((len(x0),), t)
+        x = schedule.q_sample(x0, steps, noise)
+        found = schedule.x0_from_output(x, t, schedule.target(x0, steps, noise))
+        torch.testing.assert_close(found, x0, rtol=1e-3, atol=1e-3)
+
+
+def test_a_network_that_predicts_the_image_has_the_image_as_its_target():
+    x0, noise = images_and_noise()
+    schedule = Schedule(prediction="x0")
+    assert torch.equal(schedule.target(x0, torch.tensor([1, 500, 1000]), noise), x0)
 
 
 def test_v_is_the_derivative_of_x_t_by_the_angle():
@@ -159,13 +178,13 @@ def test_v_is_the_derivative_of_x_t_by_the_angle():
         torch.testing.assert_close(v[row].double(), derivative, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_min_snr_weights_an_error_of_the_image_alike_for_eps_and_v(prediction):
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_min_snr_weights_an_error_of_the_image_alike_for_all_predictions(prediction):
     """The weight times the factor from image errors to errors of the output is min(SNR, γ)."""
     schedule = Schedule(prediction=prediction)
     t = torch.tensor([1, 250, 1000])
     snr = torch.tensor([schedule.alpha_bar[k] / (1 - schedule.alpha_bar[k]) for k in t.tolist()])
-    factor = snr if prediction == "eps" else snr + 1
+    factor = {"eps": snr, "v": snr + 1, "x0": torch.ones(3)}[prediction]
     weights = schedule.min_snr_weight(t) * factor
     torch.testing.assert_close(weights, snr.clamp(max=5), rtol=1e-2, atol=0)  # 1 - ᾱ_1 in float32
 

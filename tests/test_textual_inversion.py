@@ -22,7 +22,7 @@ from inversion import models as inversion_models
 from inversion import train_model as training
 from inversion.concepts import read_concepts, read_words, save_words
 from inversion.models import Loaded, embed_prompts, encode_prompts, load_model
-from inversion.sampling import Sampling, guided_eps, sample
+from inversion.sampling import Sampling, guided_output, sample
 from inversion.tokens import END, START, VOCABULARY, Tokenizer
 from models.stable_diffusion.model import PREFIXES, StableDiffusion
 from models.stable_diffusion.text_encoder import TextEncoder
@@ -78,7 +78,7 @@ def disturbed(net: nn.Module) -> nn.Module:
 
 @pytest.fixture
 def small_model(tmp_path: Path) -> Path:
-    schedule = Schedule(kind="cosine", prediction="v").to_config()
+    schedule = Schedule(kind="cosine", prediction="x0").to_config()
     return save_net(tiny_model(), tmp_path / "model.safetensors", schedule=schedule)
 
 
@@ -687,7 +687,7 @@ def test_guidance_goes_from_the_empty_prompt_to_the_prompt():
     t = torch.full((2,), 499.0)
     with_prompt, without = net.predict(x, t, states), net.predict(x, t, empty)
     for scale in (0.0, 1.0, 7.5):
-        found = guided_eps(net, schedule, x, 500, both, scale)
+        found = guided_output(net, schedule, x, 500, both, scale)
         torch.testing.assert_close(
             found, without + scale * (with_prompt - without), atol=1e-4, rtol=1e-4
         )
