@@ -614,7 +614,7 @@ def sample(args: Sample) -> None:
     names = face_names(args.num_images)
     make_output_dir(args.output_dir, only=names)
     if args.grid is not None:
-        make_output_dir(args.grid.parent, "--grid")
+        make_output_dir(args.grid.parent, "--grid", alone=False)
     if args.plots_dir is not None:
         make_output_dir(args.plots_dir, "--plots-dir")
     describe(model, plan)

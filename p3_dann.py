@@ -550,7 +550,7 @@ def finish(run: Run, args: Train, chosen: Network, validation: dict[str, Images]
 def predict(args: Predict) -> None:
     """Write the class of every image of a folder as csv."""
     accelerator = make_accelerator(args.device, "fp32")
-    make_output_dir(args.output_csv.parent, "--output-csv")
+    make_output_dir(args.output_csv.parent, "--output-csv", alone=False)
     net, _ = load_net(args.checkpoint, NETS)
     net.to(accelerator.device)
     images = load_folder(args.image_dir, DIGIT_SIZE)

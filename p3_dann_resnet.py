@@ -673,7 +673,7 @@ def chosen_by_each(rows: list[dict[str, Any]]) -> dict[str, float]:
 def predict(args: Predict) -> None:
     """Write the class of every image of a folder as csv."""
     accelerator = make_accelerator(args.device, "fp32")
-    make_output_dir(args.output_csv.parent, "--output-csv")
+    make_output_dir(args.output_csv.parent, "--output-csv", alone=False)
     net, config = load_net(args.checkpoint, NETS)
     net.to(accelerator.device)
     # As `load_photograph_domains` and `load_digit_domains` prepare them.

@@ -553,8 +553,6 @@ def prepare_folders(
         for number, prompt in enumerate(concept.prompts):
             folder = args.output_dir / concept.name / str(number)
             stem = f"source{concept.name}_prompt{number}_"
-            for leftover in folder.glob(f".*-{stem}*.png"):
-                leftover.unlink()  # of a run that was killed while it wrote
             names = [f"{stem}{k}.png" for k in range(args.count)]
             make_output_dir(folder, "OUT", only=names)
             missing = [k for k, name in enumerate(names) if not (folder / name).exists()]

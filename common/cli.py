@@ -38,9 +38,12 @@ def run_cli(commands: Any, main: Callable[[Any], Any]) -> None:
     `commands` is a dataclass, or a union of dataclasses, which become sub-commands. A mistake is
     printed to stderr as one line. Exit status: 0, 2 after a mistake, 130 after Ctrl-C.
     """
+    from common.locks import command_locks
+
     try:
         refuse_empty_values(sys.argv[1:])
-        main(parse(commands))
+        with command_locks():
+            main(parse(commands))
     except BrokenPipeError:  # the reader of the output, such as head, has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

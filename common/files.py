@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from common.cli import UserError
+from common.locks import claim
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
+TEMPORARY = re.compile(r"\.(\d+)-.+")  # what `atomic_write` calls a file while it writes it
 
 
 def atomic_write(path: Path, write: bytes | str | Callable[[Path], Any]) -> None:
@@ -38,8 +43,16 @@ def atomic_write(path: Path, write: bytes | str | Callable[[Path], Any]) -> None
     except Exception as error:
         if not is_write_error(error):
             raise
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be written ({reason})") from None
+        raise UserError(f"{path}: cannot be written ({reason_of(error, path.parent)})") from None
+
+
+def reason_of(error: Exception, folder: Path) -> str:
+    """Why something cannot be written; for a full disk, how much of it is free."""
+    reason = str(getattr(error, "strerror", None) or error)
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if (is_full or "No space left" in reason) and folder.exists():
+        reason = f"{reason}; {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
+    return reason
 
 
 def is_write_error(error: Exception) -> bool:
@@ -50,9 +63,15 @@ def is_write_error(error: Exception) -> bool:
 
 
 def make_output_dir(
-    folder: Path, flag: str = "--output-dir", only: Collection[str] | None = None
+    folder: Path,
+    flag: str = "--output-dir",
+    only: Collection[str] | None = None,
+    alone: bool = True,
 ) -> Path:
     """Create `folder` and check that files can be written in it, before any work is done.
+
+    With `alone`, no other command may write there at the same time. What a process left that was
+    killed while it wrote is removed.
 
     Graders read every file in a folder of images. `only` lists the names that may lie there; any
     other file that is not hidden is a UserError.
@@ -61,7 +80,11 @@ def make_output_dir(
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror})") from None
+        reason = reason_of(error, folder)
+        raise UserError(f"{flag} {folder}: cannot be written ({reason})") from None
+    if alone:
+        claim(folder, flag)
+    remove_leftovers(folder)
     if only is not None:
         visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
         strays = sorted(visible - set(only))
@@ -71,3 +94,13 @@ def make_output_dir(
                 "remove it first"
             )
     return folder
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that are gone."""
+    import psutil
+
+    for path in folder.iterdir():
+        found = TEMPORARY.fullmatch(path.name)
+        if found and path.is_file() and not psutil.pid_exists(int(found[1])):
+            path.unlink(missing_ok=True)

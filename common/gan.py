@@ -70,7 +70,7 @@ def sample(args: Sample) -> None:
     names = [f"{number:0{digits}}.png" for number in range(args.num_images)]
     make_output_dir(args.output_dir, only=names)
     if args.grid is not None:
-        make_output_dir(args.grid.parent, "--grid")
+        make_output_dir(args.grid.parent, "--grid", alone=False)
 
     first = []
     for start in range(0, args.num_images, args.batch_size):

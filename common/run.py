@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import platform
 import signal
 import subprocess
@@ -83,7 +84,7 @@ class Run:
         for field in dataclasses.fields(args):
             if field.default is not dataclasses.MISSING:
                 defaults[field.name] = field.default
-        before = as_json(defaults) | self._read(self.config_file)["arguments"]
+        before = as_json(defaults) | self._read_arguments()
         changes = []
         for name in sorted((self.arguments.keys() | before.keys()) - FREE_ARGUMENTS):
             old, new = before.get(name), self.arguments.get(name)
@@ -94,20 +95,36 @@ class Run:
                 f"--output-dir {self.dir}: holds a run with other arguments ({', '.join(changes)})"
             )
 
+    def _read_arguments(self) -> dict[str, Any]:
+        """The arguments in config.json."""
+        arguments = self._read(self.config_file).get("arguments")
+        if not isinstance(arguments, dict):
+            raise self._damaged(self.config_file)
+        return arguments
+
     def _read_result(self) -> dict[str, Any] | None:
         file = self.dir / "result.json"
         if not file.exists():
             return None
+        result = self._read(file)
         self.print(f"{self.dir}: already finished (choose another --output-dir for another run)")
-        return self._read(file)
+        return result
 
-    def _read(self, path: Path) -> Any:
+    def _read(self, path: Path) -> dict[str, Any]:
+        """The dictionary in a file of this run."""
         try:
             if path.suffix == ".pt":
-                return torch.load(path, map_location="cpu", weights_only=True)
-            return json.loads(path.read_text())
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            else:
+                content = json.loads(path.read_text())
         except Exception:  # our own writing leaves no half files: something else damaged this one
-            raise UserError(f"{path}: damaged; remove {self.dir} to start again") from None
+            raise self._damaged(path) from None
+        if not isinstance(content, dict):
+            raise self._damaged(path)
+        return content
+
+    def _damaged(self, path: Path) -> UserError:
+        return UserError(f"{path}: damaged; remove {self.dir} to start again")
 
     # Exact resume
 
@@ -117,36 +134,33 @@ class Run:
         Also drops the rows of metrics.jsonl after that step, and writes config.json for a new run.
         """
         path = self.dir / "last.pt"
-        state: dict[str, Any] = {"step": 0, "seconds": 0.0}
+        state: dict[str, Any] = {"step": 0, "seconds": 0.0, "sums": {}}
         rows = []
         if path.exists():
             state = self._read(path)
             try:
                 for name, part in parts.items():
-                    part.load_state_dict(state.pop(name))
-            except (KeyError, ValueError, RuntimeError):
+                    restore(part, state.pop(name))
+                state.setdefault("sums", {})
+                check_progress(state)
+            except BAD_STATE as error:
+                reason = " ".join(str(error).split())[:120]
                 raise UserError(
-                    f"{path}: was written by another version of this script; remove {self.dir}"
+                    f"{path}: damaged, or written by another version of this script ({reason}); "
+                    f"remove {self.dir} to start again"
                 ) from None
             rows = [row for row in self.history() if row["step"] <= state["step"]]
             self.log(f"continuing {self.dir} after step {state['step']:,}")
         self.seconds_before = state["seconds"]
         device = self.accelerator.device
-        self.sums = {key: value.to(device) for key, value in state.get("sums", {}).items()}
+        self.sums = {key: value.to(device) for key, value in state["sums"].items()}
         if self.is_main:
-            self._remove_leftovers()
             if not self.config_file.exists():
                 config = {"arguments": self.arguments, **environment(self.accelerator)}
                 atomic_write(self.config_file, json.dumps(config, indent=1) + "\n")
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             atomic_write(self.dir / "metrics.jsonl", lines)
         return state["step"]
-
-    def _remove_leftovers(self) -> None:
-        """Remove temporary files of a process that was killed while it wrote."""
-        for pattern in (".*-last.pt", ".*-model.safetensors"):
-            for leftover in self.dir.glob(pattern):
-                leftover.unlink()
 
     def save_state(self, step: int, parts: dict[str, Any]) -> None:
         """Write last.pt with the states of `parts`, so that `load_state` continues bit for bit.
@@ -215,10 +229,17 @@ class Run:
         return means
 
     def log_metrics(self, row: dict[str, Any]) -> None:
-        """Append one row, which has a "step", to metrics.jsonl."""
-        if self.is_main:
-            with (self.dir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        """Append one row, which has a "step", to metrics.jsonl.
+
+        JSON has no NaN and no infinity: null takes their place, and log.txt says so.
+        """
+        if not self.is_main:
+            return
+        lost = [name for name, value in row.items() if is_not_finite(value)]
+        if lost:
+            self.log(f"step {row['step']:,}: {', '.join(lost)} not finite, null in metrics.jsonl")
+        with (self.dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row | dict.fromkeys(lost)) + "\n")
 
     def log_row(self, row: dict[str, Any]) -> None:
         """Log a row of metrics in words, without its "step"."""
@@ -228,13 +249,21 @@ class Run:
         self.log(", ".join(words))
 
     def history(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl."""
+        """The rows of metrics.jsonl. Lines that are no rows are left out, and doubled ones."""
         file = self.dir / "metrics.jsonl"
         if not file.exists():
             return []
-        lines = file.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]  # the last may be half written
-        return [json.loads(line) for line in whole]
+        rows: list[dict[str, Any]] = []
+        left_out = 0
+        for line in file.read_bytes().splitlines():
+            row = row_of(line)
+            if row is None or row in rows[-1:]:
+                left_out += 1
+            else:
+                rows.append(row)
+        if left_out:
+            self.print(f"{file}: {left_out} lines are no rows of this run and are left out")
+        return rows
 
     def print(self, text: str) -> None:
         """Print from the main process, above the progress bar if there is one."""
@@ -267,11 +296,11 @@ class Run:
     def steps(self, first: int, last: int, images_per_step: int) -> Iterator[int]:
         """Yield the steps first … last - 1, with a bar on a terminal and plain lines elsewhere.
 
-        SIGINT and SIGTERM let the step under way finish. The script saves when `save_due()` says
-        so, and this loop then ends the program with status 128 + signal.
+        SIGINT, SIGTERM and SIGHUP let the step under way finish. The script saves when `save_due()`
+        says so, and this loop then ends the program with status 128 + signal.
         """
         handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stop_signals():
             handlers[number] = signal.signal(number, self._ask_to_stop)
         try:
             yield from self._watched_steps(first, last, images_per_step)
@@ -280,6 +309,11 @@ class Run:
                 signal.signal(number, handler)
 
     def _watched_steps(self, first: int, last: int, images_per_step: int) -> Iterator[int]:
+        if first > last:
+            raise UserError(
+                f"{self.dir / 'last.pt'}: has {first:,} steps, but the run has {last:,}; "
+                f"remove {self.dir} to start again"
+            )
         start = time.monotonic()
         next_report = 10.0  # seconds; the first line comes early, then one each minute
         bar = tqdm(
@@ -311,6 +345,81 @@ class Run:
         if self.stop_signal is not None:  # asked a second time: stop at once
             raise KeyboardInterrupt
         self.stop_signal = number
+
+
+# What a state raises that does not belong to the part that it is loaded into.
+BAD_STATE = (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError)
+
+
+def restore(part: Any, state: Any) -> None:
+    """Load the state of a network or an optimizer. Raises one of BAD_STATE if it does not fit.
+
+    PyTorch does not check an optimizer's tensors, and a step with tensors of other shapes can read
+    memory that is not theirs.
+    """
+    if isinstance(part, nn.Module):
+        part.load_state_dict(state)
+        if not has_finite_weights(part):
+            raise ValueError("a weight is not finite")
+        return
+    before = [
+        {name: type(value) for name, value in group.items()}
+        for group in getattr(part, "param_groups", [])
+    ]
+    part.load_state_dict(state)
+    for group, types in zip(getattr(part, "param_groups", []), before, strict=True):
+        if {name: type(value) for name, value in group.items()} != types:
+            raise ValueError("the optimizer has other settings")
+        for parameter in group["params"]:
+            for name, value in part.state.get(parameter, {}).items():
+                check_optimizer_value(name, value, parameter)
+
+
+def check_optimizer_value(name: str, value: Any, parameter: Tensor) -> None:
+    """Raise ValueError unless an optimizer's value fits its parameter: one number, or its shape."""
+    if value is None and name == "momentum_buffer":  # of SGD without momentum
+        return
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the optimizer's {name} is no tensor")
+    fits = value.ndim == 0 or value.shape == parameter.shape
+    if not fits or not value.is_floating_point() or not value.isfinite().all():
+        raise ValueError(f"the optimizer's {name} does not fit its parameter")
+
+
+def check_progress(state: dict[str, Any]) -> None:
+    """Raise ValueError unless step, seconds and sums can be those of a run."""
+    step = state["step"]
+    seconds = state["seconds"]
+    sums = state["sums"]
+    if type(step) is not int or step < 0:
+        raise ValueError(f"the step is {str(step)[:40]}")
+    if type(seconds) is not float or not 0 <= seconds < math.inf:
+        raise ValueError(f"the seconds are {str(seconds)[:40]}")
+    for name, value in sums.items():
+        if not isinstance(value, Tensor) or value.ndim or not value.isfinite():
+            raise ValueError(f"the sum of {name} is not a number")
+
+
+def row_of(line: bytes) -> dict[str, Any] | None:
+    """The row of metrics in a line; None if it holds none, because it was half written."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def is_not_finite(value: Any) -> bool:
+    """Whether a value is NaN or infinite, for which JSON has no word."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def stop_signals() -> list[int]:
+    """The signals that ask a training to stop; SIGHUP is left alone where nohup ignores it."""
+    numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
 
 
 def check_batch_size(batch_size: int, processes: int) -> None:

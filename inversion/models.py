@@ -83,12 +83,14 @@ def image_errors(schedule: Schedule, output: Tensor, x0: Tensor, t: Tensor, eps:
     """The squared error of each image (batch,), with the weights that its model is trained with.
 
     Stable Diffusion predicts the noise, and all steps count alike. The small model predicts the
-    image, and its error counts min(SNR, 5).
+    image. The error of v is that of the image times 1 / σ², which is large where little noise is
+    left: the factor is at most 5.
     """
     errors = F.mse_loss(output.float(), schedule.target(x0, t, eps), reduction="none")
     errors = errors.flatten(1).mean(1)
     if schedule.prediction == "x0":
-        errors = errors * schedule.min_snr_weight(t)
+        _, sigma = schedule.coefficients(t)
+        errors = errors * sigma.flatten().pow(-2).clamp(max=5)
     return errors
 
 

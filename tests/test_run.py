@@ -3,6 +3,9 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
+import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +104,151 @@ def test_a_damaged_run_directory_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: damaged; remove"):
         open_run(Args(tmp_path))
+
+
+def save_a_state(folder: Path) -> tuple[nn.Module, torch.optim.Adam]:
+    """A run that is saved after two steps of Adam."""
+    net, adam = net_and_adam()
+    for _ in range(2):
+        adam.zero_grad()
+        net(torch.ones(2, 3)).sum().backward()
+        adam.step()
+    run = open_run(Args(folder))
+    parts = {"net": net, "adam": adam}
+    run.load_state({})
+    run.save_state(2, parts)
+    return net, adam
+
+
+def net_and_adam() -> tuple[nn.Module, torch.optim.Adam]:
+    torch.manual_seed(0)
+    net = nn.Linear(3, 4)
+    return net, torch.optim.Adam(net.parameters())
+
+
+def test_a_state_is_loaded_as_it_was_saved(tmp_path):
+    net, adam = save_a_state(tmp_path)
+    loaded, loaded_adam = net_and_adam()
+    assert open_run(Args(tmp_path)).load_state({"net": loaded, "adam": loaded_adam}) == 2
+    assert torch.equal(loaded.weight, net.weight)
+    average = loaded_adam.state[loaded.weight]["exp_avg"]
+    assert torch.equal(average, adam.state[net.weight]["exp_avg"])
+
+
+def changed(state: dict, *keys: object, value: object) -> None:
+    """Put a value at a place in nested dictionaries."""
+    for key in keys[:-1]:
+        state = state[key]
+    state[keys[-1]] = value
+
+
+def continue_run(folder: Path, parts: dict, steps: int = 10) -> None:
+    """The rest of the steps."""
+    run = open_run(Args(folder))
+    first = run.load_state(parts)
+    for step in run.steps(first, steps, images_per_step=2):
+        if run.save_due():
+            run.save_state(step + 1, parts)
+
+
+FIRST = ("adam", "state", 0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("step",), -1),
+        (("step",), "2"),
+        (("step",), 10**30),
+        (("step",), True),
+        (("seconds",), float("nan")),
+        (("seconds",), None),
+        (("sums",), [1, 2]),
+        (("sums",), {"loss": torch.ones(3)}),
+        (("sums",), {"loss": torch.tensor(float("inf"))}),
+        (("net",), []),
+        (("net",), {}),
+        (("net", "weight"), torch.zeros(4, 2)),
+        (("net", "weight"), torch.full((4, 3), float("nan"))),
+        (("net", "weight"), "weights"),
+        (("adam",), {}),
+        (("adam",), 7),
+        ((*FIRST, "exp_avg"), torch.zeros(1000)),
+        ((*FIRST, "exp_avg"), torch.zeros(3)),
+        ((*FIRST, "exp_avg_sq"), "fast"),
+        ((*FIRST, "exp_avg_sq"), None),
+        ((*FIRST, "exp_avg_sq"), torch.full((4, 3), float("inf"))),
+        ((*FIRST, "step"), torch.zeros(4, 4)),
+        (("adam", "param_groups", 0, "betas"), "fast"),
+        (("adam", "param_groups", 0, "lr"), None),
+        (("adam", "param_groups"), []),
+    ],
+)
+def test_a_state_that_cannot_be_is_one_line(tmp_path, keys, value):
+    save_a_state(tmp_path)
+    file = tmp_path / "last.pt"
+    state = torch.load(file)
+    changed(state, *keys, value=value)
+    torch.save(state, file)
+    net, adam = net_and_adam()
+    with pytest.raises(UserError, match=r"last.pt: (damaged|has \d)") as found:
+        continue_run(tmp_path, {"net": net, "adam": adam})
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+@pytest.mark.parametrize("content", ["[]", "null", '"run"', "[" * 100_000, '{"arguments": []}', ""])
+def test_files_of_a_run_that_hold_something_else_are_named(tmp_path, name, content):
+    begin_run(tmp_path)
+    (tmp_path / name).write_text(content)
+    if name == "result.json" and content.startswith("{"):
+        assert open_run(Args(tmp_path)).result == {"arguments": []}
+        return
+    with pytest.raises(UserError, match=rf"{name}: damaged; remove"):
+        open_run(Args(tmp_path))
+
+
+def test_lines_that_are_no_rows_of_metrics_are_left_out_and_said(tmp_path, capsys):
+    begin_run(tmp_path)
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    broken = [b"[1, 2]\n", b"\xff\xfe\n", b'{"step": "2"}\n', b'{"loss": 1}\n', b'{"step": 3, "lo']
+    file.write_bytes(b"".join([lines[0], lines[0], *lines[1:], *broken]))
+    run = open_run(Args(tmp_path))
+    run.load_state({"part": make_optimizer(lr=0.1)})
+    assert (
+        "metrics.jsonl: 6 lines are no rows of this run and are left out" in capsys.readouterr().out
+    )
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert run.history() == [{"step": 1}, {"step": 2}]
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_json_has_null_for_numbers_that_are_not_finite(tmp_path):
+    run = open_run(Args(tmp_path))
+    run.load_state({})
+    run.log_metrics({"step": 7, "accuracy": float("nan"), "loss": 0.5, "norm": float("inf")})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
+        "step": 7,
+        "accuracy": None,
+        "loss": 0.5,
+        "norm": None,
+    }
+    log = (tmp_path / "log.txt").read_text()
+    assert "step 7: accuracy, norm not finite, null in metrics.jsonl" in log
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_lets_the_step_end_and_saves(tmp_path, name):
+    number = getattr(signal, name)
+    threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+    parts = {"part": make_optimizer(lr=0.5)}
+    with pytest.raises(SystemExit) as end:
+        continue_run(tmp_path, parts, steps=10**9)
+    assert end.value.code == 128 + number
+    last_line = (tmp_path / "log.txt").read_text().splitlines()[-1]
+    done = open_run(Args(tmp_path)).load_state(parts)
+    assert f"stopped after step {done:,}; the same command continues" in last_line
 
 
 class Net(nn.Sequential, Network):
