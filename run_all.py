@@ -33,7 +33,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from common.cli import UserError, at_least, run_cli
-from common.files import ROOT, atomic_write
+from common.files import ROOT, atomic_write, make_output_dir
 
 POSIX = os.name == "posix"
 POLL_SECONDS = 0.1  # how soon a signal is passed on
@@ -534,6 +534,8 @@ def print_table(results: Sequence[Result]) -> None:
 def main(args: RunAll) -> None:
     """Run the data's steps, then all parts, then the report."""
     plan = make_plan(args)
+    if not plan.dry_run:
+        make_output_dir(plan.output_dir, "OUTPUT_DIR")
     processes = Processes()
     runner = Runner(plan, processes)
     with processes.signals_noted():
