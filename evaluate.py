@@ -46,7 +46,17 @@ from tyro.conf import Positional
 from common.attributes import TEN_ATTRIBUTES, positive_weights, split_of
 from common.augment import augment_digits
 from common.classification import accuracy
-from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
+from common.cli import (
+    UserError,
+    above,
+    at_least,
+    below,
+    each_once,
+    in_range,
+    is_domain,
+    is_seed,
+    run_cli,
+)
 from common.data import Images, draw_batch, is_grey, labels_of, load_digits, normalise
 from common.device import Device, Precision, make_accelerator, place
 from common.figures import save_curves, save_table
@@ -199,6 +209,7 @@ class Digits:
     """Folder for result.json and confusion.png; without it the result is only printed."""
 
     def __post_init__(self) -> None:
+        is_domain("--domain", self.domain)
         is_seed("--seed", self.seed)
 
 
@@ -239,6 +250,7 @@ class TrainClassifier:
     """bf16 autocast where the hardware is fast at it, or fp32."""
 
     def __post_init__(self) -> None:
+        is_domain("--domain", self.domain)
         in_range("--width", self.width, 1, 4_096)
         at_least("--epochs", self.epochs, 1)
         at_least("--images-per-epoch", self.images_per_epoch, 1)

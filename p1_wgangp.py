@@ -84,7 +84,7 @@ class Train:
         in_range("--width", self.width, 1, 4_096)
         above("--lr", self.lr, 0, 1)
         below("--beta1", self.beta1, 0, 1)
-        at_least("--n-critic", self.n_critic, 1)
+        in_range("--n-critic", self.n_critic, 1, 1_000)
         in_range("--penalty", self.penalty, 0, 1e6)
         in_range("--drift", self.drift, 0, 1e6)
         each_once("--augment", self.augment, at_least_one=False)

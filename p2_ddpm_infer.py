@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoints import load_net
-from common.cli import UserError, at_least, each_once, in_range, is_seed, run_cli
+from common.cli import UserError, at_least, each_once, in_range, is_domain, is_seed, run_cli
 from common.data import to_uint8
 from common.device import Device, Precision, make_accelerator, place
 from common.faces import FACE_NETS, face_names
@@ -123,6 +123,7 @@ class Generate:
 
     def __post_init__(self) -> None:
         each_once("--domains", self.domains, at_least_one=False)
+        is_domain("--domains", *self.domains)
         at_least("--per-class", self.per_class, 1)
         at_least("--num-images", self.num_images, 1)
         at_least("--steps", self.steps, 1)

@@ -28,7 +28,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.checkpoints import load_net, save_net
-from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
+from common.cli import (
+    UserError,
+    above,
+    at_least,
+    below,
+    each_once,
+    in_range,
+    is_domain,
+    is_seed,
+    run_cli,
+)
 from common.data import (
     Images,
     draw_batch,
@@ -139,6 +149,7 @@ class Train:
 
     def __post_init__(self) -> None:
         each_once("--domains", self.domains)
+        is_domain("--domains", *self.domains)
         if self.width < 32 or self.width % 32 or self.width > 4_096:
             raise UserError(f"--width {self.width}: must be a multiple of 32, up to 4,096")
         in_range("--blocks", self.blocks, 1, 100)

@@ -31,7 +31,18 @@ from torch.nn import functional as F
 from common.augment import augment_digits
 from common.checkpoints import load_net
 from common.classification import accuracy, classify, scores_of
-from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
+from common.cli import (
+    UserError,
+    above,
+    at_least,
+    below,
+    each_once,
+    in_range,
+    is_domain,
+    is_seed,
+    run_cli,
+    two_domains,
+)
 from common.data import (
     DIGIT_DOMAINS,
     DIGIT_SIZE,
@@ -152,6 +163,7 @@ class Train(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        two_domains(self.source, [self.target])
         is_seed("--seed", self.seed)
 
 
@@ -172,6 +184,7 @@ class Table(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         each_once("--targets", self.targets)
+        two_domains(self.source, self.targets, "--targets")
         each_once("--nets", self.nets)
         each_once("--seeds", self.seeds)
         for seed in self.seeds:
@@ -212,6 +225,7 @@ class Embed:
     """Where to compute."""
 
     def __post_init__(self) -> None:
+        is_domain("--target", self.target)
         at_least("--per-domain", self.per_domain, 1)
         is_seed("--seed", self.seed)
 

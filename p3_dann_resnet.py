@@ -31,7 +31,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.checkpoints import first_misfit, load_net, load_weights
-from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
+from common.cli import (
+    UserError,
+    above,
+    at_least,
+    below,
+    each_once,
+    in_range,
+    is_seed,
+    run_cli,
+    two_domains,
+)
 from common.data import DIGIT_SIZE, Images, draw_batch, labels_of, load_folder
 from common.device import Device, Precision, make_accelerator
 from common.device import place as put_on
@@ -137,6 +147,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         both_or_none(self.source_dir, self.target_dir)
+        two_domains(self.source, [self.target])
+        if self.source_dir is not None and self.source_dir == self.target_dir:
+            raise UserError(f"--target-dir {self.target_dir}: is the source too")
         in_range("--width", self.width, 8, 1_024)
         if self.width % 8:  # PyTorch crashes on a CPU with some other widths
             raise UserError(f"--width {self.width}: must be a multiple of 8")

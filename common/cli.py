@@ -147,6 +147,23 @@ def is_seed(flag: str, value: int) -> None:
         raise UserError(f"{flag} {value}: must be between 0 and {LARGEST_SEED:,}")
 
 
+def is_domain(flag: str, *names: str | None) -> None:
+    """Raise UserError unless each name can be that of one folder of digits."""
+    for name in names:
+        if name is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name):
+            raise UserError(
+                f"{flag} {name}: must be the name of a folder in digits/ (letters, digits, _ and -)"
+            )
+
+
+def two_domains(source: str, targets: Sequence[str], flag: str = "--target") -> None:
+    """Raise UserError for domains that are no names, and for a target that is the source."""
+    is_domain("--source", source)
+    is_domain(flag, *targets)
+    if source in targets:
+        raise UserError(f"{flag} {source}: is the source too; there is nothing to adapt to")
+
+
 def each_once(flag: str, values: Sequence[Any], at_least_one: bool = True) -> None:
     """Raise UserError for a list that is empty (unless allowed) or names something twice."""
     if at_least_one and not values:

@@ -75,11 +75,17 @@ def read_grids(folder: Path) -> list[Image.Image]:
 
 
 def save_figure(figure: Figure, path: Path, formats: Sequence[str] = ("png",)) -> None:
-    """Write a matplotlib figure as `path`, once with each of the suffixes, and close it."""
+    """Write a matplotlib figure as `path`, once with each of the suffixes, and close it.
+
+    The same figure gives the same bytes: a PDF has no date.
+    """
     for suffix in formats:
+        about = {"CreationDate": None} if suffix == "pdf" else {}
         atomic_write(
             path.with_suffix(f".{suffix}"),
-            lambda file: figure.savefig(file, dpi=150, bbox_inches="tight"),
+            lambda file, about=about: figure.savefig(
+                file, dpi=150, bbox_inches="tight", metadata=about
+            ),
         )
     pyplot().close(figure)
 

@@ -124,17 +124,30 @@ def load_statistics(path: Path) -> Statistics:
             covariance = file["sigma"].astype(np.float64)
             features = str(file["features"]) if "features" in file else PUBLISHED
             count = int(file["count"]) if "count" in file else 0  # 0 is unknown
-        whole = mean.ndim == 1 and covariance.shape == (len(mean), len(mean))
-        if not whole or not np.isfinite(mean.sum() + covariance.sum()):
+        if not are_statistics(mean, covariance) or count < 0:
             raise ValueError
     except Exception:  # a damaged archive can raise anything
-        raise UserError(f"{path}: not a whole file of statistics (finite mu and sigma)") from None
+        raise UserError(
+            f"{path}: not a whole file of statistics (finite mu, and sigma as a covariance)"
+        ) from None
     if features == PUBLISHED and len(mean) != PUBLISHED_FEATURES:
         raise UserError(
             f"{path}: has {len(mean)} features, but FID has {PUBLISHED_FEATURES} "
             "(pytorch-fid's --dims)"
         )
     return Statistics(mean, covariance, features, count or None)
+
+
+def are_statistics(mean: np.ndarray, covariance: np.ndarray) -> bool:
+    """Whether these are a mean and a covariance: finite, symmetric, without negative variance."""
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not len(mean):
+        return False
+    if not np.isfinite(mean).all() or not np.isfinite(covariance).all():
+        return False
+    largest = np.abs(covariance).max()
+    if np.abs(covariance - covariance.T).max() > 1e-5 * largest:
+        return False
+    return np.linalg.eigvalsh(covariance)[0] >= -1e-4 * largest
 
 
 def save_statistics(path: Path, kept: Statistics) -> None:

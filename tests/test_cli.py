@@ -13,8 +13,10 @@ from common.cli import (
     below,
     each_once,
     in_range,
+    is_domain,
     is_seed,
     run_cli,
+    two_domains,
 )
 
 
@@ -83,6 +85,7 @@ INFINITE = float("inf")
         (below, (0, 1), (0, 0.9, None), (1, -0.1, NAN, INFINITE, -INFINITE, 1e300)),
         (is_seed, (), (0, 2**32 - 1), (-1, 2**32, 2**64)),
         (each_once, (), (["a"], ["a", "b"]), ([], ["a", "a"])),
+        (is_domain, (), ("svhn", "my-digits_2", None), ("", "a/b", "..", "svhn/../svhn", "a\n")),
         (all_finite, (), ([], [0.0, -1.0]), ([0.0, NAN], [INFINITE], [-INFINITE])),
     ],
 )
@@ -92,3 +95,11 @@ def test_checks_pass_good_values_and_name_the_flag_of_bad_ones(check, arguments,
     for value in bad:
         with pytest.raises(UserError, match=r"^--flag"):
             check("--flag", value, *arguments)
+
+
+def test_a_domain_is_not_adapted_to_itself():
+    two_domains("mnistm", ["svhn", "usps"])
+    with pytest.raises(UserError, match="--targets svhn: is the source too"):
+        two_domains("svhn", ["usps", "svhn"], "--targets")
+    with pytest.raises(UserError, match=r"--target svhn/\.\./svhn: must be the name of a folder"):
+        two_domains("mnistm", ["svhn/../svhn"])

@@ -295,6 +295,29 @@ def test_kept_statistics_give_the_same_distance(tmp_path):
             random_fid(*pair)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"sigma": np.eye(4) + np.triu(np.ones((4, 4)), 1)},  # not symmetric
+        {"sigma": -np.eye(4)},
+        {"sigma": np.eye(3)},
+        {"sigma": np.full((4, 4), np.nan)},
+        {"sigma": np.eye(4).astype(object)},
+        {"mu": np.array([0, 0, 0, np.inf])},
+        {"mu": np.zeros((4, 1))},
+        {"mu": np.zeros(0), "sigma": np.zeros((0, 0))},
+        {"count": -3},
+    ],
+)
+def test_statistics_that_cannot_be_are_refused(tmp_path, changed):
+    good = {"mu": np.zeros(4), "sigma": np.eye(4), "features": "random-1", "count": 9}
+    np.savez(tmp_path / "good.npz", **good)
+    np.savez(tmp_path / "bad.npz", **(good | changed))
+    assert main(Fid(tmp_path / "good.npz", tmp_path / "good.npz"))["distance"] == 0
+    with pytest.raises(UserError, match=r"bad\.npz: not a whole file of statistics"):
+        main(Fid(tmp_path / "bad.npz", tmp_path / "good.npz"))
+
+
 def test_floor_is_of_equal_size(tmp_path, capsys):
     real, train = (
         save_images(tmp_path / "real", noise(12, seed=1)),

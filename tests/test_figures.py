@@ -14,3 +14,14 @@ def test_the_curve_of_a_single_epoch_has_a_marker(tmp_path, monkeypatch):
         figures.save_curves(rows, {"loss": ["loss"]}, tmp_path / "curves.png")
     assert [line.get_marker() for line in lines] == ["o", "None"]
     figures.pyplot().close("all")
+
+
+def test_the_same_figure_gives_the_same_bytes(tmp_path, monkeypatch):
+    found = []
+    for date in ("0", "1000000000"):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", date)  # what matplotlib takes for the time
+        figure, axis = figures.pyplot().subplots()
+        axis.plot([1, 2, 3])
+        figures.save_figure(figure, tmp_path / date, formats=("png", "pdf"))
+        found.append([(tmp_path / f"{date}.{suffix}").read_bytes() for suffix in ("png", "pdf")])
+    assert found[0] == found[1]
