@@ -133,7 +133,7 @@ def halve(net: nn.Module) -> tuple[dict[str, Tensor], str]:
     underflow that the norm of the error exceeds 2 ** -11 of the tensor's, the most that rounding
     alone can cause. Single numbers below 3e-8 among larger ones become 0.
     """
-    buffers = dict(net.named_buffers())
+    buffers = dict(net.named_buffers()).keys() & net.state_dict().keys()  # those that are stored
     stored = {}
     zeros = 0
     halves = 0
