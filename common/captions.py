@@ -35,10 +35,10 @@ def paths_of(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
 def read_metadata(folder: Path) -> list[dict[str, Any]]:
     """The lines of FOLDER/metadata.jsonl. Raises UserError for a line without image or caption."""
     file = folder / "metadata.jsonl"
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; it gives each image's caption")
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; it gives each image's caption") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from None
     rows = []

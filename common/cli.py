@@ -25,11 +25,24 @@ PLAIN_WORDS = (
     (r"could not convert string to float: ('.*?')", r"\1 is not a number"),
 )
 LARGEST_COUNT = 10**9
+LONGEST_MESSAGE = 1_000  # characters
 LARGEST_SEED = 2**32 - 1  # scikit-learn takes no larger one
 
 
 class UserError(Exception):
     """A mistake of the user's, reported as one line that names the flag or the file."""
+
+    def __init__(self, message: str) -> None:
+        """The message may quote a file: what cannot be printed is escaped, and its end cut off."""
+        super().__init__(printable(message)[:LONGEST_MESSAGE])
+
+
+def printable(text: str) -> str:
+    r"""The text with \n, \x00 or \ud800 for characters that would break a line or a terminal."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def run_cli(commands: Any, main: Callable[[Any], Any]) -> None:

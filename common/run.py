@@ -112,6 +112,8 @@ class Run:
 
     def _read(self, path: Path) -> dict[str, Any]:
         """The dictionary in a file of this run."""
+        if not path.is_file():  # a pipe would be waited for
+            raise self._damaged(path)
         try:
             if path.suffix == ".pt":
                 content = torch.load(path, map_location="cpu", weights_only=True)
@@ -251,7 +253,7 @@ class Run:
     def history(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl. Lines that are no rows are left out, and doubled ones."""
         file = self.dir / "metrics.jsonl"
-        if not file.exists():
+        if not file.is_file():
             return []
         rows: list[dict[str, Any]] = []
         left_out = 0

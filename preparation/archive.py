@@ -32,6 +32,8 @@ def unpack(archive: Path, data_dir: Path) -> None:
     All of it is checked before anything is moved to its place. Raises UserError for a file that is
     broken or is no such archive, and for one with files that are already in `data_dir`.
     """
+    if not archive.is_file():
+        raise UserError(f"{archive}: no such file")
     staging = data_dir / ".partial-archive"
     shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
     try:

@@ -97,6 +97,16 @@ def test_checks_pass_good_values_and_name_the_flag_of_bad_ones(check, arguments,
             check("--flag", value, *arguments)
 
 
+def test_a_message_is_one_line_whatever_it_quotes():
+    message = "net.pt: knows 'a\nb', \x1b[2J, \ud800, \udcff, but β and 数 stay; " + "x" * 5_000
+    shown = str(UserError(message))
+    assert shown.startswith(
+        r"net.pt: knows 'a\nb', \x1b[2J, \ud800, \udcff, but β and 数 stay; xxx"
+    )
+    assert len(shown) == 1_000
+    shown.encode()
+
+
 def test_a_domain_is_not_adapted_to_itself():
     two_domains("mnistm", ["svhn", "usps"])
     with pytest.raises(UserError, match="--targets svhn: is the source too"):
