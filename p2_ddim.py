@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -232,20 +232,8 @@ def read_schedule(config: dict[str, Any], args: Options) -> Schedule:
 
 
 def read_conventions(config: dict[str, Any], args: Options) -> Conventions:
-    """The options that are given, else what a checkpoint's configuration says, else the course's.
-
-    Raises UserError if the configuration says something that is not known here.
-    """
-    said = config.get("sampling", {})
-    usual = Conventions()
-    for name, known in (("spacing", Spacing), ("save_range", SaveRange), ("clamp", Clamp)):
-        value = said.get(name, getattr(usual, name))
-        if value not in get_args(known):
-            raise UserError(
-                f"--checkpoint {args.checkpoint}: its sampling has {name} {value!r}, "
-                f"but only {', '.join(get_args(known))} are known here"
-            )
-        usual = usual._replace(**{name: value})
+    """The given options, else what a checkpoint's configuration says, else the course's."""
+    usual = Conventions(**config.get("sampling", {}))
     return Conventions(
         spacing=args.spacing or usual.spacing,
         save_range=args.save_range or usual.save_range,

@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 
 from common.cli import UserError
 from common.files import atomic_write
+from common.names import is_folder_name
 from common.rng import make_rng
 
 if TYPE_CHECKING:
@@ -175,6 +176,8 @@ def load_digits(
     The 2024 hand-out has train.csv alone, which is split 80/20 by a fixed rule. Raises UserError,
     which names `flag` or the file, if the domain is missing or broken.
     """
+    if not is_folder_name(domain):
+        raise UserError(f"{flag} {data_dir}: {domain!r} is not the name of a digit domain")
     folder = data_dir / "digits" / domain
     if not folder.is_dir():
         raise UserError(f"{flag} {data_dir}: has no digit domain '{domain}' (no folder {folder})")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common.checkpoints import load_weights
+from common.checkpoints import first_misfit, load_weights, refuse_damaged
 from common.cli import UserError
 from common.data import list_images
 
@@ -113,6 +113,7 @@ def load_clip(
     config: dict[str, Any] = {}
     if checkpoint is not None:
         weights, config = load_weights(checkpoint, flag)
+        refuse_damaged(f"{flag} {checkpoint}", weights)
     try:
         with quiet_logging():
             if OPENAI_KEYS & weights.keys():
@@ -169,7 +170,10 @@ def build_openai(weights: dict[str, Tensor], checkpoint: Path | None) -> Clip:
     """A CLIP from OpenAI's own file."""
     import open_clip
 
-    net = open_clip.model.build_model_from_openai_state_dict(weights, cast_dtype=torch.float32)
+    build = open_clip.model.build_model_from_openai_state_dict
+    with torch.device("meta"):  # shapes without numbers, so that no sizes can fill the memory
+        build({key: value.to("meta") for key, value in weights.items()}, cast_dtype=torch.float32)
+    net = build(weights, cast_dtype=torch.float32)
     net = net.float()
     is_vit_b_32 = net.visual.conv1.weight.shape == (768, 3, 32, 32)
     name = OPENAI if is_vit_b_32 else file_name(checkpoint)
@@ -180,6 +184,11 @@ def build_own(weights: dict[str, Tensor], config: dict[str, Any], checkpoint: Pa
     """A CLIP from a file of `pretrain`."""
     import open_clip
 
+    with torch.device("meta"):  # shapes without numbers, so that no sizes can fill the memory
+        expected = open_clip.CLIP(**config["arguments"]).state_dict()
+    misfit = first_misfit(expected, weights)
+    if misfit:
+        raise ValueError(misfit)
     net = open_clip.CLIP(**config["arguments"])
     net.load_state_dict(weights)
     clip = with_tools(net, config["preprocess"], file_name(checkpoint))
