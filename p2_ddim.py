@@ -30,6 +30,7 @@ from common.data import to_uint8
 from common.device import Device, Precision, make_accelerator, peak_memory, place
 from common.figures import save_image, save_labelled
 from common.files import make_output_dir
+from common.noises import find_noises, load_noise, problem_of_noise
 from common.progress import show_progress
 from common.rng import ImageNoise
 from diffusion.guidance import predict_eps
@@ -249,7 +250,7 @@ def read_noises(folder: Path, minimum: int = 1) -> tuple[list[str], Tensor]:
     """
     if not folder.is_dir():
         raise UserError(f"--noise-dir {folder}: no such folder")
-    paths = sorted(folder.glob("*.pt"))
+    paths = find_noises(folder)
     if len(paths) < minimum:
         raise UserError(
             f"--noise-dir {folder}: contains {len(paths)} noises (*.pt), at least {minimum} needed"
@@ -266,12 +267,13 @@ def read_noises(folder: Path, minimum: int = 1) -> tuple[list[str], Tensor]:
 def read_noise(path: Path) -> Tensor:
     """One noise as float32 (3, height, width); a batch of one is unpacked."""
     try:
-        noise = torch.load(path, map_location="cpu", weights_only=True)
+        noise = load_noise(path)
     except Exception:  # a damaged or hostile pickle can raise anything
         raise UserError(f"{path}: not a whole file of one tensor") from None
-    if not isinstance(noise, Tensor):
-        raise UserError(f"{path}: contains a {type(noise).__name__}, not a tensor")
-    noise = noise.float()
+    problem = problem_of_noise(noise)
+    if problem:
+        raise UserError(f"{path}: {problem}")
+    noise = noise.detach().float()
     if noise.ndim == 4:
         noise = noise.squeeze(0)
     if noise.ndim != 3:

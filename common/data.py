@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 
 from common.cli import UserError
 from common.files import atomic_write
-from common.names import is_folder_name
+from common.names import is_folder_name, is_hidden
 from common.rng import make_rng
 
 if TYPE_CHECKING:
@@ -87,10 +87,10 @@ def list_images(folder: Path, recursive: bool = False) -> list[Path]:
     paths = []
     for parent, subfolders, names in os.walk(folder):
         # os.walk goes into the sub-folders that are left in this list.
-        subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
+        subfolders[:] = [name for name in subfolders if recursive and not is_hidden(name)]
         for name in names:
             path = Path(parent, name)
-            if path.suffix.lower() in SUFFIXES and not name.startswith("."):
+            if path.suffix.lower() in SUFFIXES and not is_hidden(name):
                 paths.append(path)
     if not paths:
         raise UserError(f"{folder}: contains no PNG or JPEG image")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from common.cli import UserError
 from common.files import ROOT
+from common.names import is_hidden
 
 Row = list[str]
 
@@ -91,7 +92,8 @@ class Output:
 
     def faces(self, name: str, what: str) -> dict[str, Any] | None:
         """The first 32 images of a folder as one image, 8 in a row; else as `image`."""
-        files = sorted((self.folder / name).glob("*.png"))[:32]
+        found = (self.folder / name).glob("*.png")
+        files = sorted(path for path in found if not is_hidden(path.name))[:32]
         if not files:
             self.missing.append([f"figure: {what}", f"not run ({name} is not there)"])
             return None
@@ -177,7 +179,7 @@ def has_course_counts(data_dir: Path, part: str) -> bool:
     if part == "face/val":
         parts.add("face/train")
     for name in parts:
-        count = sum(1 for _ in (data_dir / name).glob("*.png"))
+        count = sum(not is_hidden(path.name) for path in (data_dir / name).glob("*.png"))
         if count != COURSE_COUNTS.get(name):
             return False
     return True

@@ -11,18 +11,25 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import p2_ddim
 import p2_ddpm_infer
 import p3_dann
 import p3_dann_resnet
 from common.checkpoints import load_net, load_weights, refuse_damaged, save_net, tensors_under
+from common.class_folders import find_domain
 from common.cli import UserError
+from common.data import list_images
 from common.metadata import ARGUMENTS, MetadataError, check_config, parse_config
 from common.names import is_folder_name, is_hidden, is_label
+from common.noises import find_noises
 from metrics import digits
 from models.context_unet import ContextUnet
 from models.dann import DannDeep
 from models.ddim_unet import DdimUnet
+from preparation.inspection import Report, inspect_noises
+from tests.conftest import noise, save_images
 from tools import release
+from zeroshot.loading import label_by_folder
 
 DIGITS = {"context_unet": ContextUnet}
 SCHEDULE = {"steps": 6, "kind": "cosine"}
@@ -446,3 +453,63 @@ def test_a_whole_module_is_named_as_such(tmp_path, wrap):
         assert "but a whole module, 'torch.nn.modules.linear.Linear'" in message
         assert "torch.save(module.state_dict(), FILE)" in message
         assert "\n" not in message
+
+
+# Noises
+
+
+def save_noise(folder: Path, name: str, noise: Any) -> None:
+    folder.mkdir(exist_ok=True)
+    torch.save(noise, folder / name)
+
+
+NOISE = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+BAD_NOISES = {
+    "nan": (NOISE / 0 * 0, "has numbers that are not finite"),
+    "inf": (NOISE * 1e300, "has numbers that are not finite"),
+    "integers": (NOISE.long(), "has the type torch.int64; a noise has floating-point numbers"),
+    "complex": (NOISE.to(torch.complex64), "has complex numbers"),
+    "sparse": (NOISE.to_sparse(), "is sparse or quantized"),
+    "expanded": (torch.ones(1).expand(1, 3, 10**5, 10**5), "repeats the same numbers"),
+    "a batch": (NOISE.expand(2, 3, 16, 16).clone(), "has shape [2, 3, 16, 16]"),
+    "one channel": (NOISE[:, :1].clone(), "expected 1 x 3 x 16 x 16"),
+    "one pixel": (NOISE[0, 0, 0, 0].clone(), "has shape []"),
+    "a list": ([NOISE], "contains a list, not a tensor"),
+    "a module": (nn.Linear(1, 1), "not a whole file of one tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_NOISES)
+def test_a_noise_of_no_use_is_named(tmp_path, kind):
+    noise, words = BAD_NOISES[kind]
+    save_noise(tmp_path / "noise", "00.pt", noise)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/noise/00.pt: [^\n]*{re.escape(words)}"):
+        p2_ddim.read_noises(tmp_path / "noise")
+
+
+def test_the_check_of_a_folder_names_bad_noises(tmp_path):
+    for kind in ("nan", "integers", "complex", "expanded", "a list"):
+        save_noise(tmp_path / "noise", f"{kind}.pt", BAD_NOISES[kind][0])
+    report = Report()
+    inspect_noises(find_noises(tmp_path / "noise"), report)
+    assert len(report.problems) == 5
+    for kind in ("nan", "integers", "complex", "expanded", "a list"):
+        (problem,) = [text for text in report.problems if f"/{kind}.pt: " in text]
+        assert BAD_NOISES[kind][1] in problem
+
+
+def test_hidden_files_are_ignored_everywhere(tmp_path):
+    for number in range(2):
+        save_noise(tmp_path / "noise", f"{number:02d}.pt", NOISE)
+        (tmp_path / "noise" / f"._{number:02d}.pt").write_bytes(b"Mac OS X")
+    names, _ = p2_ddim.read_noises(tmp_path / "noise")
+    assert names == ["00", "01"]
+
+    for name in ("a", "b", "__MACOSX", ".hidden"):
+        images = save_images(tmp_path / "domain" / name, noise(2, 8))
+        (images / "._000.png").write_bytes(b"Mac OS X")
+        (images / "Thumbs.db").write_bytes(b"Windows")
+    assert find_domain(tmp_path / "domain", "--x").classes == ["a", "b"]
+    assert label_by_folder(tmp_path / "domain", tmp_path).names == ["a", "b"]
+    found = list_images(tmp_path / "domain", recursive=True)
+    assert [path.name for path in found] == ["000.png", "001.png"] * 2

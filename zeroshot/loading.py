@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from common.checkpoints import first_misfit, load_weights, refuse_damaged
 from common.cli import UserError
 from common.data import list_images
+from common.names import is_hidden
 
 OPENAI = "ViT-B-32, openai"  # the weights that the course uses
 # Entries that only OpenAI's own files have.
@@ -57,7 +58,7 @@ def find_labelled(data_dir: Path, split: str) -> Labelled:
 def label_by_folder(folder: Path, data_dir: Path) -> Labelled:
     """Images in one sub-folder for each class, whose name is the class's."""
     children = sorted(folder.iterdir())
-    classes = [child for child in children if child.is_dir() and not child.name.startswith(".")]
+    classes = [child for child in children if child.is_dir() and not is_hidden(child.name)]
     if not classes:
         raise UserError(
             f"--data-dir {data_dir}: has neither id2label.json nor a folder for each class"
