@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 DIGIT_DOMAINS = ("mnistm", "svhn", "usps")  # of the hand-out; load_digits reads others too
 DIGIT_SIZE = (28, 28)
 SUFFIXES = {".png", ".jpg", ".jpeg"}
+# What such files may contain, whatever their names say. Pillow knows more formats; for one of them
+# (EPS) it would run another program.
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 CACHE_VERSION = 4  # raise it when decoding changes
 
 
@@ -104,7 +107,7 @@ def decode_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     missing, broken or has 16 bits.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             if file.mode.startswith("I"):  # PIL would clip 16-bit values at 255
                 raise UserError(f"{path}: is a 16-bit image; only 8-bit images can be read")
             image = file.convert("RGB")

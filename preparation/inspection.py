@@ -19,7 +19,7 @@ from common.captions import read_metadata
 from common.checkpoints import load_weights
 from common.class_folders import find_domain
 from common.cli import UserError
-from common.data import DIGIT_SIZE, list_images, read_labels
+from common.data import DIGIT_SIZE, FORMATS, list_images, read_labels
 from common.names import is_hidden
 from common.noises import find_noises, load_noise, problem_of_noise
 from inversion.concepts import read_concepts
@@ -96,7 +96,7 @@ def channel_name(channels: int) -> str:
 def look_at(path: Path) -> Look | None:
     """Size and channels of an image that decodes whole; None for a broken one."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             return Look(image.width, image.height, len(image.getbands()))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):

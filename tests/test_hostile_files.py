@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import p2_ddim
@@ -18,7 +20,7 @@ import p3_dann_resnet
 from common.checkpoints import load_net, load_weights, refuse_damaged, save_net, tensors_under
 from common.class_folders import find_domain
 from common.cli import UserError
-from common.data import list_images
+from common.data import decode_image, list_images
 from common.metadata import ARGUMENTS, MetadataError, check_config, parse_config
 from common.names import is_folder_name, is_hidden, is_label
 from common.noises import find_noises
@@ -26,7 +28,7 @@ from metrics import digits
 from models.context_unet import ContextUnet
 from models.dann import DannDeep
 from models.ddim_unet import DdimUnet
-from preparation.inspection import Report, inspect_noises
+from preparation.inspection import Report, inspect_noises, look_at
 from tests.conftest import noise, save_images
 from tools import release
 from zeroshot.loading import label_by_folder
@@ -513,3 +515,21 @@ def test_hidden_files_are_ignored_everywhere(tmp_path):
     assert label_by_folder(tmp_path / "domain", tmp_path).names == ["a", "b"]
     found = list_images(tmp_path / "domain", recursive=True)
     assert [path.name for path in found] == ["000.png", "001.png"] * 2
+
+
+# Images
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_an_image_file_never_runs_another_program(tmp_path, monkeypatch, suffix):
+    """Pillow opens EPS whatever its name is, and runs Ghostscript to draw it."""
+    file = tmp_path / f"0.{suffix}"
+    file.write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(code) run showpage\n%%EOF\n"
+    )
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("ran a program"))
+    with Image.open(file) as image:
+        assert image.format == "EPS"  # the file is as hostile as it is meant to be
+    with pytest.raises(UserError, match=rf"{file}: not a whole image"):
+        decode_image(file)
+    assert look_at(file) is None
