@@ -33,11 +33,6 @@ WRAPPERS = (
     "string_to_param",
 )
 DEEPEST_WRAPPING = 4
-# Types of whole numbers.
-WHOLE = (
-    *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-    *(torch.int8, torch.int16, torch.int32, torch.int64),
-)
 # What DataParallel and DistributedDataParallel, torch.compile, and the public DDPM script put
 # before every key.
 PREFIXES = ("module.", "_orig_mod.", "nn_model.")
@@ -109,8 +104,8 @@ def first_misfit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
 
 def describe(value: Tensor) -> str:
     """The shape of a tensor, and whether its numbers are whole: "[3, 2]" or "[] of integers"."""
-    is_whole = value.dtype in WHOLE
-    return str(list(value.shape)) + (" of integers" if is_whole else "")
+    is_other = value.is_floating_point() or value.is_complex() or value.is_quantized
+    return str(list(value.shape)) + ("" if is_other else " of integers")
 
 
 def shown(key: str) -> str:
@@ -205,8 +200,9 @@ def load_pickle(path: Path, flag: str) -> dict[str, Tensor]:
     keys, weights = find_weights(content)
     if not weights:
         raise UserError(f"{flag} {path}: holds no dictionary of weights{hint_at_module(content)}")
-    if AVERAGED in keys and isinstance(content.get("model"), dict):
-        print(f"{path}: has weights under 'model' and their average under 'ema'; takes 'ema'")
+    others = [key for key in WRAPPERS if key != AVERAGED and find_weights(content.get(key))[1]]
+    if keys[:1] == [AVERAGED] and others:
+        print(f"{path}: has weights under '{others[0]}' and their average under 'ema'; takes 'ema'")
     return without_prefixes(weights)
 
 

@@ -28,6 +28,7 @@ LONGEST_CONFIG = 16 * 2**20  # characters; the longest lists hundreds of thousan
 DEEPEST = 20  # levels of lists and objects inside one another
 MOST_IMAGES = 1_000_000  # that a network was trained on
 MOST_TOKENS = 49_408  # of CLIP
+FACES = ("ddim_unet", "latent_unet")  # networks that say the size of their images
 LEAST_SIGNAL = 1e-60  # ᾱ_T; below it, float32 cannot hold x_T / √ᾱ_T
 
 # A check of one value: `check(value, "sampling", "clamp")` raises MetadataError, or does nothing.
@@ -302,6 +303,9 @@ def check_counts(net: str, config: dict[str, Any]) -> None:
     classes = unet.get("n_classes", 0)
     if classes and "domains" in config and 10 * len(config["domains"]) != classes:
         raise MetadataError(f"it has {classes} classes, but {len(config['domains'])} domains")
+    side = arguments.get("autoencoder", arguments).get("size") if net in FACES else None
+    if side is not None and config.get("size", side) != side:
+        raise MetadataError(f"it is for images of {side} pixels, but says {config['size']}")
     names = config.get("attributes")
     counted = unet.get("n_attributes", 10 if net == "noisy_classifier" else 0)
     if names is not None and len(names) != counted:
@@ -344,6 +348,7 @@ def check_measured(measured: dict[str, Any], attributes: list[str] | None) -> No
 SIZE = whole(1, 1_024)  # pixels
 WIDTH = whole(1, 65_536)
 COUNT = whole(0, 10_000)  # of classes or attributes
+TEN = whole(10, 10)  # digits
 CHANNELS = whole(1, 1_024)
 PERCENT = number(0, 100)
 STEPS = whole(2, 1_000_000)
@@ -512,8 +517,8 @@ ARGUMENTS = {
     "attention_unet": arguments_of({"in_channels": CHANNELS, "width": WIDTH, "n_classes": COUNT}),
     "generator": GENERATOR,
     "projection": GENERATOR,
-    "cnn": arguments_of({"classes": COUNT}),
-    "deep": arguments_of({"classes": COUNT, "width": WIDTH, "hidden": whole(0, 65_536)}),
+    "cnn": arguments_of({"classes": TEN}),
+    "deep": arguments_of({"classes": TEN, "width": WIDTH, "hidden": whole(0, 65_536)}),
     "adaptation": arguments_of(
         {
             "backbone": one_of(*get_args(BackboneName)),
@@ -527,7 +532,7 @@ ARGUMENTS = {
         }
     ),
     "digit_classifier": arguments_of({}),
-    "digit_resnet": arguments_of({"classes": COUNT, "width": WIDTH}),
+    "digit_resnet": arguments_of({"classes": TEN, "width": WIDTH}),
     "scene_classifier": arguments_of({"traits": table(whole(1, 1_000)), "width": WIDTH}),
     "text_to_image": arguments_of(
         {

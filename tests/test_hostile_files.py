@@ -245,6 +245,25 @@ def test_other_fields_that_scripts_read_are_checked():
             check_config(good | change)
 
 
+def test_sizes_and_counts_must_agree():
+    unet = {"size": 16, "in_channels": 4}
+    latents = {"net": "latent_unet", "arguments": {"unet": unet, "autoencoder": {"size": 64}}}
+    pixels = {"net": "ddim_unet", "arguments": {"size": 64, "n_attributes": 2}}
+    for good, field, value in (
+        (latents, "size", 64),
+        (pixels, "size", 64),
+        (pixels, "attributes", ["Bald", "Male"]),
+    ):
+        check_config(good | {field: value})
+        other = 2 * value if field == "size" else ["Bald"]
+        with pytest.raises(MetadataError, match="it is for images of 64|it has 2 attributes"):
+            check_config(good | {field: other})
+    for name in ("cnn", "deep", "digit_resnet"):
+        check_config({"net": name, "arguments": {"classes": 10}})
+        with pytest.raises(MetadataError, match="its network has classes 20"):
+            check_config({"net": name, "arguments": {"classes": 20}})
+
+
 def test_a_network_without_what_a_command_needs_is_one_line(tmp_path, monkeypatch, error_of):
     monkeypatch.chdir(tmp_path)
     net = p3_dann_resnet.AdaptationNet("resnet18", size=16, width=8, dense=8, hidden=8)
@@ -423,6 +442,10 @@ def test_averaged_weights_are_taken_and_said_so(tmp_path, capsys):
     assert torch.equal(loaded.init_conv.conv1[0].weight, ema.init_conv.conv1[0].weight)
     words = f"{path}: has weights under 'model' and their average under 'ema'; takes 'ema'\n"
     assert capsys.readouterr().out == words
+    torch.save({"state_dict": model.state_dict(), "ema": {"net": ema.state_dict()}}, path)
+    loaded, _ = load_net(path, DIGITS)
+    assert torch.equal(loaded.init_conv.conv1[0].weight, ema.init_conv.conv1[0].weight)
+    assert "has weights under 'state_dict'" in capsys.readouterr().out
 
 
 def test_a_wrapping_inside_itself_ends(tmp_path):
