@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from common.data import to_uint8
 from common.device import Device, Precision, make_accelerator, peak_memory, place
 from common.figures import save_image, save_labelled
 from common.files import make_output_dir
+from common.noises import find_noises, load_noise, problem_of_noise
 from common.progress import show_progress
 from common.rng import ImageNoise
 from diffusion.guidance import predict_eps
@@ -232,20 +233,8 @@ def read_schedule(config: dict[str, Any], args: Options) -> Schedule:
 
 
 def read_conventions(config: dict[str, Any], args: Options) -> Conventions:
-    """The options that are given, else what a checkpoint's configuration says, else the course's.
-
-    Raises UserError if the configuration says something that is not known here.
-    """
-    said = config.get("sampling", {})
-    usual = Conventions()
-    for name, known in (("spacing", Spacing), ("save_range", SaveRange), ("clamp", Clamp)):
-        value = said.get(name, getattr(usual, name))
-        if value not in get_args(known):
-            raise UserError(
-                f"--checkpoint {args.checkpoint}: its sampling has {name} {value!r}, "
-                f"but only {', '.join(get_args(known))} are known here"
-            )
-        usual = usual._replace(**{name: value})
+    """The given options, else what a checkpoint's configuration says, else the course's."""
+    usual = Conventions(**config.get("sampling", {}))
     return Conventions(
         spacing=args.spacing or usual.spacing,
         save_range=args.save_range or usual.save_range,
@@ -261,7 +250,7 @@ def read_noises(folder: Path, minimum: int = 1) -> tuple[list[str], Tensor]:
     """
     if not folder.is_dir():
         raise UserError(f"--noise-dir {folder}: no such folder")
-    paths = sorted(folder.glob("*.pt"))
+    paths = find_noises(folder)
     if len(paths) < minimum:
         raise UserError(
             f"--noise-dir {folder}: contains {len(paths)} noises (*.pt), at least {minimum} needed"
@@ -278,12 +267,13 @@ def read_noises(folder: Path, minimum: int = 1) -> tuple[list[str], Tensor]:
 def read_noise(path: Path) -> Tensor:
     """One noise as float32 (3, height, width); a batch of one is unpacked."""
     try:
-        noise = torch.load(path, map_location="cpu", weights_only=True)
+        noise = load_noise(path)
     except Exception:  # a damaged or hostile pickle can raise anything
         raise UserError(f"{path}: not a whole file of one tensor") from None
-    if not isinstance(noise, Tensor):
-        raise UserError(f"{path}: contains a {type(noise).__name__}, not a tensor")
-    noise = noise.float()
+    problem = problem_of_noise(noise)
+    if problem:
+        raise UserError(f"{path}: {problem}")
+    noise = noise.detach().float()
     if noise.ndim == 4:
         noise = noise.squeeze(0)
     if noise.ndim != 3:

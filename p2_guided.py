@@ -350,12 +350,18 @@ def load_model(args: Sampling) -> Model:
     classifier_names = []
     if args.classifier is not None:
         kinds = {"noisy_classifier": NoisyClassifier}
-        classifier, config = load_net(args.classifier, kinds, "--classifier")
+        classifier, config = load_net(
+            args.classifier, kinds, "--classifier", needs=("attributes", "states", "schedule")
+        )
         classifier_names = config["attributes"]
         if config["states"] != digest_of_states(start.net):
             raise UserError(
                 f"--classifier {args.classifier}: was trained on the states of another model than "
                 f"{args.checkpoint}"
+            )
+        if classifier.shape != start.net.shape:
+            raise UserError(
+                f"--classifier {args.classifier}: is for other states than {args.checkpoint}"
             )
         theirs = Schedule.from_config(config["schedule"])
         same_noise = theirs.alpha_bar == start.schedule.alpha_bar

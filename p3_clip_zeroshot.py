@@ -19,7 +19,6 @@ The first command downloads OpenAI's ViT-B/32; the second takes it from a file.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import sys
@@ -30,14 +29,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
-import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from common.cache import read_cached, write_cached
 from common.cli import UserError, in_range, is_seed, run_cli
 from common.data import decode_image
 from common.device import Device, Precision, make_accelerator
@@ -131,9 +129,8 @@ def encode_texts(
     """The unit vector (features,) of each text. They are cached beside the output."""
     key = text_cache_key(clip, texts, accelerator.mixed_precision)
     cache = args.output_dir.parent / "cache" / f"texts-{key}.safetensors"
-    try:
-        features = safetensors.torch.load_file(cache)["features"]
-    except (OSError, safetensors.SafetensorError):
+    features = read_cached(cache, key, (len(texts), None), torch.float32)
+    if features is None:
         parts = []
         starts = range(0, len(texts), args.batch_size)
         for start in tqdm(starts, "prompts", disable=None, leave=False):
@@ -141,9 +138,7 @@ def encode_texts(
             with accelerator.autocast():
                 parts.append(clip.net.encode_text(tokens.to(accelerator.device)).float().cpu())
         features = F.normalize(torch.cat(parts), dim=-1)
-        with contextlib.suppress(UserError):  # no right to write: encode again next time
-            content = {"features": features}
-            atomic_write(cache, lambda path: safetensors.torch.save_file(content, path))
+        write_cached(cache, key, features)
     return dict(zip(texts, features, strict=True))
 
 

@@ -584,7 +584,8 @@ def embed(args: Embed) -> None:
     net.to(device)
     source = config.get("source")
     target = args.target or config.get("target")
-    if source is None or target is None or source == target:
+    method = METHODS.get(config.get("method", ""))
+    if source is None or target is None or source == target or method is None:
         raise UserError(
             f"--checkpoint {args.checkpoint}: does not say its two domains; "
             "--target names the other one"
@@ -606,7 +607,7 @@ def embed(args: Embed) -> None:
         "domain": (torch.cat(domains).numpy(), [source, target]),
     }
     points = torch.cat(features).numpy()
-    title = f"{source} → {target}, {METHODS[config['method']]}"
+    title = f"{source} → {target}, {method}"
     save_tsne(points, colourings, title, args.output_dir, args.seed)
     print(f"t-SNE of {len(points):,} images: {args.output_dir}/tsne_class.png and tsne_domain.png")
 

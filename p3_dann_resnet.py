@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.checkpoints import first_misfit, load_net, load_weights
+from common.checkpoints import first_misfit, load_net, load_weights, refuse_damaged
 from common.cli import (
     UserError,
     above,
@@ -64,6 +64,8 @@ from metrics.unlabelled import CRITERIA, Selection, all_criteria, selected_epoch
 from models.adaptation import AdaptationNet, BackboneName, Place
 
 NETS = {"adaptation": AdaptationNet}
+# What the configuration of a trained network says of its data.
+NEEDS = ("source", "target", "photographs", "class_names")
 PLACES: tuple[Place, ...] = ("none", "backbone", "dense", "label")
 # What the course report states of its ResNet-50, USPS → MNIST, accuracy in % on source and target.
 REPORTED = {
@@ -402,7 +404,7 @@ def names_of(args: Recipe) -> tuple[str, str]:
     """The names of the two domains."""
     if args.source_dir is None or args.target_dir is None:
         return args.source, args.target
-    return args.source_dir.name, args.target_dir.name
+    return args.source_dir.absolute().name, args.target_dir.absolute().name
 
 
 def augmentation_of(args: Recipe) -> Literal["none", "digits", "photographs"]:
@@ -445,6 +447,7 @@ def make_net(args: Train, classes: int) -> tuple[AdaptationNet, str]:
     misfit = first_misfit(net.backbone.state_dict(), weights)
     if misfit:
         raise UserError(f"--weights {args.weights}: is not this {args.net} ({misfit})")
+    refuse_damaged(f"--weights {args.weights}", weights)
     net.backbone.load_state_dict(weights)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return net, f"{PUBLISHED.get(digest[:8], path.name)}, sha256 {digest}"
@@ -687,7 +690,7 @@ def predict(args: Predict) -> None:
     """Write the class of every image of a folder as csv."""
     accelerator = make_accelerator(args.device, "fp32")
     make_output_dir(args.output_csv.parent, "--output-csv", alone=False)
-    net, config = load_net(args.checkpoint, NETS)
+    net, config = load_net(args.checkpoint, NETS, needs=NEEDS)
     net.to(accelerator.device)
     # As `load_photograph_domains` and `load_digit_domains` prepare them.
     if config["photographs"]:
@@ -709,7 +712,7 @@ def embed(args: Embed, cache: Path | None = None) -> None:
     """Draw t-SNE of both domains' validation images; decoded images may be in `cache`."""
     accelerator = make_accelerator(args.device, "fp32")
     device = accelerator.device
-    net, config = load_net(args.checkpoint, NETS)
+    net, config = load_net(args.checkpoint, NETS, needs=NEEDS)
     net.to(device)
     if config["photographs"] != (args.source_dir is not None):
         needs = "needs" if config["photographs"] else "takes no"

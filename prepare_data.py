@@ -44,6 +44,7 @@ from tyro.conf import Positional, arg
 from common.cli import UserError, at_least, each_once, in_range, is_seed, run_cli
 from common.data import list_images
 from common.files import make_output_dir
+from common.noises import find_noises
 from metrics.faces import count_faces
 from preparation import archive, inspection, layout, mnist, public
 from preparation.synthetic import object_domains
@@ -337,7 +338,7 @@ def noises(args: Noises) -> None:
     with tempfile.TemporaryDirectory(prefix=".noises-", dir=folder) as aside:
         layout.write_noises(Path(aside), args.seed, args.count, args.size)
         made = {path.name: path for path in Path(aside).iterdir()}
-        for path in sorted(folder.glob("*.pt")):
+        for path in find_noises(folder):
             if path.name not in made or path.read_bytes() != made[path.name].read_bytes():
                 raise UserError(
                     f"--output-dir {folder}: {path.name} is another noise; remove it first"

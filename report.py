@@ -9,18 +9,22 @@ and what course reports reached (reporting/verdicts.py).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from common.cli import run_cli
+from common.cli import IncompleteError, UserError, run_cli
 from common.figures import save_csv
 from common.files import ROOT, atomic_write, make_output_dir
 from reporting.output import Output, Table
-from reporting.tables import all_tables, architectures
+from reporting.tables import all_tables, architectures, clean, clean_rows
 from reporting.verdicts import HEADER
+
+# Such as -0.05, +3 %, 1,000.5 and -1.20 ± 0.30; and a dash alone.
+PLAIN_NUMBER = re.compile(r"[-+]?[0-9][0-9,]*([.][0-9]+)?(e[-+]?[0-9]+)?( ?%)?( ± [0-9.,]+)?|-")
 
 
 @dataclass
@@ -32,8 +36,13 @@ class Report:
 
 
 def main(args: Report) -> Path:
-    """Write the page and the tables; returns the path of the page."""
+    """Write the page and the tables; returns the path of the page.
+
+    Raises IncompleteError, after both are written, if something that was found is broken.
+    """
     output = Output(args.output_dir)
+    if (output.folder / "report").is_symlink():  # it would lead elsewhere
+        raise UserError(f"{output.folder / 'report'}: is a link; remove it first")
     tables = all_tables(output)
     output.missing += not_measured(tables)
     templates = load_templates()
@@ -41,15 +50,18 @@ def main(args: Report) -> Path:
         output=output, tables=tables, architectures=architectures(output)
     )
     # Rendering the page has added the images that are missing.
-    tables["missing"] = Table("Not measured or left out", [["part", "why"], *output.missing])
+    missing = clean_rows([["part", "why"], *output.missing])
+    tables["missing"] = Table("Not measured or left out", missing)
 
     folder = make_output_dir(output.folder / "report", "OUTPUT_DIR")
     page = output.folder / "report.html"
-    atomic_write(page, text)
+    atomic_write(page, text.encode("utf-8", "replace"))
     for name, table in tables.items():
         if table.rows:
             write_table(name, table, folder, templates)
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB), tables in {folder}")
+    if output.broken:
+        raise IncompleteError(f"left out of {page}: {'; '.join(map(clean, output.broken))}")
     return page
 
 
@@ -81,11 +93,19 @@ def load_templates() -> Any:
 
 def write_table(name: str, table: Table, folder: Path, templates: Any) -> None:
     """Write a table as csv, markdown and LaTeX."""
-    save_csv(table.rows, folder / f"{name}.csv")
+    rows = [[defused(cell) for cell in row] for row in table.rows]
+    save_csv(rows, folder / f"{name}.csv")
     for suffix in ("md", "tex"):
         template = templates.get_template(f"table.{suffix}.j2")
         text = template.render(name=name, title=table.title, rows=table.rows)
         atomic_write(folder / f"{name}.{suffix}", text)
+
+
+def defused(cell: str) -> str:
+    """A cell that no spreadsheet takes for a formula; plain numbers stay as they are."""
+    if cell.lstrip()[:1] in ("=", "+", "-", "@") and not PLAIN_NUMBER.fullmatch(cell):
+        return f"'{cell}"
+    return cell
 
 
 if __name__ == "__main__":

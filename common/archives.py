@@ -126,6 +126,20 @@ def is_torchscript(path: Path) -> bool:
     return any(re.fullmatch("[^/]+/constants[.]pkl", name) for name in names)
 
 
+def refuse_compressed(path: Path) -> None:
+    """Raise ArchiveError for a zip file whose members are compressed, or larger than the file.
+
+    A small file could otherwise fill all memory. `torch.save` never compresses.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with errors_that_name(path), zipfile.ZipFile(path) as file:
+        members_by_name(file, path.stat().st_size)
+        for info in file.infolist():
+            if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+                raise ArchiveError(f"{info.filename!r} is compressed; write it with torch.save")
+
+
 @contextlib.contextmanager
 def errors_that_name(path: Path) -> Iterator[None]:
     """Turn every error into an ArchiveError that names the file."""

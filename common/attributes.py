@@ -83,10 +83,10 @@ def read_attributes(path: Path) -> AttributeTable:
     Raises UserError, with the number of the line, for a file that is missing or not in that layout:
     another number of rows, values other than 1 and -1, or a name that is there twice.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file of attributes")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file of attributes") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     while lines and not lines[-1].strip():

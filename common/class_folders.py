@@ -19,6 +19,7 @@ import torch
 
 from common.cli import UserError
 from common.data import Images, decode_cached, list_images
+from common.names import is_hidden
 
 VAL_EVERY = 5  # one image in five is for validation
 
@@ -42,7 +43,7 @@ def find_domain(folder: Path, flag: str) -> Domain:
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
     children = sorted(folder.iterdir())
-    subfolders = [child for child in children if child.is_dir() and child.name[0] != "."]
+    subfolders = [child for child in children if child.is_dir() and not is_hidden(child.name)]
     if not subfolders:
         raise UserError(f"{flag} {folder}: has no class folder; expected {folder}/CLASS/*.jpg")
     classes = sorted({class_name(subfolder) for subfolder in subfolders})

@@ -45,11 +45,16 @@ def printable(text: str) -> str:
     )
 
 
+class IncompleteError(UserError):
+    """The work is done but for what the message names."""
+
+
 def run_cli(commands: Any, main: Callable[[Any], Any]) -> None:
     """Read the command line into `commands` and call `main` with the result.
 
     `commands` is a dataclass, or a union of dataclasses, which become sub-commands. A mistake is
-    printed to stderr as one line. Exit status: 0, 2 after a mistake, 130 after Ctrl-C.
+    printed to stderr as one line. Exit status: 0, 1 for work that is partly done, 2 after a
+    mistake, 130 after Ctrl-C.
     """
     from common.locks import command_locks
 
@@ -62,7 +67,7 @@ def run_cli(commands: Any, main: Callable[[Any], Any]) -> None:
         sys.exit(1)
     except (UserError, OSError) as error:  # an OSError (a full disk, for example) names its file
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, IncompleteError) else 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

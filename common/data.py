@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from PIL import Image, ImageOps
 
+from common.cache import read_cached, write_cached
 from common.cli import UserError
-from common.files import atomic_write
+from common.names import is_folder_name, is_hidden
 from common.rng import make_rng
 
 if TYPE_CHECKING:
@@ -32,7 +31,10 @@ if TYPE_CHECKING:
 DIGIT_DOMAINS = ("mnistm", "svhn", "usps")  # of the hand-out; load_digits reads others too
 DIGIT_SIZE = (28, 28)
 SUFFIXES = {".png", ".jpg", ".jpeg"}
-CACHE_VERSION = 3  # raise it when decoding changes
+# What such files may contain, whatever their names say. Pillow knows more formats; for one of them
+# (EPS) it would run another program.
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+CACHE_VERSION = 4  # raise it when decoding changes
 
 
 class Images(NamedTuple):
@@ -86,10 +88,10 @@ def list_images(folder: Path, recursive: bool = False) -> list[Path]:
     paths = []
     for parent, subfolders, names in os.walk(folder):
         # os.walk goes into the sub-folders that are left in this list.
-        subfolders[:] = [name for name in subfolders if recursive and not name.startswith(".")]
+        subfolders[:] = [name for name in subfolders if recursive and not is_hidden(name)]
         for name in names:
             path = Path(parent, name)
-            if path.suffix.lower() in SUFFIXES and not name.startswith("."):
+            if path.suffix.lower() in SUFFIXES and not is_hidden(name):
                 paths.append(path)
     if not paths:
         raise UserError(f"{folder}: contains no PNG or JPEG image")
@@ -104,13 +106,13 @@ def decode_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     of that shape is resized (bicubic, antialiased). Raises UserError that names a file that is
     missing, broken or has 16 bits.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path}: no such file")
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             if file.mode.startswith("I"):  # PIL would clip 16-bit values at 255
                 raise UserError(f"{path}: is a 16-bit image; only 8-bit images can be read")
             image = file.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise UserError(f"{path}: not a whole image") from None
     turn_upright(image)
@@ -175,6 +177,8 @@ def load_digits(
     The 2024 hand-out has train.csv alone, which is split 80/20 by a fixed rule. Raises UserError,
     which names `flag` or the file, if the domain is missing or broken.
     """
+    if not is_folder_name(domain):
+        raise UserError(f"{flag} {data_dir}: {domain!r} is not the name of a digit domain")
     folder = data_dir / "digits" / domain
     if not folder.is_dir():
         raise UserError(f"{flag} {data_dir}: has no digit domain '{domain}' (no folder {folder})")
@@ -252,20 +256,30 @@ def decode_cached(
 ) -> Images:
     """Decode the files, or read the tensor that an earlier run cached for them.
 
-    A cache is used if folders, names, file sizes and times of change are the same. Hashing the
-    contents of 56,000 files would take longer than decoding them saves.
+    A cache is used if folders, names, file sizes and times of change are the same, and if the
+    first, the middle and the last image are those of the files. Hashing the contents of 56,000
+    files would take longer than decoding them saves.
     """
     names = [path.name for path in paths]
     if cache_dir is None:
         return Images(decode_images(paths, size), labels, names)
-    cache = cache_dir / f"{name}-{cache_key(paths, size)}.safetensors"
-    try:
-        return Images(safetensors.torch.load_file(cache)["pixels"], labels, names)
-    except (OSError, safetensors.SafetensorError):
+    key = cache_key(paths, size)
+    cache = cache_dir / f"{name}-{key}.safetensors"
+    shape = (len(paths), 3, *(size or (None, None)))
+    pixels = read_cached(cache, key, shape, torch.uint8)
+    if pixels is None or not is_of_files(pixels, paths, size):
         pixels = decode_images(paths, size)
-    with contextlib.suppress(UserError):  # no space or no right to write: decode again next time
-        atomic_write(cache, lambda path: safetensors.torch.save_file({"pixels": pixels}, path))
+        write_cached(cache, key, pixels)
     return Images(pixels, labels, names)
+
+
+def is_of_files(pixels: torch.Tensor, paths: list[Path], size: tuple[int, int] | None) -> bool:
+    """Whether the first, the middle and the last of some images are those of the files."""
+    for row in {0, len(paths) // 2, len(paths) - 1}:
+        image = decode_image(paths[row], size)
+        if not np.array_equal(image, pixels[row].numpy()):
+            return False
+    return True
 
 
 def cache_key(paths: list[Path], size: tuple[int, int] | None) -> str:
@@ -276,7 +290,8 @@ def cache_key(paths: list[Path], size: tuple[int, int] | None) -> str:
         key.update(f"{folder.resolve()}\n".encode())
         for file in files:
             stat = stats[file.name]
-            key.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            times = f"{stat.st_mtime_ns} {stat.st_ctime_ns}"  # no program can set the second one
+            key.update(f"{file.name} {stat.st_size} {times}\n".encode())
     return key.hexdigest()[:16]
 
 

@@ -14,6 +14,7 @@ from common.attributes import attributes_of
 from common.checkpoints import load_net
 from common.cli import UserError
 from common.data import SUFFIXES, Images, list_images, load_folder, normalise
+from common.names import is_hidden
 from diffusion.schedule import Schedule
 from models.autoencoder import Autoencoder
 from models.ddim_unet import DdimUnet
@@ -132,7 +133,8 @@ def face_folder(data_dir: Path) -> Path:
     folder = data_dir / "face" / "train"
     if folder.is_dir():
         return folder
-    if not any(path.suffix.lower() in SUFFIXES for path in data_dir.glob("*")):
+    names = [path.name for path in data_dir.glob("*") if not is_hidden(path.name)]
+    if not any(Path(name).suffix.lower() in SUFFIXES for name in names):
         raise UserError(f"--data-dir {data_dir}: has neither a folder face/train nor images")
     return data_dir
 

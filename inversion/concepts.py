@@ -107,11 +107,11 @@ def read_concepts(path: Path) -> list[Concept]:
     Raises UserError that names the file, the concept and the key for everything that is missing, of
     another type, or not safe as the name of a folder, and for a prompt without its word.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     try:
         text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text, object_pairs_hook=refuse_twice)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not in UTF-8") from None
     except (OSError, ValueError, RecursionError) as error:

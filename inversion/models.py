@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.checkpoints import build_net, first_misfit, load_weights, tensors_under
+from common.checkpoints import (
+    build_net,
+    first_misfit,
+    load_weights,
+    refuse_damaged,
+    tensors_under,
+)
 from common.cli import UserError
 from common.device import Device, Precision, choose_device, has_fast_bf16
 from diffusion.schedule import Schedule
@@ -39,7 +45,6 @@ IGNORED_NAMES = {
     "cond_stage_model.transformer.text_model.embeddings.position_ids",
 }
 IGNORED_PREFIX = "model_ema."
-STEPS = 1_000  # of the noise schedules of both models
 
 
 class Loaded(NamedTuple):
@@ -98,18 +103,9 @@ def load_small(
     path: Path, weights: dict[str, Tensor], config: dict, device: torch.device
 ) -> Loaded:
     """A model of `train-model`."""
-    net = build_net(TextToImage, config, weights)
-    misfit = first_misfit(net.state_dict(), weights) if net else "no such network"
-    if not isinstance(net, TextToImage) or misfit:
-        raise UserError(f"MODEL {path}: is not this TextToImage ({misfit})")
-    net.load_state_dict({name: value.float() for name, value in weights.items()})
-    net.requires_grad_(False).eval().to(device)
-    try:
-        schedule = Schedule.from_config(config.get("schedule", {}))
-    except (ValueError, TypeError, AttributeError):
-        schedule = None
-    if schedule is None or schedule.T != STEPS:
-        raise UserError(f"MODEL {path}: has no noise schedule of {STEPS:,} steps")
+    net = build_net(TextToImage, config, weights, f"MODEL {path}")
+    net.requires_grad_(False).to(device)
+    schedule = Schedule.from_config(config.get("schedule", {}))
     return Loaded(net, schedule, "small", device)
 
 
@@ -131,6 +127,7 @@ def build_stable_diffusion(path: Path, weights: dict[str, Tensor]) -> StableDiff
         misfit = first_misfit(parts[name].state_dict(), found)
         if misfit:
             raise UserError(f"MODEL {path}: is not Stable Diffusion v1 ({name}: {misfit})")
+        refuse_damaged(f"MODEL {path}", found)
         floats = {key: value.float() for key, value in found.items()}
         parts[name].load_state_dict(floats, assign=True)
     for key in weights:

@@ -64,7 +64,7 @@ def load_evaluator(
     Raises UserError for the file of another network.
     """
     net, config = load_net(path, NETS, flag)
-    if "measured" not in config:
+    if not {"measured", "face_size", "trained_on"} <= config.keys():
         raise UserError(f"{flag} {path}: is not the result of evaluate.py train-attributes")
     return net.to(device, memory_format=torch.channels_last), config
 

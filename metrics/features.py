@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.checkpoints import load_weights
+from common.checkpoints import load_weights, refuse_damaged
 from common.cli import UserError
 from common.data import decode_images, normalise
 from common.progress import show_progress
@@ -172,6 +172,7 @@ def load_inception(path: Path) -> nn.Module:
     from pytorch_fid import inception
 
     state, _ = load_weights(path, "--weights")
+    refuse_damaged(f"--weights {path}", state)
     try:
         # The constructor downloads its weights. Here it gets those of the file instead.
         with mock.patch.object(inception, "load_state_dict_from_url", return_value=state):
@@ -246,5 +247,6 @@ def load_efficientnet(path: Path, flag: str = "--features efficientnet") -> Any:
     )
     if not fits:
         raise UserError(f"{flag}: {path} does not hold EfficientNet-Lite0")
+    refuse_damaged(f"{flag}: {path}", given)
     net.load_state_dict(dict(zip(expected, given.values(), strict=True)))
     return net.eval()

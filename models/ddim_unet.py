@@ -161,6 +161,9 @@ class DdimUnet(Network):
                 "n_attributes": n_attributes,
             },
         }
+        smallest = patch * 2 ** (len(multipliers) - 1)
+        if size % smallest:
+            raise ValueError(f"the size of the images must be a multiple of {smallest}, not {size}")
         self.patch = patch
         self.shape = (in_channels, size, size)  # of the images, without the batch
         self.image_size = size

@@ -34,6 +34,7 @@ class NoisyClassifier(Network):
         arguments: dict[str, Any] = unet | {"dropout": dropout}
         whole = DdimUnet(**arguments)
         self.patch = whole.patch
+        self.shape = whole.shape  # of the noisy images or latents, without the batch
         self.time = whole.time
         self.down = nn.ModuleList(whole.layers("down"))
         self.mid = nn.ModuleList(whole.layers("mid"))

@@ -62,6 +62,11 @@ class TextToImage(Network):
                 "length": length,
             },
         }
+        smallest = patch * 2 ** (len(multipliers) - 1)
+        if size % smallest:
+            raise ValueError(f"the size of the images must be a multiple of {smallest}, not {size}")
+        if text_width % heads:
+            raise ValueError(f"{heads} heads must divide the width of the text, {text_width}")
         self.patch = patch
         self.length = length
         self.text_width = text_width

@@ -23,6 +23,7 @@ ZIP_ERRORS = (
     EOFError,
     RuntimeError,
     NotImplementedError,
+    UnicodeDecodeError,  # the name of an entry
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import Counter
@@ -19,7 +20,9 @@ from common.captions import read_metadata
 from common.checkpoints import load_weights
 from common.class_folders import find_domain
 from common.cli import UserError
-from common.data import DIGIT_SIZE, list_images, read_labels
+from common.data import DIGIT_SIZE, FORMATS, list_images, read_labels
+from common.names import is_hidden
+from common.noises import find_noises, load_noise, problem_of_noise
 from inversion.concepts import read_concepts
 
 CSV_NAMES = ("train.csv", "val.csv", "test.csv")
@@ -93,8 +96,10 @@ def channel_name(channels: int) -> str:
 
 def look_at(path: Path) -> Look | None:
     """Size and channels of an image that decodes whole; None for a broken one."""
+    if not path.is_file():  # a pipe would be waited for
+        return None
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             return Look(image.width, image.height, len(image.getbands()))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
@@ -228,7 +233,7 @@ def inspect_attributes(file: Path, report: Report) -> None:
 
 def inspect_inversion(folder: Path, report: Report) -> None:
     """2023's and 2024's DDIM problem: noise/*.pt, GT/*.png and UNet.pt."""
-    noises = sorted((folder / "noise").glob("*.pt"))
+    noises = find_noises(folder / "noise")
     if noises:
         inspect_noises(noises, report)
     if (folder / "GT").is_dir():
@@ -254,11 +259,15 @@ def inspect_noises(paths: list[Path], report: Report) -> None:
     sizes = set()
     for path in paths:
         try:
-            noise = torch.load(path, map_location="cpu", weights_only=True)
-            shape = tuple(noise.shape)
-        except Exception:  # a damaged pickle can raise anything
+            noise = load_noise(path)
+        except Exception:  # a damaged or hostile pickle can raise anything
             report.problems.append(f"{path}: not a whole tensor")
             continue
+        problem = problem_of_noise(noise)
+        if problem:
+            report.problems.append(f"{path}: {problem}")
+            continue
+        shape = tuple(noise.shape)
         if shape in NOISE_SHAPES:
             sizes.add(f"{shape[3]}x{shape[2]}")
         else:
@@ -299,10 +308,10 @@ def inspect_zero_shot(folder: Path, report: Report) -> None:
 
 def read_class_names(file: Path, report: Report) -> dict[str, Any] | None:
     """The content of id2label.json; None, and a problem, if it is missing or something else."""
-    try:
-        labels = json.loads(file.read_text())
-    except (OSError, ValueError):
-        labels = None
+    labels = None
+    if file.is_file():
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            labels = json.loads(file.read_text())
     if isinstance(labels, dict):
         return labels
     report.problems.append(f"{file}: missing, or not a json dictionary of class ids and names")
@@ -315,7 +324,7 @@ def read_class_names(file: Path, report: Report) -> dict[str, Any] | None:
 def inspect_objects(folder: Path, report: Report) -> None:
     """objects/DOMAIN/CLASS/*.png."""
     for child in sorted(folder.iterdir()):
-        if not child.is_dir() or child.name.startswith("."):
+        if not child.is_dir() or is_hidden(child.name):
             continue
         try:
             domain = find_domain(child, "--data-dir")
@@ -385,7 +394,7 @@ def inspect_folder(data_dir: Path) -> Report:
     objects = data_dir / "objects"
     if digits.is_dir():
         for domain in sorted(digits.iterdir()):
-            if domain.is_dir():
+            if domain.is_dir() and not is_hidden(domain.name):
                 inspect_digits(domain, report)
     if any((face / name).exists() for name in ("train", "val", "list_attr_celeba.txt")):
         inspect_faces(face, report)

@@ -34,7 +34,7 @@ def is_finished(data_dir: Path, part: str, settings: dict[str, Any]) -> bool:
         return False
     try:
         made = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         made = None
     if made != settings:
         found = made or "not made by this script"

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.cli import UserError
-from common.data import list_images
+from common.data import FORMATS, list_images
 from common.files import atomic_write
 from preparation.archive import first_line
 from preparation.layout import image_name, save_image, write_attributes, write_labels
@@ -130,7 +130,7 @@ def fill_faces(
         split = "train" if number < counts[0] else "val"
         target = folder / split / image_name(number)
         target.parent.mkdir(exist_ok=True)
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             save_image(crop_face(image), target)
         rows.append((target.name, values[number].tolist()))
     write_attributes(folder, names, rows)
@@ -146,7 +146,7 @@ def read_photos(folder: Path) -> list[np.ndarray]:
     """
     photos = []
     for path in list_images(folder):
-        photo = np.asarray(Image.open(path).convert("RGB"))
+        photo = np.asarray(Image.open(path, formats=FORMATS).convert("RGB"))
         if min(photo.shape[:2]) < SIZE:
             raise UserError(f"{path}: a texture needs at least {SIZE}x{SIZE} pixels; remove it")
         photos.append(photo)

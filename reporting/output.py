@@ -6,14 +6,17 @@ import base64
 import csv
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
 from PIL import Image
 
 from common.cli import UserError
+from common.data import FORMATS
 from common.files import ROOT
+from common.metadata import MetadataError, read_config
+from common.names import is_hidden
 
 Row = list[str]
 
@@ -31,6 +34,8 @@ SYNTHETIC = "synthetic"
 OTHER = "other data"
 UNKNOWN = "data not found"
 COLUMNS = 8  # of faces in a row
+LARGEST_IMAGE = 2**26  # pixels
+LARGEST_FACE = 2**20  # pixels of a face that is shown beside others
 LARGEST_FILM = 4_000_000  # bytes; of a larger one the page shows the last frame only
 
 
@@ -42,10 +47,11 @@ class Table(NamedTuple):
 
 
 class Output:
-    """An output directory. Raises UserError that names a broken file in it.
+    """An output directory. Anyone may have written it: what is broken is left out and noted.
 
-    `missing` collects what is not there, as rows of part and reason. `origins` maps (data folder,
-    part) to where that data came from and to the content of its made.json.
+    `missing` collects what is not there or broken, as rows of part and reason. `broken` has a line
+    for each broken file. `origins` maps (data folder, part) to where that data came from and to the
+    content of its made.json.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,52 +59,84 @@ class Output:
             raise UserError(f"{folder}: contains none of p1, p2, p3, which run_all.sh writes")
         self.folder = folder.absolute()
         self.missing: list[Row] = []
+        self.broken: list[str] = []
         self.origins: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
 
+    def note_broken(self, what: str, line: str, reason: str) -> None:
+        """Note that a part is left out, once: for the page, and as a line for the terminal."""
+        if line not in self.broken:
+            self.broken.append(line)
+            self.missing.append([what, f"broken: {reason}"])
+
+    def note_file(self, path: Path, reason: str) -> None:
+        """Note that a file is left out."""
+        name = os.path.relpath(path, self.folder)
+        self.note_broken(f"file: {name}", f"{path}: {reason}", reason)
+
     def json(self, name: str | Path) -> dict[str, Any]:
-        """The object in a json file; empty if there is no file."""
+        """The object in a json file; empty if there is no file, or a broken one."""
         path = self.folder / name
         if not path.is_file():
             return {}
         try:
-            return dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}: not a whole json object ({error})") from None
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError, OSError) as error:
+            self.note_file(path, f"not a whole json object ({one_line(error)})")
+            return {}
 
     def arguments(self, name: str) -> dict[str, Any]:
         """The arguments of a run."""
-        return self.json(f"{name}/config.json").get("arguments", {})
+        arguments = self.json(f"{name}/config.json").get("arguments", {})
+        if isinstance(arguments, dict):
+            return arguments
+        self.note_file(self.folder / name / "config.json", "its arguments are not an object")
+        return {}
 
     def table(self, name: str, title: str) -> Table:
-        """A table that another script wrote as csv."""
+        """A table that another script wrote as csv; all its rows are as long as its header."""
         path = self.folder / name
         if not path.is_file():
             return Table(title, [])
-        return Table(title, list(csv.reader(path.read_text().splitlines())))
+        try:
+            rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+        except (ValueError, OSError, csv.Error) as error:
+            self.note_file(path, f"not a whole csv table ({one_line(error)})")
+            return Table(title, [])
+        rows = [row for row in rows if row]
+        if any(len(row) != len(rows[0]) for row in rows):
+            self.note_file(path, "its rows are not all as long as its header")
+            return Table(title, [])
+        return Table(title, rows)
 
     def metadata(self, name: str) -> dict[str, Any]:
-        """The configuration in a network's file; empty if there is no file."""
+        """The configuration in a network's file; empty if there is no file, or a broken one."""
         path = self.folder / name
         if not path.is_file():
             return {}
         try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                return json.loads(file.metadata()["config"])
-        except (safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise UserError(f"{path}: not a whole network ({error})") from None
+            return read_config(path)
+        except MetadataError as error:
+            self.note_file(path, f"not a whole network ({error})")
+            return {}
 
     # Images
 
     def faces(self, name: str, what: str) -> dict[str, Any] | None:
         """The first 32 images of a folder as one image, 8 in a row; else as `image`."""
-        files = sorted((self.folder / name).glob("*.png"))[:32]
+        found = (self.folder / name).glob("*.png")
+        files = sorted(path for path in found if not is_hidden(path.name))[:32]
         if not files:
             self.missing.append([f"figure: {what}", f"not run ({name} is not there)"])
             return None
-        try:
-            tiles = [Image.open(file).convert("RGB") for file in files]
-        except (OSError, SyntaxError):
-            raise UserError(f"{self.folder / name}: has a file that is not a whole image") from None
+        tiles = []
+        for file in files:
+            try:
+                with open_image(file, LARGEST_FACE) as tile:
+                    tiles.append(tile.convert("RGB"))
+            except Exception:  # a damaged or hostile image can raise anything
+                self.note_file(file, "not a whole image")
+        if not tiles:
+            return None
         width, height = tiles[0].size
         rows = -(-len(tiles) // COLUMNS)
         grid = Image.new("RGB", (width * min(COLUMNS, len(tiles)), height * rows))
@@ -112,15 +150,15 @@ class Output:
     def image(self, name: str, what: str, kind: str) -> dict[str, Any] | None:
         """An image as a data URI, with its size and its kind: "plot", "pixels" or "film".
 
-        None, and noted in `missing`, if it is not there.
+        None, and noted in `missing`, if it is not there or broken.
         """
         path = self.folder / name
         if not path.is_file():
             self.missing.append([f"figure: {what}", f"not run ({name} is not there)"])
             return None
-        content = path.read_bytes()
         try:
-            with Image.open(path) as image:
+            content = path.read_bytes()
+            with open_image(path, LARGEST_IMAGE) as image:
                 image.load()
                 width, height = image.size
                 mime = image.get_format_mimetype()
@@ -128,8 +166,9 @@ class Output:
                     kind = "pixels"
                     mime = "image/png"
                     content = last_frame(image)
-        except (OSError, SyntaxError):
-            raise UserError(f"{path}: not a whole image") from None
+        except Exception:  # a damaged or hostile image can raise anything
+            self.note_file(path, "not a whole image")
+            return None
         return as_found(content, mime, width, height, kind)
 
     # Data
@@ -177,10 +216,24 @@ def has_course_counts(data_dir: Path, part: str) -> bool:
     if part == "face/val":
         parts.add("face/train")
     for name in parts:
-        count = sum(1 for _ in (data_dir / name).glob("*.png"))
+        count = sum(not is_hidden(path.name) for path in (data_dir / name).glob("*.png"))
         if count != COURSE_COUNTS.get(name):
             return False
     return True
+
+
+def open_image(path: Path, most: int) -> Image.Image:
+    """Open an image of at most `most` pixels. Raises ValueError for a larger one."""
+    image = Image.open(path, formats=FORMATS)
+    if image.width * image.height > most:
+        image.close()
+        raise ValueError("the image is too large")
+    return image
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, in one line and not too much of it."""
+    return " ".join(str(error).split())[:200]
 
 
 def as_found(

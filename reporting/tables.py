@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
+from common.names import is_folder_name, is_label
 from models.gan import GENERATORS, Critic, Discriminator
 from reporting.output import Output, Row, Table
 from reporting.verdicts import BARS, HEADER, NO_BAR, Measure, number
@@ -22,45 +25,38 @@ KERNEL_DISTANCE = "EfficientNet KID × 1,000"
 
 
 def all_tables(output: Output) -> dict[str, Table]:
-    """Every table of the page by its name."""
-    return {
-        "p1_gan": gan_table(output),
-        "p1_differences": gan_differences(output),
-        "p2_ddpm": digits_table(output),
-        "p2_ddim": ddim_table(output),
-        "p2_faces": face_table(output),
-        "p2_face_settings": face_settings(output),
-        "p2_samplers": output.table(
-            "p2/score-table/table.csv", "Samplers of the score-based model"
-        ),
-        "p2_guidance": output.table("p2/guidance/table.csv", "Faces by attribute"),
-        "p3_dann": dann_table(output),
-        "p3_dann_methods": output.table(
-            "p3/table.csv",
-            "Trained on source, adapted, trained on target, beside three course reports",
-        ),
-        "p3_resnet_digits": output.table(
-            "p3/resnet-digits/table.csv", "Digits with a ResNet, by the place of the reversal"
-        ),
-        "p3_resnet_objects": output.table(
-            "p3/resnet-objects/table.csv", "Drawn objects with a ResNet: outlines and shaded"
-        ),
-        "p3_clip": clip_table(output),
-        "p3_clip_prompts": output.table(
-            "p3/clip/table.csv", "Zero-shot classification with all sets of prompts"
-        ),
-        "p3_inversion": output.table("p3/inversion/table.csv", "Learned words and known words"),
-        "p3_inversion_traits": output.table(
-            "p3/inversion/traits.csv", "What a classifier sees of each hidden trait"
-        ),
-        "p3_inversion_scores": output.table(
-            "p3/score/inversion/table.csv", "Scores of each prompt by the grader's rule"
-        ),
-        "steps": steps_table(output),
-        "runs": runs_table(output),
-        "versions": versions_table(output),
-        "data": data_table(output),  # the last: the tables before it look at the data
-    }
+    """Every table of the page by its name.
+
+    One that cannot be made of what was found, numbers that are texts for example, has no rows and
+    is noted as broken.
+    """
+    tables = {name: safe_table(output, name) for name in TABLES}
+    return {name: Table(title, clean_rows(rows)) for name, (title, rows) in tables.items()}
+
+
+def safe_table(output: Output, name: str) -> Table:
+    """A table; without rows, and noted as broken, if making it fails."""
+    make = TABLES[name]
+    try:
+        if isinstance(make, tuple):
+            return output.table(*make)
+        return make(output)
+    except Exception as error:  # wrong types in a file can raise anything
+        reason = f"what was found is not as it is written ({type(error).__name__})"
+        output.note_broken(f"table: {name}", f"table {name}: {reason}", reason)
+        return Table("", [])
+
+
+def clean_rows(rows: list[Row]) -> list[Row]:
+    """The rows with every cell a text of one line."""
+    return [[clean(cell) for cell in row] for row in rows]
+
+
+def clean(cell: object) -> str:
+    """A cell as a text of one line; signs that cannot be shown become question marks."""
+    text = str(cell).encode("utf-8", "replace").decode()
+    text = " ".join(text.split())
+    return "".join(sign if is_label(sign) else "?" for sign in text)
 
 
 # Problem 1: faces with GANs
@@ -150,25 +146,32 @@ def gan_differences(output: Output) -> Table:
 
 def architectures(output: Output) -> list[tuple[str, str]]:
     """The networks of both GANs as PyTorch prints them, with a title for each."""
-    import torch
-
     printed = []
     for method, name in METHODS.items():
         arguments = output.arguments(f"p1/{method}")
         if not arguments:
             continue
-        width = arguments["width"]
-        with torch.device("meta"):  # no memory for the weights
-            generator = GENERATORS[arguments.get("net", "generator")](width=width)
-            if method == "dcgan":
-                opponent = Discriminator(width)
-            else:
-                options = {key: arguments[key] for key in ("norm", "spectral") if key in arguments}
-                opponent = Critic(width, **options)
-        for net in (generator, opponent):
+        try:
+            nets = networks_of(method, arguments)
+        except Exception as error:  # wrong types in a file can raise anything
+            reason = f"its arguments build no network ({type(error).__name__})"
+            output.note_broken(f"networks: {method}", f"p1/{method}/config.json: {reason}", reason)
+            continue
+        for net in nets:
             count = sum(parameter.numel() for parameter in net.parameters())
             printed.append((f"{type(net).__name__} of {name}: {count:,} parameters", str(net)))
     return printed
+
+
+def networks_of(method: str, arguments: dict[str, Any]) -> list[nn.Module]:
+    """The generator and its opponent, without memory for the weights."""
+    width = arguments["width"]
+    with torch.device("meta"):
+        generator = GENERATORS[arguments.get("net", "generator")](width=width)
+        if method == "dcgan":
+            return [generator, Discriminator(width)]
+        options = {key: arguments[key] for key in ("norm", "spectral") if key in arguments}
+        return [generator, Critic(width, **options)]
 
 
 # Problem 2: diffusion
@@ -182,6 +185,8 @@ def digits_table(output: Output) -> Table:
     rows = [HEADER]
     scores = []
     for domain in domains:
+        if not is_folder_name(domain):
+            raise ValueError("a domain is not the name of a folder")
         score = digit_score(output, domain)
         scores.append(score)
         name = NAMES.get(domain, domain)
@@ -434,3 +439,44 @@ def data_table(output: Output) -> Table:
     for (folder, part), (origin, made) in output.origins.items():
         rows.append([part, origin, str(made or ""), folder])
     return Table("Data", rows)
+
+
+# By the names of their files. A pair is a csv file of another script, and its title.
+TABLES: dict[str, tuple[str, str] | Callable[[Output], Table]] = {
+    "p1_gan": gan_table,
+    "p1_differences": gan_differences,
+    "p2_ddpm": digits_table,
+    "p2_ddim": ddim_table,
+    "p2_faces": face_table,
+    "p2_face_settings": face_settings,
+    "p2_samplers": ("p2/score-table/table.csv", "Samplers of the score-based model"),
+    "p2_guidance": ("p2/guidance/table.csv", "Faces by attribute"),
+    "p3_dann": dann_table,
+    "p3_dann_methods": (
+        "p3/table.csv",
+        "Trained on source, adapted, trained on target, beside three course reports",
+    ),
+    "p3_resnet_digits": (
+        "p3/resnet-digits/table.csv",
+        "Digits with a ResNet, by the place of the reversal",
+    ),
+    "p3_resnet_objects": (
+        "p3/resnet-objects/table.csv",
+        "Drawn objects with a ResNet: outlines and shaded",
+    ),
+    "p3_clip": clip_table,
+    "p3_clip_prompts": ("p3/clip/table.csv", "Zero-shot classification with all sets of prompts"),
+    "p3_inversion": ("p3/inversion/table.csv", "Learned words and known words"),
+    "p3_inversion_traits": (
+        "p3/inversion/traits.csv",
+        "What a classifier sees of each hidden trait",
+    ),
+    "p3_inversion_scores": (
+        "p3/score/inversion/table.csv",
+        "Scores of each prompt by the grader's rule",
+    ),
+    "steps": steps_table,
+    "runs": runs_table,
+    "versions": versions_table,
+    "data": data_table,  # the last: the tables before it look at the data
+}

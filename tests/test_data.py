@@ -1,5 +1,7 @@
 """common/data.py: the course's layouts, the cache, and one clear line for each kind of bad data."""
 
+import os
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -7,10 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import ExifTags, Image
 
 from common import data
+from common.cache import digest_of, read_cached
 from common.cli import UserError
 from common.data import (
     draw_batch,
@@ -146,6 +150,54 @@ def test_a_truncated_cache_is_replaced(data_dir, tmp_path):
     (file,) = cache.iterdir()
     file.write_bytes(file.read_bytes()[:100])
     assert torch.equal(load_digits(data_dir, "svhn", "train", cache).pixels, first.pixels)
+
+
+def test_a_cache_with_other_content_is_replaced(data_dir, tmp_path):
+    """Planted, stale or damaged: what a file says must agree with itself and with the images."""
+    cache = tmp_path / "cache"
+    first = load_digits(data_dir, "svhn", "train", cache).pixels
+    (file,) = cache.iterdir()
+    key = file.stem.split("-")[-1]
+    bent = bytearray(file.read_bytes())
+    bent[-5] ^= 1  # one bit of the last image but three
+    one_image = first.clone()
+    one_image[len(first) // 2] = 0
+    for content, metadata in (
+        (bytes(bent), None),
+        (pickle.dumps({"content": first}), None),
+        (first, {}),
+        (first, {"key": key}),
+        (first, {"key": key, "sha256": "0" * 64}),
+        (first, {"key": "0" * 16, "sha256": digest_of(first)}),
+        (first.float(), {"key": key, "sha256": digest_of(first.float())}),
+        (first.char(), {"key": key, "sha256": digest_of(first)}),
+        (first[:-1], {"key": key, "sha256": digest_of(first[:-1])}),
+        (first[:, :1], {"key": key, "sha256": digest_of(first[:, :1])}),
+        (first.flatten(), {"key": key, "sha256": digest_of(first)}),
+        (torch.zeros_like(first), {"key": key, "sha256": digest_of(torch.zeros_like(first))}),
+        (one_image, {"key": key, "sha256": digest_of(one_image)}),
+    ):
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            tensors = {"content": content.contiguous()}
+            safetensors.torch.save_file(tensors, file, metadata or None)
+        assert torch.equal(load_digits(data_dir, "svhn", "train", cache).pixels, first)
+        assert torch.equal(read_cached(file, key, tuple(first.shape), torch.uint8), first)
+
+
+def test_a_changed_file_of_the_same_size_and_time_is_read_again(data_dir, tmp_path):
+    cache = tmp_path / "cache"
+    load_digits(data_dir, "svhn", "train", cache)
+    file = data_dir / "digits/svhn/data/00003.png"
+    before = file.stat()
+    Image.new("RGB", (28, 28), (1, 2, 3)).save(file)
+    with file.open("ab") as end:
+        end.write(bytes(before.st_size - file.stat().st_size))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    again = load_digits(data_dir, "svhn", "train", cache)
+    assert again.pixels[3, :, 0, 0].tolist() == [1, 2, 3]
 
 
 def test_images_load_where_no_cache_can_be_written(data_dir, tmp_path):

@@ -263,11 +263,17 @@ def test_the_cards_of_classifiers_say_how_rare_and_how_well_seen_attributes_are(
     ]
 
     evaluator = AttributeClassifier(["Bald", "Smiling"], 32)
-    rows = {
-        "Bald": {"balanced": 90.0, "interval": [86.0, 94.0]},
-        "Smiling": {"balanced": None, "interval": None},
+    counts = {"positives": 10, "negatives": 90, "positive_rate": 90.0, "negative_rate": 90.0}
+    bald = {"balanced": 90.0, "interval": [86.0, 94.0], "measurable": True}
+    smiling = {"balanced": None, "interval": None, "measurable": False}
+    measured = {
+        "balanced_accuracy": 90.0,
+        "interval": [86.0, 94.0],
+        "images": 100,
+        "not_measurable": ["Smiling"],
+        "attributes": {"Bald": counts | bald, "Smiling": counts | smiling},
     }
-    config = {"measured": {"attributes": rows}, "trained_on": ["000004"], "face_size": 64}
+    config = {"measured": measured, "trained_on": ["000004"], "face_size": 64}
     run = make_run(tmp_path / "evaluator" / "run", evaluator, **config)
     result = {"balanced_accuracy": 90.0, "images": 1025, "seconds": 60.0}
     (run / "result.json").write_text(json.dumps(result))

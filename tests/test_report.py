@@ -5,6 +5,7 @@ import csv
 import io
 import itertools
 import json
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import safetensors.numpy
 from PIL import Image
 
 import report
-from common.cli import UserError
-from report import Report
+from common.cli import IncompleteError, UserError, run_cli
+from report import Report, defused
 from reporting import output as reading
 
 HARDWARE = {"device": "cpu", "name": "A CPU", "precision": "fp32", "processes": 1, "threads": 2}
@@ -596,6 +597,130 @@ def test_bad_input_is_named(output, tmp_path):
     (output / "p3/clip/result.json").write_text('{"accuracy":')
     with pytest.raises(UserError, match=r"clip/result\.json: not a whole json object"):
         report.main(Report(output))
+
+
+SCRIPT = "<script>alert(1)</script>"
+SPECIALS = r"\input{/etc/passwd} & 50% $x$ #1 _a_ {b} ~ ^ [c](javascript:d) `e` *f* | g \\"
+
+
+def test_a_hostile_run_directory_is_escaped(output, data_dir, capsys):
+    """Names and values that are markup or formulas stay text everywhere."""
+    name = "p1/<img src=x onerror=alert(1)>"
+    write_run(output / name, data_dir, {"seconds": 1.0})
+    config = json.loads((output / "p1/dcgan/config.json").read_text())
+    config["arguments"] |= {
+        "lr": SCRIPT,
+        "special": SPECIALS,
+        "note": "=HYPERLINK(1)\n\u202e\ud800\0",
+    }
+    config["hardware"]["name"] = "</td></table>" + SCRIPT
+    config["versions"] = {"@SUM(A1)": SCRIPT, "-2+3": "1"}
+    write_json(output / "p1/dcgan/config.json", config)
+    (output / "steps/=1+1.txt").write_text(f"python {SCRIPT}\n-1+cmd|' /C calc'!A0\n")
+    init = f"checkpoints/{SCRIPT}"
+    options = {"domains": ["mnistm", "svhn"], "init": init}
+    write_run(output / "p2/digits", data_dir, {"seconds": 1.0}, **options)
+    page = page_of(output)
+    html = (output / "report.html").read_text()
+    assert "<script" not in html
+    assert "<img src=x" not in html
+    assert SCRIPT in page.text  # it is shown as text
+    assert page.row("special")[1] == " ".join(SPECIALS.split())
+    assert page.row("note")[1] == "=HYPERLINK(1) ???"
+
+    latex = (output / "report/p1_differences.tex").read_text()
+    assert r"\input" not in latex
+    assert r"\textbackslash{}input\{/etc/passwd\} \& 50\% \$x\$ \#1 \_a\_" in latex
+    assert r"\textasciitilde{} \textasciicircum{} {[}c{]}(javascript:d)" in latex
+    markdown = (output / "report/p1_differences.md").read_text()
+    assert SCRIPT not in markdown
+    assert r"\[c\](javascript:d) \`e\` \*f\* \| g \\\\" in markdown
+    assert r"\<script\>" in markdown
+    rows = []
+    for table in ("p1_differences", "steps", "versions"):
+        with (output / f"report/{table}.csv").open(newline="") as file:
+            rows += list(csv.reader(file))
+    cells = [cell for row in rows for cell in row]
+    assert "'=HYPERLINK(1) ???" in cells
+    assert "'=1+1" in cells
+    assert "'-1+cmd|' /C calc'!A0" in cells
+    assert "'@SUM(A1)" in cells
+    assert "'-2+3" in cells
+    assert not [cell for cell in cells if cell[:1] in "=+@" and cell]
+
+
+def test_plain_numbers_are_no_formulas():
+    for cell in ("-0.05", "+3", "-1,000.5", "-1.20 ± 0.30", "-3 %", "-1e-3", "-", "a=b", "", "5-1"):
+        assert defused(cell) == cell
+    for cell in ("=1", "-1+1", "+a", "@a", "-a", " =1", "\t=1", "--1", "-1-1", "-1 ± =1"):
+        assert defused(cell) == f"'{cell}"
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"  # for it Pillow runs Ghostscript
+BROKEN = [
+    ("p1/score/dcgan-fid/result.json", '{"metric": ["FID"], "distance": 1}', "table p1_gan"),
+    ("p1/score/dcgan-fid/result.json", '{"metric": "FID", "distance": "27"}', "table p1_gan"),
+    ("p1/dcgan/config.json", '{"arguments": [1], "hardware": {}}', "its arguments are not an"),
+    ("p1/dcgan/config.json", '{"arguments": {"width": "8"}}', "build no network (TypeError)"),
+    ("p1/dcgan/config.json", '{"arguments": {"width": -8}}', "build no network (RuntimeError)"),
+    ("p1/dcgan/config.json", "[" * 100_000, "not a whole json object"),
+    ("p1/dcgan/config.json", "[1]", "not a whole json object"),
+    ("p1/dcgan/config.json", b"\xff\xfe", "not a whole json object"),
+    ("p1/dcgan/config.json", '{"hardware": 5}', "table runs"),
+    ("p1/dcgan/config.json", '{"hardware": {"x": 1}, "versions": [1]}', "table versions"),
+    ("p2/digits/config.json", '{"arguments": {"domains": ["../../x"]}}', "table p2_ddpm"),
+    ("p2/digits/config.json", '{"arguments": {"domains": 5}}', "table p2_ddpm"),
+    ("p2/digits/config.json", '{"arguments": {"data_dir": {"a": 1}}}', "table p2_ddpm"),
+    ("p2/face-ddpm/model.safetensors", b"half", "not a whole network"),
+    ("p3/table.csv", b"\xff\xfe,\n", "not a whole csv table"),
+    ("p3/table.csv", "a,b\nc\n", "not all as long as its header"),
+    ("p3/table.csv", "a,b\n" + "c" * 200_000 + ",d\n", "not a whole csv table"),
+    ("p3/clip/result.json", '{"accuracy": "good"}', "table p3_clip"),
+    ("p3/clip/result.json", '{"interval": 5}', "table p3_clip"),
+    (
+        "p3/clip/cases.png",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "not a whole image",
+    ),
+    ("p1/dcgan/figures/training.gif", b"GIF89a", "not a whole image"),
+    ("p2/generated/face-ddpm/0000.png", b"x", "not a whole image"),
+    ("steps/dcgan.txt", b"\xff\xfe", "table steps"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), BROKEN)
+def test_what_is_broken_is_left_out_and_said_so(output, monkeypatch, capsys, name, content, words):
+    if isinstance(content, str):
+        content = content.encode()
+    (output / name).parent.mkdir(parents=True, exist_ok=True)
+    (output / name).write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["report.py", str(output)])
+    with pytest.raises(SystemExit) as ended:
+        run_cli(Report, report.main)
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: left out of {output}/report.html: ")
+    assert error.count("\n") == 1
+    assert words in error
+    page = Page(output / "report.html")
+    assert any(row[-1].startswith("broken: ") for row in page.rows if row)
+    if name != "p3/clip/result.json":  # the other parts are there
+        assert page.value("accuracy, ViT-B-32") == "71.80"
+    assert page.verdict("DANN, MNIST-M → SVHN") == "pass"
+
+
+def test_a_large_image_is_left_out(output):
+    Image.new("1", (9_000, 9_000)).save(output / "p3/clip/cases.png")
+    with pytest.raises(IncompleteError, match=r"cases\.png: not a whole image"):
+        report.main(Report(output))
+
+
+def test_a_link_in_the_place_of_the_tables_is_refused(output, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (output / "report").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a link"):
+        report.main(Report(output))
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_faces_by_attribute_have_the_table_of_the_experiment(output):

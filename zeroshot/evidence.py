@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from common.data import FORMATS
 from common.figures import pyplot, save_csv, save_figure
 from zeroshot.loading import Labelled
 
@@ -133,7 +134,7 @@ def save_cases(
 
 def draw_case(case: Case, names: Sequence[str], picture: Any, bars: Any) -> None:
     """Draw an image on the axis `picture` and its most probable classes on the axis `bars`."""
-    with Image.open(case.path) as image:
+    with Image.open(case.path, formats=FORMATS) as image:
         picture.imshow(image.convert("RGB"))
     picture.set_title(f"{case.path.name}: {names[case.label]}", fontsize=9)
     top = case.probabilities.argsort()[::-1][:5]

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common.checkpoints import load_weights
+from common.checkpoints import first_misfit, load_weights, refuse_damaged
 from common.cli import UserError
 from common.data import list_images
+from common.names import is_hidden
 
 OPENAI = "ViT-B-32, openai"  # the weights that the course uses
 # Entries that only OpenAI's own files have.
@@ -57,7 +58,7 @@ def find_labelled(data_dir: Path, split: str) -> Labelled:
 def label_by_folder(folder: Path, data_dir: Path) -> Labelled:
     """Images in one sub-folder for each class, whose name is the class's."""
     children = sorted(folder.iterdir())
-    classes = [child for child in children if child.is_dir() and not child.name.startswith(".")]
+    classes = [child for child in children if child.is_dir() and not is_hidden(child.name)]
     if not classes:
         raise UserError(
             f"--data-dir {data_dir}: has neither id2label.json nor a folder for each class"
@@ -77,7 +78,7 @@ def label_by_name(folder: Path, id_file: Path) -> Labelled:
         label_of = json.loads(id_file.read_text())
         ids = sorted(label_of, key=int)
         names = [str(label_of[i]) for i in ids]
-    except (ValueError, AttributeError, TypeError, LookupError):
+    except (ValueError, AttributeError, TypeError, LookupError, RecursionError):
         raise UserError(f'{id_file}: not of the form {{"0": "apple", …}}') from None
     paths = list_images(folder)
     labels = []
@@ -113,6 +114,7 @@ def load_clip(
     config: dict[str, Any] = {}
     if checkpoint is not None:
         weights, config = load_weights(checkpoint, flag)
+        refuse_damaged(f"{flag} {checkpoint}", weights)
     try:
         with quiet_logging():
             if OPENAI_KEYS & weights.keys():
@@ -169,7 +171,10 @@ def build_openai(weights: dict[str, Tensor], checkpoint: Path | None) -> Clip:
     """A CLIP from OpenAI's own file."""
     import open_clip
 
-    net = open_clip.model.build_model_from_openai_state_dict(weights, cast_dtype=torch.float32)
+    build = open_clip.model.build_model_from_openai_state_dict
+    with torch.device("meta"):  # shapes without numbers, so that no sizes can fill the memory
+        build({key: value.to("meta") for key, value in weights.items()}, cast_dtype=torch.float32)
+    net = build(weights, cast_dtype=torch.float32)
     net = net.float()
     is_vit_b_32 = net.visual.conv1.weight.shape == (768, 3, 32, 32)
     name = OPENAI if is_vit_b_32 else file_name(checkpoint)
@@ -180,6 +185,11 @@ def build_own(weights: dict[str, Tensor], config: dict[str, Any], checkpoint: Pa
     """A CLIP from a file of `pretrain`."""
     import open_clip
 
+    with torch.device("meta"):  # shapes without numbers, so that no sizes can fill the memory
+        expected = open_clip.CLIP(**config["arguments"]).state_dict()
+    misfit = first_misfit(expected, weights)
+    if misfit:
+        raise ValueError(misfit)
     net = open_clip.CLIP(**config["arguments"])
     net.load_state_dict(weights)
     clip = with_tools(net, config["preprocess"], file_name(checkpoint))
