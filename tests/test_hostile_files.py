@@ -256,7 +256,7 @@ def test_sizes_and_counts_must_agree():
     ):
         check_config(good | {field: value})
         other = 2 * value if field == "size" else ["Bald"]
-        with pytest.raises(MetadataError, match="it is for images of 64|it has 2 attributes"):
+        with pytest.raises(MetadataError, match=r"it is for images of 64|it has 2 attributes"):
             check_config(good | {field: other})
     for name in ("cnn", "deep", "digit_resnet"):
         check_config({"net": name, "arguments": {"classes": 10}})
