@@ -55,4 +55,4 @@ def write_cached(path: Path, key: str, content: Tensor) -> None:
 def digest_of(content: Tensor) -> str:
     """The sha256 of a tensor's numbers."""
     raw = content.contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(raw.numpy()).hexdigest()
+    return hashlib.sha256(raw.numpy().data).hexdigest()

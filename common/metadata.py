@@ -246,7 +246,7 @@ def check_config(config: dict[str, Any]) -> None:
     """
     if not config:  # weights that others publish
         return
-    net = config.get("net")
+    net: Any = config.get("net")
     label(net, "configuration", "net")
     for name, value in config.items():
         if name in FIELDS:

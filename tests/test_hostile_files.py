@@ -31,7 +31,7 @@ from models.ddim_unet import DdimUnet
 from preparation.inspection import Report, inspect_noises, look_at
 from tests.conftest import noise, save_images
 from tools import release
-from zeroshot.loading import label_by_folder
+from zeroshot.loading import label_by_folder, load_clip
 
 DIGITS = {"context_unet": ContextUnet}
 SCHEDULE = {"steps": 6, "kind": "cosine"}
@@ -556,3 +556,46 @@ def test_an_image_file_never_runs_another_program(tmp_path, monkeypatch, suffix)
     with pytest.raises(UserError, match=rf"{file}: not a whole image"):
         decode_image(file)
     assert look_at(file) is None
+
+
+# CLIP
+
+CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {"layers": 1, "width": 64, "patch_size": 8, "image_size": 16},
+    "text_cfg": {"context_length": 16, "width": 64, "heads": 1, "layers": 2},
+}
+HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+@pytest.mark.parametrize(
+    ("vision", "changes", "words"),
+    [
+        (
+            {"timm_model_name": "hf-hub:evil/net"},
+            {},
+            "expected the name of an architecture of timm",
+        ),
+        ({"timm_model_name": "local-dir:/tmp/x"}, {}, "expected the name of an architecture"),
+        ({"timm_model_pretrained": True}, {}, "'timm_model_pretrained', which is not known here"),
+        ({"image_size": 10**7}, {}, "its network has image_size 10000000"),
+        ({"width": 65_536, "layers": 100}, {}, "is not a CLIP of the architecture ViT-B-32"),
+        ({}, {"preprocess": {"mean": ["a"] * 3}}, "its preprocess has mean 'a'"),
+        ({}, {"preprocess": None}, "has preprocess None, expected an object"),
+        ({}, {"vocabulary": [1, 1]}, "which has something twice"),
+    ],
+)
+def test_a_hostile_clip_is_one_line_without_memory_or_download(tmp_path, vision, changes, words):
+    config = {"net": "clip", "arguments": CLIP | {"vision_cfg": CLIP["vision_cfg"] | vision}}
+    config |= {"preprocess": HALF} | changes
+    file = write_net(tmp_path / "x.safetensors", nn.Linear(2, 2), config)
+    with pytest.raises(UserError, match=rf"^--checkpoint {file}: [^\n]*{re.escape(words)}"):
+        load_clip("ViT-B-32", "openai", file)
+
+
+def test_a_clip_with_nan_is_refused(tmp_path):
+    net = nn.Linear(2, 2)
+    nn.init.constant_(net.bias, float("nan"))
+    file = write_net(tmp_path / "x.safetensors", net, {})
+    with pytest.raises(UserError, match="'bias' has numbers that are not finite"):
+        load_clip("ViT-B-32", "openai", file)
