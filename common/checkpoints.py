@@ -33,6 +33,7 @@ WRAPPERS = (
     "string_to_param",
 )
 DEEPEST_WRAPPING = 4
+PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"  # in which learned words may lie
 # What DataParallel and DistributedDataParallel, torch.compile, and the public DDPM script put
 # before every key.
 PREFIXES = ("module.", "_orig_mod.", "nn_model.")
@@ -213,10 +214,12 @@ def find_weights(
 
     A wrapping may lie in another, `depth` times. Both are empty if there are no weights.
     """
+    if isinstance(content, Stub) and content.name == PARAMETER_DICT:
+        content = content.state.get("_parameters") if isinstance(content.state, dict) else None
     if not isinstance(content, dict):
         return [], {}
     for key in WRAPPERS:
-        if depth > 0 and isinstance(content.get(key), dict):
+        if depth > 0 and isinstance(content.get(key), dict | Stub):
             keys, weights = find_weights(content[key], depth - 1)
             if weights:
                 return [key, *keys], weights

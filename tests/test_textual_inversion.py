@@ -326,6 +326,9 @@ def test_words_of_other_programs_are_read(tmp_path):
     pickled = tmp_path / "old cat.pt"
     torch.save({"string_to_param": {"*": torch.ones(2, 8)}, "name": "old", "step": 5}, pickled)
     assert read_words(pickled)["<old-cat>"].shape == (2, 8)
+    parameters = nn.ParameterDict({"*": nn.Parameter(torch.ones(2, 8))})
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": parameters}, pickled)
+    assert torch.equal(read_words(pickled)["<old-cat>"], torch.ones(2, 8))
 
 
 def test_trained_parameters_are_read_as_plain_numbers(tmp_path):
