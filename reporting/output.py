@@ -147,6 +147,10 @@ class Output:
         grid.save(content, "png")
         return as_found(content.getvalue(), "image/png", *grid.size, kind="pixels")
 
+    def has(self, name: str) -> bool:
+        """Whether a file is there."""
+        return (self.folder / name).is_file()
+
     def image(self, name: str, what: str, kind: str) -> dict[str, Any] | None:
         """An image as a data URI, with its size and its kind: "plot", "pixels" or "film".
 

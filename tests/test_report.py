@@ -360,8 +360,8 @@ def test_the_page_needs_no_other_file(output):
 def test_every_image_is_whole_and_of_its_kind(output):
     page = page_of(output)
     # 6 of GANs, 12 of digits, 14 of DDIM, 11 and 7 of faces by diffusion, 12 of DANN, 4 of CLIP.
-    # And 11 of textual inversion.
-    assert len(page.images) == 77
+    # And 11 of textual inversion, and four of them again at the top.
+    assert len(page.images) == 81
     for name, source in page.images.items():
         with Image.open(io.BytesIO(page.image(name))) as image:
             image.load()

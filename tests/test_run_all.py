@@ -963,5 +963,5 @@ def test_the_smoke_profile_makes_the_report(real, tmp_path, monkeypatch):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     page = (tmp_path / "real/out/report.html").read_text()
     assert "Not run: " not in page
-    assert page.count('<img src="data:image/') == 78  # with the curves of text-to-image
+    assert page.count('<img src="data:image/') == 82  # with the curves of text-to-image
     assert "Synthetic data." in page
