@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +20,9 @@ from tyro.conf import Positional, arg
 from common.cli import IncompleteError, UserError, run_cli
 from common.figures import save_csv
 from common.files import ROOT, atomic_write, make_output_dir
+from reporting.architectures import gan_networks, network_of
 from reporting.output import Output, Table
-from reporting.tables import all_tables, architectures, clean, clean_rows
+from reporting.tables import all_tables, clean, clean_rows
 from reporting.verdicts import HEADER
 
 # Such as -0.05, +3 %, 1,000.5 and -1.20 ± 0.30; and a dash alone.
@@ -47,7 +49,10 @@ def main(args: Report) -> Path:
     output.missing += not_measured(tables)
     templates = load_templates()
     text = templates.get_template("report.html.j2").render(
-        output=output, tables=tables, architectures=architectures(output)
+        output=output,
+        tables=tables,
+        gan_networks=gan_networks(output),
+        network_of=partial(network_of, output),
     )
     # Rendering the page has added the images that are missing.
     missing = clean_rows([["part", "why"], *output.missing])

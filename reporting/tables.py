@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from common.names import is_folder_name, is_label
-from models.gan import GENERATORS, Critic, Discriminator
 from reporting.output import Output, Row, Table
 from reporting.verdicts import BARS, HEADER, NO_BAR, Measure, number
 
@@ -142,36 +139,6 @@ def gan_differences(output: Output) -> Table:
         if cells[0] != cells[1]:
             rows.append([option, *cells])
     return Table(title, rows)
-
-
-def architectures(output: Output) -> list[tuple[str, str]]:
-    """The networks of both GANs as PyTorch prints them, with a title for each."""
-    printed = []
-    for method, name in METHODS.items():
-        arguments = output.arguments(f"p1/{method}")
-        if not arguments:
-            continue
-        try:
-            nets = networks_of(method, arguments)
-        except Exception as error:  # wrong types in a file can raise anything
-            reason = f"its arguments build no network ({type(error).__name__})"
-            output.note_broken(f"networks: {method}", f"p1/{method}/config.json: {reason}", reason)
-            continue
-        for net in nets:
-            count = sum(parameter.numel() for parameter in net.parameters())
-            printed.append((f"{type(net).__name__} of {name}: {count:,} parameters", str(net)))
-    return printed
-
-
-def networks_of(method: str, arguments: dict[str, Any]) -> list[nn.Module]:
-    """The generator and its opponent, without memory for the weights."""
-    width = arguments["width"]
-    with torch.device("meta"):
-        generator = GENERATORS[arguments.get("net", "generator")](width=width)
-        if method == "dcgan":
-            return [generator, Discriminator(width)]
-        options = {key: arguments[key] for key in ("norm", "spectral") if key in arguments}
-        return [generator, Critic(width, **options)]
 
 
 # Problem 2: diffusion

@@ -17,8 +17,11 @@ from PIL import Image
 
 import report
 from common.cli import IncompleteError, UserError, run_cli
+from models.context_unet import ContextUnet
+from models.dann import DannCNN
 from report import Report, defused
 from reporting import output as reading
+from tests.conftest import save_net
 
 HARDWARE = {"device": "cpu", "name": "A CPU", "precision": "fp32", "processes": 1, "threads": 2}
 
@@ -419,6 +422,27 @@ def test_numbers_of_gans_stand_beside_bars_with_a_verdict(output):
     assert page.row("norm")[1:] == ["no such option", "layer"]  # an option of one GAN only
 
 
+def test_the_networks_of_runs_are_printed_layer_by_layer(output):
+    net = ContextUnet(3, 8, 10)
+    save_net(net, output / "p2/digits/model.safetensors")
+    adapted = DannCNN()
+    save_net(adapted, output / "p3/svhn-cnn-dann-seed0/model.safetensors")
+    page = page_of(output)
+    for printed, what in ((net, "ContextUnet of digits"), (adapted, "DannCNN of DANN")):
+        count = sum(parameter.numel() for parameter in printed.parameters())
+        assert f"{what}: {count:,} parameters" in page.text
+        assert str(printed) in page.text
+
+
+def test_a_network_that_cannot_be_built_is_said(output):
+    folder = output / "p2/digits"
+    about = json.dumps({"net": "context_unet", "arguments": {"width": "wide"}})
+    safetensors.numpy.save_file({}, folder / "model.safetensors", {"config": about})
+    with pytest.raises(IncompleteError, match="its configuration builds no network"):
+        report.main(Report(output))
+    assert "its configuration builds no network" in (output / "report.html").read_text()
+
+
 def test_the_printed_generator_has_the_parameters_of_its_width(output):
     """Of width 8, from 100 latents: transposed convolutions of 4x4, and two for each BatchNorm."""
     widths = [100, 64, 32, 16, 8, 3]
@@ -450,7 +474,8 @@ def test_both_models_of_faces_stand_side_by_side(output, data_dir):
     assert page.row("images of training")[1:] == ["1,500", "1,500"]
     assert page.row("initialised from")[1:] == ["random weights", "x.safetensors"]
     assert ["heun", "35"] in page.rows
-    unet = {"size": 16, "in_channels": 4}
+    sizes = {"width": 32, "multipliers": [1, 2], "attention": [], "blocks": 1}
+    unet = {"size": 16, "in_channels": 4, **sizes}
     latent = {"net": "latent_unet", "arguments": {"unet": unet, "autoencoder": {}}}
     levels = {"noise_levels": {"sigma_min": 0.02, "sigma_max": 53.07}}
     write_face_model(output, data_dir, 40.0, levels | latent, parametrization="edm")

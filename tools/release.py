@@ -29,26 +29,13 @@ from common.checkpoints import load_net, load_weights
 from common.cli import UserError, run_cli
 from common.files import ROOT, atomic_write
 from diffusion.schedule import Schedule
-from models import dann, gan
 from models.adaptation import AdaptationNet
-from models.attribute_classifier import AttributeClassifier
 from models.autoencoder import Autoencoder
+from models.dann import DannDeep
 from models.latent_unet import LatentUnet
-from models.noisy_classifier import NoisyClassifier
-from models.scene_classifier import SceneClassifier
-from models.text_to_image import TextToImage
-from p2_ddpm_infer import NETS as U_NETS
+from models.nets import NETS
 from zeroshot.loading import load_clip
 
-NETS = gan.GENERATORS | dann.NETS | U_NETS
-NETS |= {
-    "adaptation": AdaptationNet,
-    "autoencoder": Autoencoder,
-    "noisy_classifier": NoisyClassifier,
-    "attribute_classifier": AttributeClassifier,
-    "text_to_image": TextToImage,
-    "scene_classifier": SceneClassifier,
-}
 CAPTIONED = ("text_to_image", "scene_classifier", "clip")  # networks that learn from captions
 MOST_BYTES = 16_000_000
 # By domain: its folder in the data folder, its name, and its terms.
@@ -117,7 +104,7 @@ def without_domain_classifier(
     net: nn.Module, about: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network and its configuration without a domain classifier, which only training needs."""
-    if not isinstance(net, AdaptationNet | dann.DannDeep):
+    if not isinstance(net, AdaptationNet | DannDeep):
         return net, about
     about = about | {"arguments": about["arguments"] | {"hidden": 0}}
     smaller = type(net)(**about["arguments"])
