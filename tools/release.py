@@ -62,7 +62,8 @@ SEEN = {
 RESULTS = (
     r"distance|floor|(floor_)?subset_(mean|sd)|(real )?one_face_percent|"
     r"(real_)?accuracy( \w+)?|diversity_percent_of_real|mse|accuracy_t\d|"
-    r"(real_)?balanced_(accuracy|hit_rate)|percent_of_real|oracle_best_accuracy_target"
+    r"(real_)?balanced_(accuracy|hit_rate)|percent_of_real|oracle_best_accuracy_target|"
+    r"guidance \d+ \w+"
 )
 # Parts of a configuration that the card shows in lines of their own.
 APART = ("trained_on", "measured", "shares", "weights")
