@@ -163,7 +163,10 @@ class Train(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        two_domains(self.source, [self.target])
+        is_domain("--source", self.source)
+        is_domain("--target", self.target)
+        if self.method == "dann":
+            two_domains(self.source, [self.target])
         is_seed("--seed", self.seed)
 
 

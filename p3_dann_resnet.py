@@ -149,7 +149,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         both_or_none(self.source_dir, self.target_dir)
-        two_domains(self.source, [self.target])
+        if self.source_dir is None:
+            two_domains(self.source, [self.target])
         if self.source_dir is not None and self.source_dir == self.target_dir:
             raise UserError(f"--target-dir {self.target_dir}: is the source too")
         in_range("--width", self.width, 8, 1_024)

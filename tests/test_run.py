@@ -241,10 +241,12 @@ def test_json_has_null_for_numbers_that_are_not_finite(tmp_path):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_lets_the_step_end_and_saves(tmp_path, name):
     number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
     threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
     parts = {"part": make_optimizer(lr=0.5)}
     with pytest.raises(SystemExit) as end:
         continue_run(tmp_path, parts, steps=10**9)
+    signal.signal(number, before)
     assert end.value.code == 128 + number
     last_line = (tmp_path / "log.txt").read_text().splitlines()[-1]
     done = open_run(Args(tmp_path)).load_state(parts)

@@ -797,7 +797,7 @@ def test_the_quick_results_do_not_stand_for_the_smoke_profile(real):
         ("p1", {"p1_dcgan", "p1_wgangp"}),
         ("p2", {"p2_ddpm_train", "p2_ddpm_infer", "p2_ddim", "p2_score", "p2_guided"}),
         ("face-diffusion", {"p2_ddpm_train", "p2_ddpm_infer", "p2_score", "p2_guided"}),
-        ("p3", {"p3_dann", "p3_dann_resnet", "p3_clip_zeroshot"}),
+        ("p3", {"p3_dann", "p3_dann_resnet", "p3_clip_zeroshot", "p3_textual_inversion"}),
         ("dann ddim", {"p3_dann", "p3_dann_resnet", "p2_ddpm_train", "p2_ddim"}),
     ],
 )
@@ -954,6 +954,7 @@ def test_the_smoke_profile_makes_the_report(real, tmp_path, monkeypatch):
     """Every step for real, one after the other, in this process."""
     calls = real("real/data", "real/out", PROFILE="smoke").calls
     shutil.rmtree(tmp_path / "real")
+    monkeypatch.chdir(ROOT)  # where run_all.py runs its steps
     monkeypatch.setattr(os, "fsync", lambda file: None)  # of thousands of files: most of the time
     # The trained EfficientNet takes a minute, and is tested elsewhere.
     stand_in = random_features()._replace(name=EFFICIENTNET)
