@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from common.names import is_folder_name
+
 # Messages of Python and tyro about a value of the wrong type, and what is said in their place.
 PLAIN_WORDS = (
     (
@@ -168,10 +170,8 @@ def is_seed(flag: str, value: int) -> None:
 def is_domain(flag: str, *names: str | None) -> None:
     """Raise UserError unless each name can be that of one folder of digits."""
     for name in names:
-        if name is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name):
-            raise UserError(
-                f"{flag} {name}: must be the name of a folder in digits/ (letters, digits, _ and -)"
-            )
+        if name is not None and not is_folder_name(name):
+            raise UserError(f"{flag} {name}: must be the name of a folder in digits/, not a path")
 
 
 def two_domains(source: str, targets: Sequence[str], flag: str = "--target") -> None:

@@ -14,6 +14,7 @@ from common.files import ROOT
 from inversion.concepts import read_words
 from models.attribute_classifier import AttributeClassifier
 from models.autoencoder import Autoencoder
+from models.dann import DannDeep
 from models.gan import GENERATORS, Generator
 from models.latent_unet import LatentUnet
 from models.noisy_classifier import NoisyClassifier
@@ -141,6 +142,22 @@ def test_the_card_says_what_was_done_and_no_folder_of_that_machine(released):
     ):
         assert text in card
     assert "secret" not in card
+
+
+def test_a_network_for_adaptation_is_released_without_its_domain_classifier(tmp_path):
+    torch.manual_seed(0)
+    net = DannDeep(width=8).eval()
+    run = make_run(tmp_path / "run", net, source="mnistm", target="usps", method="dann")
+    for part in ("digits/mnistm", "digits/usps"):
+        (tmp_path / "secret place" / "data" / part).mkdir(parents=True)
+    release.main(Release(run, "dann", output_dir=tmp_path / "out"))
+    loaded, config = release.load(tmp_path / "out" / "dann.safetensors")
+    assert config["arguments"] == {"classes": 10, "width": 8, "hidden": 0}
+    assert loaded.domain_classifier is None
+    assert not any("domain" in key for key in loaded.state_dict())
+    images = torch.randn(4, 3, 28, 28)
+    torch.testing.assert_close(loaded(images), net(images), rtol=0.02, atol=0.02)
+    assert "without the domain classifier" in (tmp_path / "out" / "dann.md").read_text()
 
 
 # Networks for latents

@@ -26,7 +26,7 @@ from inversion.sampling import Sampling, guided_output, sample
 from inversion.tokens import END, START, VOCABULARY, Tokenizer
 from models.stable_diffusion.model import PREFIXES, StableDiffusion
 from models.stable_diffusion.text_encoder import TextEncoder
-from models.stable_diffusion.unet import Unet
+from models.stable_diffusion.unet import Unet, attend
 from models.stable_diffusion.vae import LATENT_SCALE, Vae
 from models.text_to_image import TextToImage
 from p3_textual_inversion import Generate, Train, TrainModel, generate, train, train_model
@@ -974,3 +974,35 @@ def test_a_concept_is_one_creature_in_several_places():
     assert {scene.style for scene in styles} == {"print"}
     assert len({scene.subject for scene in styles}) == 5
     assert len({(scene.dark_hue, scene.light_hue) for scene in styles}) == 1
+
+
+# The loss and the attention
+
+
+def test_the_error_of_the_image_counts_as_that_of_v_up_to_a_factor_of_five():
+    torch.manual_seed(0)
+    x0, eps, output = (torch.randn(3, 2, 4, 4) for _ in range(3))
+    t = torch.tensor([5, 500, 950])
+    image = Schedule(kind="cosine", prediction="x0")
+    velocity = Schedule(kind="cosine", prediction="v")
+    x = image.q_sample(x0, t, eps)
+    signal, sigma = image.coefficients(t)
+    v = (signal * x - output) / sigma  # of the same image
+    errors = (v - velocity.target(x0, t, eps)).square().flatten(1).mean(1)
+    found = inversion_models.image_errors(image, output, x0, t, eps)
+    torch.testing.assert_close(found[1:], errors[1:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[0], 5 * (output[0] - x0[0]).square().mean())
+    noise_schedule = Schedule(kind="cosine", prediction="eps")
+    plain = inversion_models.image_errors(noise_schedule, output, x0, t, eps)
+    torch.testing.assert_close(plain, (output - eps).square().flatten(1).mean(1))
+
+
+def test_attention_is_computed_in_float32_on_a_cpu():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 5, 8).bfloat16() for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(q, k, v)
+    scores = q.float() @ k.float().transpose(-1, -2) / 8**0.5
+    expected = (scores.softmax(-1) @ v.float()).bfloat16()
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)

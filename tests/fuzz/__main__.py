@@ -101,7 +101,7 @@ def try_one(target: Target, example: Path, seed: int, name: str, number: int) ->
                 outcome, done = "failed", f"{done}: {traceback.format_exc()}"
         except TooLong:
             outcome, done = "failed", f"{done}: more than {LONGEST:g} seconds"
-        except Exception:
+        except Exception:  # which is what is looked for
             outcome, done = "failed", f"{done}: {traceback.format_exc()}"
         around = {path.name for path in (*Path(root).iterdir(), *folder.parent.iterdir())}
         if around != {"inside", "example"}:
