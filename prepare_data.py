@@ -55,6 +55,7 @@ from preparation.synthetic.parts import (
     draw_part,
     parallel_map,
 )
+from preparation.synthetic.scenes import CREATURES
 
 Part = Literal["digits/mnistm", "digits/svhn", "digits/usps", "face"]
 DRAWING_VERSION = 2  # raise it when what is drawn changes
@@ -90,6 +91,8 @@ class Synthetic:
     """Number of clip-art objects, and of shaded ones; the twelve classes take turns."""
     captioned: tuple[int, int] = (1200, 200)
     """Number of captioned scenes for train and val."""
+    creatures: float = CREATURES
+    """Share of creatures among the captioned scenes."""
     num_workers: int = os.cpu_count() or 1
     """Processes that draw."""
 
@@ -101,6 +104,7 @@ class Synthetic:
         check_counts("--face", self.face)
         check_counts("--clip-zeroshot", self.clip_zeroshot)
         check_counts("--captioned", self.captioned)
+        in_range("--creatures", self.creatures, 0, 1)
         if not FEWEST_OBJECTS <= self.objects <= MOST_IMAGES:
             raise UserError(
                 f"--objects {self.objects}: each domain needs between {FEWEST_OBJECTS} and "
@@ -222,6 +226,8 @@ def synthetic(args: Synthetic) -> None:
             "seed": args.seed,
             **halves,
         }
+        if part == "captioned" and args.creatures != CREATURES:
+            settings["creatures"] = args.creatures
         if not layout.is_finished(args.data_dir, part, settings):
             missing[part] = settings
     if not missing:
@@ -237,7 +243,7 @@ def synthetic(args: Synthetic) -> None:
                 if part == "objects":
                     draw_object_domains(folder, args.seed, args.objects, run_map)
                 elif part == "captioned":
-                    draw_captioned(folder, args.seed, args.captioned, run_map)
+                    draw_captioned(folder, args.seed, args.captioned, args.creatures, run_map)
                 elif part == "textual_inversion":
                     draw_concepts(folder, args.seed)
                 else:

@@ -50,6 +50,7 @@ EYES = {
     3: "a creature with three eyes",
 }
 SPLITS = ("train", "val", "concept")
+CREATURES = 0.3  # share of creatures among the scenes, if nothing else is asked for
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,12 @@ THE_PRINT = {"style": "print", "dark_hue": 0.75, "light_hue": 0.13}  # violet in
 # Which scene
 
 
-def random_scene(rng: np.random.Generator) -> Scene:
-    """One of all scenes: a creature in three of ten, a style in four of ten."""
+def random_scene(rng: np.random.Generator, creatures: float = CREATURES) -> Scene:
+    """One of all scenes: a creature with the probability `creatures`, a style in four of ten."""
     style = rng.choice(STYLES, p=(0.6, 0.1, 0.1, 0.1, 0.1))
     colour, ground_colour, second_colour = rng.choice(COLOUR_NAMES, 3, replace=False)
     scene = Scene(
-        subject=CREATURE if rng.random() < 0.3 else str(rng.choice(OBJECTS)),
+        subject=CREATURE if rng.random() < creatures else str(rng.choice(OBJECTS)),
         colour=str(colour),
         style=str(style),
         ground_colour=str(ground_colour),
@@ -343,16 +344,20 @@ def as_print(picture: np.ndarray, dark_hue: float, light_hue: float) -> np.ndarr
 # A set of scenes
 
 
-def draw_captioned(seed: int, split: str, k: int) -> tuple[np.ndarray, str, Scene]:
-    """Image k of a split, its caption and what it shows; they depend on these three alone."""
-    scene, words, rng = captioned_scene(seed, split, k)
+def draw_captioned(
+    seed: int, split: str, k: int, creatures: float = CREATURES
+) -> tuple[np.ndarray, str, Scene]:
+    """Image k of a split, its caption and what it shows; they depend on the arguments alone."""
+    scene, words, rng = captioned_scene(seed, split, k, creatures)
     return draw_scene(scene, rng), words, scene
 
 
-def captioned_scene(seed: int, split: str, k: int) -> tuple[Scene, str, np.random.Generator]:
+def captioned_scene(
+    seed: int, split: str, k: int, creatures: float = CREATURES
+) -> tuple[Scene, str, np.random.Generator]:
     """Scene k of a split, its caption, and the generator that goes on to draw it."""
     rng = np.random.default_rng([seed, 9, SPLITS.index(split), k])
-    scene = random_scene(rng)
+    scene = random_scene(rng, creatures)
     words = caption(scene, rng)
     if k % 3 == 0:
         words += "."  # prompts often end in a full stop
