@@ -119,7 +119,7 @@ class Distance:
     """Options of both distances between two sets of images."""
 
     generated: Annotated[Positional[Path], tyro.conf.arg(metavar="GENERATED")]
-    """Folder of PNG or JPEG images of one size, with its sub-folders; for fid also a .npz file."""
+    """Folder of images of one size, with its sub-folders; for fid also a .npz file."""
     real: Annotated[Positional[Path], tyro.conf.arg(metavar="REAL")]
     """Images to compare with; for fid also their statistics in a .npz file."""
     features: Features = "inception"
@@ -177,7 +177,7 @@ class Faces:
     """Rate of images with exactly one face, by dlib's frontal HOG detector, upsampled once."""
 
     images: Annotated[Positional[Path], tyro.conf.arg(metavar="IMAGES")]
-    """Folder of PNG or JPEG images, with its sub-folders."""
+    """Folder of images, with its sub-folders."""
     real: Path | None = None
     """Folder of real images, whose rate is printed beside it."""
     num_workers: int = os.cpu_count() or 1
@@ -270,7 +270,7 @@ class Attributes:
     """
 
     images: Annotated[Positional[Path], tyro.conf.arg(metavar="GENERATED")]
-    """Folder of PNG or JPEG images of one size, with its sub-folders."""
+    """Folder of images of one size, with its sub-folders."""
     classifier: Path
     """The model.safetensors of a run of train-attributes."""
     asked: Path | None = None
@@ -353,7 +353,7 @@ class Mse:
     """
 
     predicted: Annotated[Positional[Path], tyro.conf.arg(metavar="PREDICTED")]
-    """Folder of PNG or JPEG images."""
+    """Folder of images."""
     truth: Annotated[Positional[Path], tyro.conf.arg(metavar="TRUTH")]
     """Folder with the images to compare with."""
     output_dir: Path | None = None

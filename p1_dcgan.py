@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from common.augment import augment_faces, diff_augment
 from common.cli import above, at_least, below, each_once, in_range, is_seed, run_cli
-from common.data import draw_batch, load_folder, normalise
+from common.data import Fit, draw_batch, load_folder, normalise
 from common.device import Device, Precision, make_accelerator, place
 from common.gan import Sample, end_epoch, finish, sample
 from common.rng import derive_seed, make_rng
@@ -43,6 +43,8 @@ class Train:
     """Run directory. The same command again continues an interrupted run."""
     data_dir: Path = Path("hw2_data")
     """Data folder, with face/train in it."""
+    fit: Fit = "crop"
+    """How images of another shape fit: their middle is cut out, or all is squashed or padded."""
     epochs: int = 100
     """Passes over the images."""
     batch_size: int = 64
@@ -134,7 +136,9 @@ def train(args: Train) -> dict[str, Any]:
     if run.result is not None:
         return run.result if run.is_main else {}
     cache = args.output_dir.parent / "cache"
-    pixels = load_folder(args.data_dir / "face" / "train", (64, 64), cache).pixels.to(device)
+    pixels = load_folder(args.data_dir / "face" / "train", (64, 64), cache, args.fit).pixels.to(
+        device
+    )
 
     torch.manual_seed(derive_seed(args.seed, "init"))
     bare_generator = place(Generator(width=args.width), device)

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.cli import UserError, above, at_least, below, in_range, is_seed, run_cli
-from common.data import draw_batch, load_folder, normalise, to_uint8
+from common.data import Fit, draw_batch, load_folder, normalise, to_uint8
 from common.device import Device, Precision, make_accelerator, place
 from common.faces import AT_A_TIME, load_autoencoder, load_faces, mirror_some
 from common.figures import save_curves, save_grid, save_image
@@ -53,6 +53,8 @@ class Train:
     """Data folder with face/train in it, or any folder of images."""
     size: int = 64
     """Images are resized to this height and width."""
+    fit: Fit = "crop"
+    """How images of another shape fit: their middle is cut out, or all is squashed or padded."""
     latent_channels: int = 4
     """Channels of the latents."""
     encoder_width: int = 32
@@ -138,7 +140,8 @@ def train(args: Train) -> dict[str, Any]:
     run = Run(args, accelerator)
     if run.result is not None:
         return run.result if run.is_main else {}
-    pixels = load_faces(args.data_dir, args.size, args.output_dir.parent / "cache").to(device)
+    cache = args.output_dir.parent / "cache"
+    pixels = load_faces(args.data_dir, args.size, cache, args.fit).to(device)
     perceptual = perceptual_distance(args, device)
 
     torch.manual_seed(derive_seed(args.seed, "init"))

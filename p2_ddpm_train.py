@@ -18,7 +18,6 @@ In the latents of an autoencoder: Rombach et al., 2022, https://arxiv.org/abs/21
 from __future__ import annotations
 
 import copy
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.checkpoints import load_net, save_net
+from common.checkpoints import digest_of, load_net, save_net
 from common.cli import (
     UserError,
     above,
@@ -40,6 +39,7 @@ from common.cli import (
     run_cli,
 )
 from common.data import (
+    Fit,
     Images,
     draw_batch,
     labels_of,
@@ -90,6 +90,8 @@ class Train:
     """Digit domains for one network with classes, or "faces" for one without."""
     size: int = FACE_SIZE
     """Side to which faces are resized; digits are 28x28."""
+    fit: Fit = "crop"
+    """How faces of another shape fit: their middle is cut out, or all is squashed or padded."""
     flip: bool = False
     """Mirror each face with probability one half."""
     net: Literal["context", "attention", "ddim"] = "context"
@@ -431,7 +433,7 @@ def load_init(args: Train, net: Network, schedule: Schedule) -> dict[str, str]:
     net.load_state_dict(found.state_dict())
     if is_score_based:
         negate_output(net)
-    return {"init": hashlib.sha256(args.init.read_bytes()).hexdigest()}
+    return {"init": digest_of(args.init)}
 
 
 def refuse_other_outputs(args: Train, levels: NoiseLevels) -> None:
@@ -469,7 +471,7 @@ def load_data(args: Train) -> list[Images]:
     """The training images of every domain."""
     cache = args.output_dir.parent / "cache"
     if args.domains == (FACES,):
-        pixels = load_faces(args.data_dir, args.size, cache)
+        pixels = load_faces(args.data_dir, args.size, cache, args.fit)
         return [Images(pixels, None, [])]
     data = [load_digits(args.data_dir, domain, "train", cache) for domain in args.domains]
     if args.balance_classes:

@@ -18,7 +18,6 @@ EDM, the default network and solver: Karras et al., 2022, https://arxiv.org/abs/
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -29,9 +28,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, assert_never
 import torch
 from torch import Tensor
 
-from common.checkpoints import load_net, save_net
+from common.checkpoints import digest_of, load_net, save_net
 from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
-from common.data import decode_images, draw_batch, to_uint8
+from common.data import Fit, decode_images, draw_batch, to_uint8
 from common.device import Device, Precision, make_accelerator, place
 from common.faces import (
     FACE_NETS,
@@ -90,6 +89,8 @@ class Train:
     """Data folder with face/train in it, or any folder of images."""
     size: int = 64
     """Images are resized to this height and width."""
+    fit: Fit = "crop"
+    """How images of another shape fit: their middle is cut out, or all is squashed or padded."""
     autoencoder: Path | None = None
     """Work in the latents of this model.safetensors of p2_autoencoder.py (or a latent network)."""
     parametrization: Parametrization = "edm"
@@ -256,7 +257,8 @@ def train(args: Train) -> dict[str, Any]:
     run = Run(args, accelerator)
     if run.result is not None:
         return run.result if run.is_main else {}
-    pixels = load_faces(args.data_dir, args.size, args.output_dir.parent / "cache").to(device)
+    cache = args.output_dir.parent / "cache"
+    pixels = load_faces(args.data_dir, args.size, cache, args.fit).to(device)
 
     torch.manual_seed(derive_seed(args.seed, "init"))
     bare_net = place(make_net(args), device)
@@ -405,7 +407,7 @@ def load_init(args: Train, net: FaceNet) -> Initial:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} {asked}: the network in --init {args.init} has {known}")
     net.load_state_dict(found.state_dict())
-    return Initial(levels, hashlib.sha256(args.init.read_bytes()).hexdigest())
+    return Initial(levels, digest_of(args.init))
 
 
 def draw_samples(run: Run, ema: FaceNet, levels: NoiseLevels, epoch: int) -> None:

@@ -65,7 +65,7 @@ class Zeroshot:
     split: str = "val"
     """Sub-folder with the images."""
     model: str = "ViT-B-32"
-    """open_clip's name of the architecture."""
+    """open_clip's name of the architecture; OpenAI's way of writing it, ViT-B/32, is read too."""
     pretrained: str = "openai"
     """open_clip's name of its weights, which are downloaded if there is no --checkpoint."""
     checkpoint: Path | None = None
@@ -88,6 +88,7 @@ class Zeroshot:
     """bf16 autocast where the hardware is fast at it, or fp32."""
 
     def __post_init__(self) -> None:
+        self.model = self.model.replace("/", "-")
         if self.prompt is not None and "{}" not in self.prompt and "{a}" not in self.prompt:
             raise UserError(f"--prompt {self.prompt!r}: has no {{}} where the name goes")
         in_range("--batch-size", self.batch_size, 1, 1_000_000)

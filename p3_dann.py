@@ -40,6 +40,7 @@ from common.cli import (
     in_range,
     is_domain,
     is_seed,
+    note_once,
     run_cli,
     two_domains,
 )
@@ -56,8 +57,8 @@ from common.data import (
     take,
 )
 from common.device import Device, Precision, make_accelerator, place
-from common.figures import mean_and_sd, save_curves, save_table, save_tsne
-from common.files import atomic_write, make_output_dir
+from common.figures import mean_and_sd, save_csv, save_curves, save_table, save_tsne
+from common.files import make_output_dir
 from common.rng import derive_seed, make_rng
 from common.run import Run
 from common.training import update_ema, warmup_cosine
@@ -201,7 +202,7 @@ class Predict:
     checkpoint: Path
     """model.safetensors of `train`, or a published DannCNN .pth."""
     image_dir: Path
-    """Folder of PNG or JPEG images, grey or RGB, of any size."""
+    """Folder of images, grey or RGB, of any size."""
     output_csv: Path
     """Csv file to write, with rows image_name,label sorted by name."""
     device: Device = "auto"
@@ -463,11 +464,12 @@ def load_data(args: Train) -> Data:
     """Load the images of a run.
 
     The validation sets are those of source and target; after source-only training, of all domains.
+    A target without labels is not measured.
     """
     cache = args.output_dir.parent / "cache"
     labelled_domain = args.target if args.method == "target" else args.source
     labelled = load_digits(args.data_dir, labelled_domain, "train", cache)
-    target_pixels = load_digits(args.data_dir, args.target, "train", cache).pixels
+    target = load_digits(args.data_dir, args.target, "train", cache, needs_labels=False)
     domains = [args.target]
     if args.method == "source":
         domains += [d for d in DIGIT_DOMAINS if (args.data_dir / "digits" / d).is_dir()]
@@ -475,8 +477,13 @@ def load_data(args: Train) -> Data:
     validation = {}
     for domain in domains:
         if domain not in validation:
-            validation[domain] = load_digits(args.data_dir, domain, "val", cache)
-    return Data(labelled, target_pixels, validation)
+            needs_labels = domain != args.target or args.method == "target"
+            images = load_digits(args.data_dir, domain, "val", cache, needs_labels=needs_labels)
+            if images.labels is None:
+                note_once(f"--target {domain}: val has no labels, so no accuracy is measured on it")
+            else:
+                validation[domain] = images
+    return Data(labelled, target.pixels, validation)
 
 
 def end_epoch(
@@ -572,10 +579,10 @@ def predict(args: Predict) -> None:
     net.to(accelerator.device)
     images = load_folder(args.image_dir, DIGIT_SIZE)
     labels = classify(net, images.pixels, accelerator).tolist()
-    lines = ["image_name,label\n"]
+    rows = [["image_name", "label"]]
     for name, label in zip(images.names, labels, strict=True):
-        lines.append(f"{name},{label}\n")
-    atomic_write(args.output_csv, "".join(lines))
+        rows.append([name, str(label)])
+    save_csv(rows, args.output_csv)
     print(f"{len(labels):,} images labelled: {args.output_csv}")
 
 

@@ -212,7 +212,7 @@ class Predict:
     checkpoint: Path
     """model.safetensors of `train`."""
     image_dir: Path
-    """Folder of PNG or JPEG images of any size."""
+    """Folder of images of any size."""
     output_csv: Path
     """Csv file to write, with rows image_name,label sorted by name."""
     device: Device = "auto"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from common.cli import UserError
 from common.data import decode_cached
+from common.json_files import JsonError, parse_json
 
 
 def read_captioned(folder: Path, size: int, cache_dir: Path | None) -> tuple[Tensor, list[str]]:
@@ -53,10 +53,10 @@ def read_metadata(folder: Path) -> list[dict[str, Any]]:
 def read_line(line: str, where: str) -> dict[str, Any]:
     """One line as a dictionary. The image must lie in the folder itself."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         name = row["file_name"]
         text = row["text"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (JsonError, KeyError, TypeError):
         raise UserError(f'{where}: not of the form {{"file_name": …, "text": …}}') from None
     if not isinstance(name, str) or not isinstance(text, str):
         raise UserError(f"{where}: file_name and text must be strings")

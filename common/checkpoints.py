@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from collections.abc import Mapping, Sequence
@@ -146,15 +147,24 @@ def load_weights(
     """Read the weights and the configuration of a checkpoint.
 
     The file is one of ours (.safetensors), or a published pickle or TorchScript archive in any
-    usual wrapping, which has no configuration. No file can run code. Raises UserError that names
-    the file.
+    usual wrapping, which has no configuration. FILE::KEY takes the weights under this key of a
+    published file. No file can run code. Raises UserError that names the file.
     """
+    path, key = file_and_key(path)
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file")
     if path.suffix == ".safetensors":
         weights, config = load_safetensors(path, flag)
         return without_prefixes(weights), config
-    return load_pickle(path, flag), {}
+    return load_pickle(path, flag, key), {}
+
+
+def file_and_key(path: Path) -> tuple[Path, str]:
+    """The two parts of FILE::KEY; the key is empty if there is none."""
+    if "::" not in path.name or path.is_file():
+        return path, ""
+    name, key = path.name.split("::", 1)
+    return path.with_name(name), key
 
 
 def tensors_under(path: Path, flag: str = "--checkpoint") -> dict[str, Tensor]:
@@ -190,20 +200,36 @@ def load_safetensors(path: Path, flag: str) -> tuple[dict[str, Tensor], dict[str
         raise UserError(f"{flag} {path}: not a whole safetensors file ({error})") from None
 
 
-def load_pickle(path: Path, flag: str) -> dict[str, Tensor]:
-    """The weights of a published file, without its wrapping and the prefixes of its keys."""
+def digest_of(path: Path) -> str:
+    """The sha256 of a checkpoint's file, with the key of FILE::KEY."""
+    path, key = file_and_key(path)
+    return hashlib.sha256(path.read_bytes() + key.encode()).hexdigest()
+
+
+def load_pickle(path: Path, flag: str, key: str = "") -> dict[str, Tensor]:
+    """The weights of a published file, without its wrapping and the prefixes of its keys.
+
+    With `key` they are those under this key of the file.
+    """
     try:
         content = unpickle(path)
     except Exception:  # a damaged or hostile pickle can raise anything
         raise UserError(
             f"{flag} {path}: not a whole file of PyTorch weights (only tensors are loaded)"
         ) from None
+    if key:
+        content = content.get(key) if isinstance(content, dict) else None
     keys, weights = find_weights(content)
+    if not weights and key:
+        raise UserError(f"{flag} {path}: has no weights under {shown(key)}")
     if not weights:
         raise UserError(f"{flag} {path}: holds no dictionary of weights{hint_at_module(content)}")
     others = [key for key in WRAPPERS if key != AVERAGED and find_weights(content.get(key))[1]]
     if keys[:1] == [AVERAGED] and others:
-        print(f"{path}: has weights under '{others[0]}' and their average under 'ema'; takes 'ema'")
+        print(
+            f"{path}: has weights under '{others[0]}' and their average under 'ema'; takes 'ema' "
+            f"({path.name}::{others[0]} takes the others)"
+        )
     return without_prefixes(weights)
 
 

@@ -47,6 +47,17 @@ def printable(text: str) -> str:
     )
 
 
+_said: set[str] = set()  # what `note_once` has said
+
+
+def note_once(text: str, kind: str | None = None) -> None:
+    """Print a note to stderr, but of each `kind` only the first one."""
+    kind = kind or text
+    if kind not in _said:
+        _said.add(kind)
+        print(f"note: {printable(text)}", file=sys.stderr)
+
+
 class IncompleteError(UserError):
     """The work is done but for what the message names."""
 
@@ -60,6 +71,9 @@ def run_cli(commands: Any, main: Callable[[Any], Any]) -> None:
     """
     from common.locks import command_locks
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # one in cp1252 or ASCII has no λ
+            stream.reconfigure(errors="backslashreplace")
     try:
         refuse_empty_values(sys.argv[1:])
         with command_locks():

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from common.attributes import attributes_of
-from common.checkpoints import load_net
+from common.checkpoints import digest_of, load_net
 from common.cli import UserError
-from common.data import SUFFIXES, Images, list_images, load_folder, normalise
+from common.data import SUFFIXES, Fit, Images, list_images, load_folder, normalise
 from common.names import is_hidden
 from diffusion.schedule import Schedule
 from models.autoencoder import Autoencoder
@@ -139,7 +139,9 @@ def face_folder(data_dir: Path) -> Path:
     return data_dir
 
 
-def load_faces(data_dir: Path, size: int, cache_dir: Path | None = None) -> Tensor:
+def load_faces(
+    data_dir: Path, size: int, cache_dir: Path | None = None, fit: Fit = "crop"
+) -> Tensor:
     """The training images, resized to uint8 (n, 3, size, size).
 
     Raises UserError for a folder with fewer than two images.
@@ -148,7 +150,7 @@ def load_faces(data_dir: Path, size: int, cache_dir: Path | None = None) -> Tens
     count = len(list_images(folder))
     if count < 2:
         raise UserError(f"--data-dir {data_dir}: has {count} image, but training needs at least 2")
-    return load_folder(folder, (size, size), cache_dir).pixels
+    return load_folder(folder, (size, size), cache_dir, fit).pixels
 
 
 class FaceModel(NamedTuple):
@@ -177,7 +179,7 @@ def load_face_model(path: Path, flag: str) -> FaceModel:
         size=config.get("size", net.image_size),
         names=config.get("attributes", []),
         sampling=usual | config.get("sampling", {}),
-        digest=hashlib.sha256(path.read_bytes()).hexdigest(),
+        digest=digest_of(path),
     )
 
 

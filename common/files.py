@@ -32,7 +32,7 @@ def atomic_write(path: Path, write: bytes | str | Callable[[Path], Any]) -> None
             if callable(write):
                 write(temporary)
             elif isinstance(write, str):
-                temporary.write_bytes(write.encode())
+                temporary.write_bytes(write.encode(errors="surrogateescape"))  # names of files
             else:
                 temporary.write_bytes(write)
             with temporary.open("rb+") as file:

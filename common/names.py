@@ -1,8 +1,10 @@
-"""Names of files, folders and labels that come from outside: which are plain, and which hidden."""
+"""Names of files, folders and labels that come from outside: which are plain, hidden, first."""
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from pathlib import Path
 
 LONGEST_NAME = 255  # characters, as file systems allow
 CONTROL = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, half characters, line breaks
@@ -30,3 +32,12 @@ def is_hidden(name: str) -> bool:
     Such are .DS_Store, and the ._00.png that macOS writes beside 00.png.
     """
     return name.startswith(".") or name in SYSTEM_FILES
+
+
+def natural_order(path: Path) -> tuple[list[list[str | int]], Path]:
+    """A key that sorts 2.png before 10.png."""
+    parts: list[list[str | int]] = []
+    for part in path.parts:
+        words = re.split("([0-9]+)", part)  # every second one is a number
+        parts.append([int(word) if k % 2 else word for k, word in enumerate(words)])
+    return parts, path

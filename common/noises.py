@@ -10,12 +10,13 @@ from torch import Tensor
 
 from common.archives import refuse_compressed
 from common.checkpoints import problem_of
-from common.names import is_hidden
+from common.names import is_hidden, natural_order
 
 
 def find_noises(folder: Path) -> list[Path]:
-    """The *.pt files of a folder, sorted by name, without hidden ones."""
-    return sorted(path for path in folder.glob("*.pt") if not is_hidden(path.name))
+    """The *.pt files of a folder, in natural order, without hidden ones."""
+    paths = [path for path in folder.glob("*.pt") if not is_hidden(path.name)]
+    return sorted(paths, key=natural_order)
 
 
 def load_noise(path: Path) -> Any:

@@ -25,6 +25,7 @@ from common.checkpoints import load_net
 from common.classification import normalised_batches
 from common.cli import UserError
 from common.data import decode_cached, decode_images, list_images
+from common.json_files import JsonError, read_json
 from metrics.digits import diversity
 from metrics.features import (
     EFFICIENTNET_PACKAGE,
@@ -154,11 +155,11 @@ def read_asked(
     Raises UserError, which calls the file `what`, if it is not like that.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{what}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{what}: is not a JSON file ({error})") from None
+    except JsonError as error:
+        raise UserError(f"{what}: {error}") from None
     if not isinstance(content, dict) or not content:
         raise UserError(
             f'{what}: must have an object such as {{"0000.png": {{"Smiling": 1, "Male": -1}}}}'

@@ -14,11 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-from common import checkpoints
+from common import checkpoints, cli
 from common.cli import run_cli
 from common.run import Run
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test is like a command of its own, which has not said any note yet."""
+    monkeypatch.setattr(cli, "_said", set())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -87,7 +87,7 @@ def test_an_accent_may_be_stored_in_two_ways(tmp_path):
     [
         (None, "--source-dir {folder}: no such folder"),
         ({}, "--source-dir {folder}: has no class folder; expected {folder}/CLASS/*.jpg"),
-        ({"mug": 2, "bike": 0}, "{folder}/bike: contains no PNG or JPEG image"),
+        ({"mug": 2, "bike": 0}, "{folder}/bike: contains no image"),
         (
             {"mug": 1},
             "--source-dir {folder}: has a single image, {folder}/mug/0.png; "

@@ -1,5 +1,7 @@
 """common/cli.py: every mistake on a command line ends in one line and exit status 2."""
 
+import io
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from common.cli import (
     in_range,
     is_domain,
     is_seed,
+    note_once,
     run_cli,
     two_domains,
 )
@@ -113,3 +116,26 @@ def test_a_domain_is_not_adapted_to_itself():
         two_domains("svhn", ["usps", "svhn"], "--targets")
     with pytest.raises(UserError, match=r"--target svhn/\.\./svhn: must be the name of a folder"):
         two_domains("mnistm", ["svhn/../svhn"])
+
+
+def test_help_and_tables_are_printed_where_the_output_has_no_greek(monkeypatch):
+    @dataclass
+    class Options:
+        weight: float = 1.0
+        """Weight λ of the loss."""
+
+    raw = io.BytesIO()
+    with io.TextIOWrapper(raw, encoding="ascii") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
+        with pytest.raises(SystemExit) as end:
+            run_cli(Options, print)
+        assert end.value.code == 0
+        output.flush()
+        assert rb"Weight \u03bb of the loss" in raw.getvalue()
+
+
+def test_a_note_of_a_kind_is_said_once(capsys):
+    for number in range(3):
+        note_once(f"image {number} is odd\n", kind="odd in test_cli")
+    assert capsys.readouterr().err == "note: image 0 is odd\\n\n"

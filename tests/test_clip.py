@@ -434,7 +434,7 @@ def test_bad_options_are_named(mistake: Callable[..., str], tmp_path: Path) -> N
     assert "holds a training run" in mistake(output_dir=tmp_path / "run")
     assert "--prompt" in mistake(prompt="a photo")
     assert "--prompt" in mistake(prompt="a {broken")
-    assert "--model" in mistake(model="ViT-B-33")
+    assert "--model ViT-B-33: open_clip has no model" in mistake(model="ViT-B/33")
     assert "--pretrained" in mistake(pretrained="opnai", checkpoint=None)
 
 
@@ -468,7 +468,34 @@ def test_bad_data_is_named(mistake: Callable[..., str], clip_dir: Path) -> None:
     for path in val.iterdir():
         path.unlink()
     ids.write_text('{"0": "apple"}')
-    assert "contains no PNG or JPEG image" in mistake()
+    assert "contains no image" in mistake()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"0": "apple", "0": "pear", "1": "car"}',
+        '{"0": NaN, "1": "car"}',
+        '{"0": "\\ud800", "1": "car"}',
+        '{"0": "a\\nb", "1": "car"}',
+        '{"0": 5, "1": "car"}',
+        '{"zero": "apple"}',
+        '["apple", "car"]',
+        "[" * 100_000,
+        "null",
+    ],
+)
+def test_a_bad_id2label_is_one_line(mistake, clip_dir: Path, text: str) -> None:
+    ids = clip_dir / "clip_zeroshot" / "id2label.json"
+    ids.write_text(text)
+    assert mistake().startswith(f"{ids}: ")
+
+
+def test_id2label_may_have_a_byte_order_mark(clip_dir: Path) -> None:
+    ids = clip_dir / "clip_zeroshot" / "id2label.json"
+    before = find_labelled(clip_dir, "val")
+    ids.write_text(ids.read_text(), encoding="utf-8-sig")
+    assert find_labelled(clip_dir, "val").names == before.names
 
 
 def test_zeroshot_is_the_command_if_none_is_named(tmp_path: Path) -> None:

@@ -237,6 +237,32 @@ def test_only_training_on_the_target_reads_its_labels(data_dir, method, select):
     assert same == (method != "target")
 
 
+def test_a_target_without_labels_is_adapted_to_but_not_measured(data_dir, capsys):
+    labelled = small(data_dir, "labelled")
+    train(labelled)
+    for split in ("train", "val"):
+        file = data_dir / "digits" / "svhn" / f"{split}.csv"
+        names = [line.split(",")[0] for line in file.read_text().splitlines()]
+        file.write_text("".join(f"{name}\n" for name in names))
+    capsys.readouterr()
+    unlabelled = small(data_dir, "unlabelled")
+    result = train(unlabelled)
+    assert "note: --target svhn: val has no labels" in capsys.readouterr().err
+    assert list(result["accuracy"]) == ["mnistm"]
+    assert same_weights(labelled.output_dir, unlabelled.output_dir)
+    with pytest.raises(UserError, match=r"svhn/train.csv: line 1 is 'image_name', expected"):
+        train(small(data_dir, "upper", method="target"))
+
+
+def test_a_file_that_no_csv_lists_does_not_matter(data_dir):
+    train(small(data_dir, "before", method="source"))
+    folder = data_dir / "digits" / "mnistm" / "data"
+    (folder / "odd.png").write_bytes(b"no image")
+    os.mkfifo(folder / "pipe.png")
+    train(small(data_dir, "after", method="source"))
+    assert same_weights(data_dir.parent / "before", data_dir.parent / "after")
+
+
 def test_training_on_the_source_does_not_depend_on_the_target(data_dir):
     train(small(data_dir, "svhn", method="source", target="svhn"))
     result = train(small(data_dir, "usps", method="source", target="usps"))
@@ -398,6 +424,20 @@ def test_predict_writes_the_graders_csv(tmp_path):
     assert re.fullmatch(r"image_name,label\na.jpg,\d\nb.png,\d\nc.jpeg,\d\n", text)
 
 
+def test_predict_quotes_odd_names_as_csv_readers_expect(tmp_path):
+    names = ["a,b.png", 'a"b.png', "a\nb.webp", os.fsdecode(b"caf\xe9.png")]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in names:
+        Image.new("RGB", (28, 28)).save(folder / name, "png")
+    checkpoint = save_net(DannCNN(), tmp_path / "net.safetensors")
+    predict(Predict(checkpoint=checkpoint, image_dir=folder, output_csv=tmp_path / "pred.csv"))
+    with (tmp_path / "pred.csv").open(newline="", errors="surrogateescape") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["image_name", "label"]
+    assert sorted(name for name, _ in rows[1:]) == sorted(names)
+
+
 def test_predict_with_a_published_checkpoint_agrees_with_the_network(data_dir, tmp_path):
     net = fill(DannCNN())
     weights = {f"module.{key}": value for key, value in net.state_dict().items()}
@@ -517,7 +557,7 @@ def test_bad_input_of_predict_and_embed_is_named(here, data_dir, error_of):
         ([*to_predict, data_dir, "--checkpoint", "x.pth"], "x.pth: no such file"),
         ([*to_predict, data_dir, "--checkpoint", "cut.pth"], "cut.pth: not a whole file"),
         ([*to_predict, data_dir, "--checkpoint", "other.pth"], "other.pth: is not this DannCNN"),
-        ([*to_predict, "empty", "--checkpoint", "good.pth"], "empty: contains no PNG or JPEG"),
+        ([*to_predict, "empty", "--checkpoint", "good.pth"], "empty: contains no image"),
         ([*to_predict, "x", "--checkpoint", "hostile.pth"], "hostile.pth: not a whole file"),
         ([*to_predict, "nowhere", "--checkpoint", "good.pth"], "nowhere: no such folder"),
         ([*to_file, "--output-csv", "file/x.csv"], "--output-csv"),

@@ -18,13 +18,16 @@ from common.cache import digest_of, read_cached
 from common.cli import UserError
 from common.data import (
     draw_batch,
+    list_images,
     load_digits,
     load_folder,
     normalise,
+    read_labels,
     shuffled,
     split_80_20,
     to_uint8,
 )
+from common.figures import save_csv
 from tests.conftest import write_domain
 
 
@@ -114,13 +117,21 @@ def test_damaged_exif_data_is_ignored(tmp_path):
         assert torch.equal(pixels, upright) or torch.equal(pixels, turned)
 
 
-def test_palettes_and_transparency(tmp_path):
-    """Transparency is ignored, as in torchvision's loader: the hidden colour shows."""
-    hidden = Image.new("RGBA", (8, 8), (10, 200, 30, 0))
-    hidden.save(tmp_path / "a.png")
-    hidden.convert("RGB").quantize(4).save(tmp_path / "b.png", transparency=0)
+def test_what_is_transparent_lies_on_white_and_that_is_said_once(tmp_path, capsys):
+    """Ink that is only in the alpha channel shows; in RGB alone the image would be black."""
+    ink = np.zeros((8, 8, 4), dtype=np.uint8)
+    ink[2:4, :, 3] = 255
+    Image.fromarray(ink).save(tmp_path / "a.png")
+    hidden = Image.new("RGB", (8, 8), (10, 200, 30))
+    hidden.quantize(4).save(tmp_path / "b.png", transparency=0)
+    hidden.putalpha(255)
+    hidden.save(tmp_path / "c.png")
     images = load_folder(tmp_path, None)
-    assert (images.pixels == torch.tensor([10, 200, 30])[:, None, None]).all()
+    assert (images.pixels[0, :, 2:4] == 0).all()
+    assert (images.pixels[0, :, 4:] == 255).all()
+    assert (images.pixels[1] == 255).all()
+    assert (images.pixels[2] == torch.tensor([10, 200, 30])[:, None, None]).all()
+    assert capsys.readouterr().err.count("is transparent in part, which becomes white") == 1
 
 
 def test_pixels_survive_normalisation_and_back():
@@ -277,6 +288,38 @@ def test_a_bad_line_of_a_csv_is_named(data_dir, text, message):
         load_digits(data_dir, "svhn", "val")
 
 
+@pytest.mark.parametrize("rows", [3, 12_000])
+def test_an_open_quote_is_named_by_its_line_in_a_short_message(data_dir, rows):
+    text = 'image_name,label\n00060.png,1\n"00061.png,2\n' + "00062.png,3\n" * rows
+    (data_dir / "digits/svhn/val.csv").write_text(text)
+    with pytest.raises(UserError, match=r"val.csv: line 3: a quote opens here") as caught:
+        load_digits(data_dir, "svhn", "val")
+    assert len(str(caught.value)) < 200
+
+
+def test_odd_names_of_files_are_read_and_written_as_they_are(tmp_path):
+    """Commas, quotes and line breaks in names, and bytes that are no UTF-8."""
+    names = ["a,b.png", 'a "b".png', "a\nb.png", os.fsdecode(b"caf\xe9.png"), " spaces .png"]
+    for name in names:
+        Image.new("L", (4, 4)).save(tmp_path / name, "png")
+    rows = [["image_name", "label"], *([name, "7"] for name in names)]
+    save_csv(rows, tmp_path / "odd.csv")
+    paths, labels = read_labels(tmp_path / "odd.csv", tmp_path)
+    assert [path.name for path in paths] == names
+    assert labels.tolist() == [7] * len(names)
+
+
+def test_a_csv_without_labels_serves_where_none_are_needed(data_dir, tmp_path):
+    labelled = load_digits(data_dir, "svhn", "val")
+    file = data_dir / "digits/svhn/val.csv"
+    file.write_text("image_name\r\n" + "".join(f"{name}\r\n" for name in labelled.names))
+    with pytest.raises(UserError, match=r"val.csv: line 1 is 'image_name', expected"):
+        load_digits(data_dir, "svhn", "val")
+    unlabelled = load_digits(data_dir, "svhn", "val", needs_labels=False)
+    assert unlabelled.labels is None
+    assert torch.equal(unlabelled.pixels, labelled.pixels)
+
+
 def test_a_truncated_image_is_named(data_dir):
     file = data_dir / "digits/svhn/data/00066.png"
     file.write_bytes(file.read_bytes()[:200])
@@ -288,12 +331,84 @@ def test_a_16_bit_image_is_refused_and_not_clipped(tmp_path):
     Image.fromarray(np.full((8, 8), 30000, dtype=np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(UserError, match=r"deep.png: is a 16-bit image"):
         load_folder(tmp_path, None)
+    (tmp_path / "deep.png").unlink()
+    Image.fromarray(np.full((8, 8), 0.5, dtype=np.float32)).save(tmp_path / "deep.tif")
+    with pytest.raises(UserError, match=r"deep.tif: is a floating-point image"):
+        load_folder(tmp_path, None)
+
+
+def test_all_usual_formats_are_read_and_the_others_counted(tmp_path, capsys):
+    plain = Image.new("RGB", (8, 8), (10, 200, 30))
+    names = ["a.bmp", "b.gif", "c.webp", "d.TIF", "e.tiff", "f.ppm", "g.jpeg", "h.png"]
+    for name in names:
+        plain.save(tmp_path / name)
+    for name in ("i.heic", "j.svg", "k.heic", "list.txt"):
+        (tmp_path / name).write_bytes(b"other")
+    assert [path.name for path in list_images(tmp_path)] == names
+    assert "3 files are left out, which cannot be read (.heic, .svg)" in capsys.readouterr().err
+
+
+def test_numbered_files_are_in_natural_order(tmp_path):
+    for name in ("10.png", "2.png", "1.png", "a10b2.png", "a9b10.png", "01.png"):
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    names = [path.name for path in list_images(tmp_path)]
+    assert names == ["01.png", "1.png", "2.png", "10.png", "a9b10.png", "a10b2.png"]
+
+
+def test_linked_folders_are_followed_but_never_in_circles(tmp_path):
+    Image.new("L", (4, 4)).save(make(tmp_path / "real") / "1.png")
+    Image.new("L", (4, 4)).save(make(tmp_path / "all" / "own") / "2.png")
+    (tmp_path / "all" / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "all" / "own" / "circle").symlink_to(tmp_path / "all")
+    (tmp_path / "all" / "dangling").symlink_to(tmp_path / "gone")
+    found = list_images(tmp_path / "all", recursive=True)
+    assert found == [tmp_path / "all/linked/1.png", tmp_path / "all/own/2.png"]
+
+
+def test_images_one_folder_deeper_are_found(tmp_path, capsys):
+    folder = tmp_path / "face" / "train"
+    Image.new("L", (4, 4)).save(make(folder / "img_align_celeba") / "1.png")
+    make(folder / "__MACOSX" / "img")
+    assert [path.name for path in list_images(folder)] == ["1.png"]
+    assert f"{folder}: its images are in {folder}/img_align_celeba" in capsys.readouterr().err
+    Image.new("L", (4, 4)).save(make(folder / "other") / "1.png")
+    with pytest.raises(UserError, match=r"train: contains no image itself, but 2 folders below it"):
+        list_images(folder)
+
+
+def test_an_image_of_another_shape_is_cut_squashed_or_padded(tmp_path, capsys):
+    """A bar of red at the left and right ends of a wide image shows which."""
+    wide = np.full((20, 60, 3), 255, dtype=np.uint8)
+    wide[:, :10] = wide[:, 50:] = (200, 0, 0)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    seen = {}
+    for fit in ("crop", "squash", "pad"):
+        seen[fit] = load_folder(tmp_path, (20, 20), None, fit).pixels[0]
+    assert (seen["crop"] == 255).all()
+    assert seen["squash"][:, 10, 0].tolist() == [200, 0, 0]
+    assert (seen["squash"][:, 10, 8:12] == 255).all()
+    assert (seen["pad"][:, 0] == 0).all()  # the border
+    assert (seen["pad"][:, 10, 8:12] == 255).all()
+    assert capsys.readouterr().err.count("is 60x20; its middle is cut out for 20x20") == 1
+
+
+def test_each_way_to_fit_has_its_own_cache(tmp_path):
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "a.png")
+    load_folder(tmp_path, (4, 4), tmp_path / "cache", "crop")
+    padded = load_folder(tmp_path, (4, 4), tmp_path / "cache", "pad")
+    assert (padded.pixels[0, :, 0] == 0).all()
+
+
+def make(folder):
+    """The folder, newly made."""
+    folder.mkdir(parents=True)
+    return folder
 
 
 def test_empty_missing_and_mixed_folders_are_named(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such folder"):
         load_folder(tmp_path / "nowhere", None)
-    with pytest.raises(UserError, match="contains no PNG or JPEG image"):
+    with pytest.raises(UserError, match="contains no image"):
         load_folder(tmp_path, None)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     Image.new("RGB", (9, 8)).save(tmp_path / "b.png")

@@ -407,7 +407,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, data_dir, course, monkeypa
             "--output-dir run: holds a run or another score",
         ),
         (["mse", "good", "none"], "none: no such folder"),
-        (["mse", "empty", "good"], "empty: contains no PNG or JPEG image"),
+        (["mse", "empty", "good"], "empty: contains no image"),
         (["mse", "two", "good"], "two/2_002.png: no such file, although good has one"),
         (["mse", "good", "two"], "two/2_002.png: no such file, although good has one"),
         (["mse", "wide", "good"], "wide/1_001.png: is 32x28, but good/1_001.png is 28x28"),

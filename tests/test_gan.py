@@ -533,7 +533,7 @@ def test_bad_input_is_named(script, checkpoint, faces, tmp_path, monkeypatch, er
     sample = ["sample", "--output-dir", "y", "--checkpoint"]
     for words, message in (
         ([*train, "none"], "none/face/train: no such folder"),
-        ([*train, "other"], "other/face/train: contains no PNG or JPEG image"),
+        ([*train, "other"], "other/face/train: contains no image"),
         ([*train, faces], "00003.png: not a whole image"),
         ([*sample, "critic.pth"], "critic.pth: is not this Generator"),
         ([*sample, checkpoint, "--num-images", 0], "--num-images"),

@@ -141,8 +141,8 @@ def test_the_same_configuration_without_the_change_works(tmp_path):
     [
         ("[" * 100_000, "nested too deeply"),
         (json.dumps(GOOD | {"more": deep(25)}), "nested too deeply"),
-        ('{"net": "context_unet", "net": "cnn"}', "has a key twice"),
-        ('{"schedule": {"steps": 6, "steps": 7}}', "has a key twice"),
+        ('{"net": "context_unet", "net": "cnn"}', "has the key 'net' twice"),
+        ('{"schedule": {"steps": 6, "steps": 7}}', "has the key 'steps' twice"),
         ('{"size": NaN}', "has the number NaN"),
         ('{"shares": {"a": -Infinity}}', "has the number -Infinity"),
         ('{"anything": 1e999}', "has the number 1e999"),
@@ -440,8 +440,16 @@ def test_averaged_weights_are_taken_and_said_so(tmp_path, capsys):
     torch.save({"model": model.state_dict(), "ema": ema.state_dict()}, path)
     loaded, _ = load_net(path, DIGITS)
     assert torch.equal(loaded.init_conv.conv1[0].weight, ema.init_conv.conv1[0].weight)
-    words = f"{path}: has weights under 'model' and their average under 'ema'; takes 'ema'\n"
+    words = (
+        f"{path}: has weights under 'model' and their average under 'ema'; takes 'ema' "
+        "(x.pth::model takes the others)\n"
+    )
     assert capsys.readouterr().out == words
+    loaded, _ = load_net(tmp_path / "x.pth::model", DIGITS)
+    assert torch.equal(loaded.init_conv.conv1[0].weight, model.init_conv.conv1[0].weight)
+    with pytest.raises(UserError, match=r"x.pth: has no weights under 'net'"):
+        load_net(tmp_path / "x.pth::net", DIGITS)
+    assert capsys.readouterr().out == ""
     torch.save({"state_dict": model.state_dict(), "ema": {"net": ema.state_dict()}}, path)
     loaded, _ = load_net(path, DIGITS)
     assert torch.equal(loaded.init_conv.conv1[0].weight, ema.init_conv.conv1[0].weight)

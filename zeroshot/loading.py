@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common.checkpoints import first_misfit, load_weights, refuse_damaged
+from common.checkpoints import first_misfit, load_weights, refuse_damaged, shown
 from common.cli import UserError
 from common.data import list_images
-from common.names import is_hidden
+from common.json_files import read_json
+from common.names import is_hidden, is_label
 
 OPENAI = "ViT-B-32, openai"  # the weights that the course uses
 # Entries that only OpenAI's own files have.
@@ -75,11 +75,14 @@ def label_by_folder(folder: Path, data_dir: Path) -> Labelled:
 def label_by_name(folder: Path, id_file: Path) -> Labelled:
     """Images whose names start with a class id, which `id_file` maps to the class's name."""
     try:
-        label_of = json.loads(id_file.read_text())
+        label_of = read_json(id_file)
         ids = sorted(label_of, key=int)
-        names = [str(label_of[i]) for i in ids]
-    except (ValueError, AttributeError, TypeError, LookupError, RecursionError):
+        names = [label_of[i] for i in ids]
+    except (ValueError, TypeError, LookupError):
         raise UserError(f'{id_file}: not of the form {{"0": "apple", …}}') from None
+    for name in names:
+        if not is_label(name):
+            raise UserError(f"{id_file}: {shown(str(name))} is not the name of a class")
     paths = list_images(folder)
     labels = []
     for path in paths:
@@ -142,7 +145,7 @@ def check_names(model: str, pretrained: str) -> dict[str, Any]:
     if model not in open_clip.list_models():
         raise UserError(
             f"--model {model}: open_clip has no model of this name "
-            "(python -c 'import open_clip; print(open_clip.list_models())')"
+            "(python -c 'import open_clip; print(*open_clip.list_models())' prints them)"
         )
     tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained not in tags:
