@@ -296,11 +296,17 @@ class Processes:
         """Whether a signal asked to stop."""
         return bool(self.received)
 
-    def run(self, command: Sequence[str], prefix: str, environment: dict[str, str]) -> int | None:
+    def run(
+        self,
+        command: Sequence[str],
+        prefix: str,
+        environment: dict[str, str],
+        quiet: bool = False,
+    ) -> int | None:
         """Run a Python script; returns its exit status, or None if it was not started any more.
 
-        With a prefix each line that the script prints is printed after it. A script that a signal
-        ended has the status 128 + signal, as in a shell.
+        With a prefix each line that the script prints is printed after it; with `quiet` none is. A
+        script that a signal ended has the status 128 + signal, as in a shell.
         """
         with self.lock:  # it is either not started, or there for `pass_on`
             if self.stopping:
@@ -309,8 +315,8 @@ class Processes:
                 [sys.executable, *command],
                 cwd=ROOT,
                 env=os.environ | environment,
-                stdout=subprocess.PIPE if prefix else None,
-                stderr=subprocess.STDOUT if prefix else None,
+                stdout=subprocess.PIPE if prefix or quiet else None,
+                stderr=subprocess.STDOUT if prefix or quiet else None,
                 encoding="utf-8",
                 errors="replace",
                 start_new_session=POSIX,
@@ -319,7 +325,8 @@ class Processes:
         try:
             with process:
                 for line in process.stdout or ():
-                    say(line.rstrip("\n"), prefix)
+                    if not quiet:
+                        say(line.rstrip("\n"), prefix)
         finally:
             with self.lock:
                 self.running.discard(process)
@@ -398,6 +405,8 @@ class Runner:
         self.places = Places(plan)
         self.everything_again = False  # the data is new
         self.results: list[Result] = []
+        self.pages = ThreadPoolExecutor(1)
+        self.page: Future[int | None] | None = None  # the page that is being written
 
     def run_parts(self, parts: Sequence[str]) -> int:
         """Run some parts, up to --jobs of them side by side; returns the exit status so far.
@@ -450,7 +459,21 @@ class Runner:
             results.append(result)
             if result.result in ("failed", "stopped"):
                 break
+            self.update_page(step)
         return results
+
+    def update_page(self, step: Step) -> None:
+        """Write the report page beside the steps, so that it can be read before the end.
+
+        Nothing is done while it is being written, and the last step writes it anyway.
+        """
+        if self.plan.dry_run or step.always or (self.page is not None and not self.page.done()):
+            return
+        for last in self.plan.of_part("report"):
+            command = self.places.command(last)
+            if command is not None:
+                one_core = {"OMP_NUM_THREADS": "1"}
+                self.page = self.pages.submit(self.processes.run, command, "", one_core, quiet=True)
 
     def run_step(
         self, step: Step, command: list[str], prefix: str, environment: dict[str, str]
@@ -542,6 +565,7 @@ def main(args: RunAll) -> None:
         status = runner.run_parts(["data"])
         if status == 0:
             status = runner.run_parts(plan.parts)
+        runner.pages.shutdown()
         if status == 0:
             status = runner.run_parts(["report"])
     if plan.dry_run:

@@ -51,11 +51,14 @@ _said: set[str] = set()  # what `note_once` has said
 
 
 def note_once(text: str, kind: str | None = None) -> None:
-    """Print a note to stderr, but of each `kind` only the first one."""
+    """Print a note, but of each `kind` only the first one.
+
+    It goes to stdout, so that a mistake after it is still a single line on stderr.
+    """
     kind = kind or text
     if kind not in _said:
         _said.add(kind)
-        print(f"note: {printable(text)}", file=sys.stderr)
+        print(f"note: {printable(text)}")
 
 
 class IncompleteError(UserError):

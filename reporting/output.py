@@ -34,6 +34,7 @@ SYNTHETIC = "synthetic"
 OTHER = "other data"
 UNKNOWN = "data not found"
 COLUMNS = 8  # of faces in a row
+RELEASED = "released"  # the folder of what released networks drew; its names are those of p1 to p3
 LARGEST_IMAGE = 2**26  # pixels
 LARGEST_FACE = 2**20  # pixels of a face that is shown beside others
 LARGEST_FILM = 4_000_000  # bytes; of a larger one the page shows the last frame only
@@ -49,18 +50,28 @@ class Table(NamedTuple):
 class Output:
     """An output directory. Anyone may have written it: what is broken is left out and noted.
 
+    A name is looked for in the directory, and if it is not there, among the results of released
+    networks. What was found there says so.
+
     `missing` collects what is not there or broken, as rows of part and reason. `broken` has a line
     for each broken file. `origins` maps (data folder, part) to where that data came from and to the
     content of its made.json.
     """
 
     def __init__(self, folder: Path) -> None:
-        if not any((folder / name).is_dir() for name in ("p1", "p2", "p3")):
+        if not any((folder / name).is_dir() for name in ("p1", "p2", "p3", RELEASED)):
             raise UserError(f"{folder}: contains none of p1, p2, p3, which run_all.sh writes")
         self.folder = folder.absolute()
         self.missing: list[Row] = []
         self.broken: list[str] = []
         self.origins: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
+
+    def find(self, name: str | Path) -> tuple[Path, bool]:
+        """Where a file or folder is, and whether that is among the results of released networks."""
+        path = self.folder / name
+        other = self.folder / RELEASED / name
+        is_released = not path.exists() and other.exists()
+        return (other if is_released else path), is_released
 
     def note_broken(self, what: str, line: str, reason: str) -> None:
         """Note that a part is left out, once: for the page, and as a line for the terminal."""
@@ -74,12 +85,16 @@ class Output:
         self.note_broken(f"file: {name}", f"{path}: {reason}", reason)
 
     def json(self, name: str | Path) -> dict[str, Any]:
-        """The object in a json file; empty if there is no file, or a broken one."""
-        path = self.folder / name
+        """The object in a json file; empty if there is no file, or a broken one.
+
+        One of a released network also has a key of that name.
+        """
+        path, is_released = self.find(name)
         if not path.is_file():
             return {}
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+            content = dict(json.loads(path.read_text(encoding="utf-8")))
+            return content | {RELEASED: True} if is_released else content
         except (ValueError, TypeError, RecursionError, OSError) as error:
             self.note_file(path, f"not a whole json object ({one_line(error)})")
             return {}
@@ -94,7 +109,9 @@ class Output:
 
     def table(self, name: str, title: str) -> Table:
         """A table that another script wrote as csv; all its rows are as long as its header."""
-        path = self.folder / name
+        path, is_released = self.find(name)
+        if is_released:
+            title += ", released network"
         if not path.is_file():
             return Table(title, [])
         try:
@@ -123,8 +140,8 @@ class Output:
 
     def faces(self, name: str, what: str) -> dict[str, Any] | None:
         """The first 32 images of a folder as one image, 8 in a row; else as `image`."""
-        found = (self.folder / name).glob("*.png")
-        files = sorted(path for path in found if not is_hidden(path.name))[:32]
+        folder, is_released = self.find(name)
+        files = sorted(path for path in folder.glob("*.png") if not is_hidden(path.name))[:32]
         if not files:
             self.missing.append([f"figure: {what}", f"not run ({name} is not there)"])
             return None
@@ -145,18 +162,19 @@ class Output:
             grid.paste(tile, (column * width, row * height))
         content = io.BytesIO()
         grid.save(content, "png")
-        return as_found(content.getvalue(), "image/png", *grid.size, kind="pixels")
+        found = as_found(content.getvalue(), "image/png", *grid.size, kind="pixels")
+        return found | {RELEASED: is_released}
 
     def has(self, name: str) -> bool:
         """Whether a file is there."""
-        return (self.folder / name).is_file()
+        return self.find(name)[0].is_file()
 
     def image(self, name: str, what: str, kind: str) -> dict[str, Any] | None:
         """An image as a data URI, with its size and its kind: "plot", "pixels" or "film".
 
         None, and noted in `missing`, if it is not there or broken.
         """
-        path = self.folder / name
+        path, is_released = self.find(name)
         if not path.is_file():
             self.missing.append([f"figure: {what}", f"not run ({name} is not there)"])
             return None
@@ -173,12 +191,17 @@ class Output:
         except Exception:  # a damaged or hostile image can raise anything
             self.note_file(path, "not a whole image")
             return None
-        return as_found(content, mime, width, height, kind)
+        return as_found(content, mime, width, height, kind) | {RELEASED: is_released}
 
     # Data
 
     def origin_of(self, score: dict[str, Any], flag: str) -> str:
-        """The origin of the folder DATA_DIR/face/… that a score was given with `flag`."""
+        """The origin of the folder DATA_DIR/face/… that a score was given with `flag`.
+
+        A released network learned from other data than that of this page.
+        """
+        if score.get(RELEASED):
+            return OTHER
         given = score.get("arguments", {}).get(flag)
         if not given:
             return UNKNOWN

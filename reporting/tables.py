@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from common.files import ROOT
 from common.names import is_folder_name, is_label
-from reporting.output import Output, Row, Table
+from reporting.output import OTHER, RELEASED, Output, Row, Table
 from reporting.verdicts import BARS, HEADER, NO_BAR, Measure, number
 
 METHODS = {"dcgan": "DCGAN", "wgangp": "WGAN-GP"}
@@ -19,6 +21,7 @@ FACE_MODELS = {"face-ddpm": "DDPM", "score-based": "score-based model"}
 NAMES = {"mnistm": "MNIST-M", "svhn": "SVHN", "usps": "USPS"}
 RANDOM_DISTANCE = "random-feature Fréchet distance"
 KERNEL_DISTANCE = "EfficientNet KID × 1,000"
+CARD_ROW = re.compile(r"[|] (half|full)\b")  # a line of results on a card
 
 
 def all_tables(output: Output) -> dict[str, Table]:
@@ -56,7 +59,27 @@ def clean(cell: object) -> str:
     return "".join(sign if is_label(sign) else "?" for sign in text)
 
 
+# Released networks
+
+
+def released_table(output: Output) -> Table:
+    """What the cards in checkpoints/ say was measured of each released file."""
+    rows = [["network", "weights", "measured", "results", "images"]]
+    for card in sorted((ROOT / "checkpoints").glob("*.md")):
+        lines = card.read_text(encoding="utf-8").splitlines()
+        measured = [line.strip("|").split("|") for line in lines if CARD_ROW.match(line)]
+        halves = [cells for cells in measured if "half" in cells[0]]  # what is released
+        for weights, what, results, images, *_ in halves or measured:
+            rows.append([card.stem, weights, what, results, images])
+    return Table("Released networks and what was measured of them", rows)
+
+
 # Problem 1: faces with GANs
+
+
+def named(name: str, score: dict[str, Any]) -> str:
+    """The name of a row; that of a released network says so."""
+    return f"{name}, released network" if score.get(RELEASED) else name
 
 
 def gan_table(output: Output) -> Table:
@@ -75,10 +98,11 @@ def gan_table(output: Output) -> Table:
 
 def face_scores(output: Output, start: str) -> dict[str, dict[str, Any]]:
     """The scores of a set of faces by their metric; the names of their folders have one start."""
-    scores = {}
-    for path in sorted(output.folder.glob(f"{start}-*/result.json")):
-        score = output.json(path)
-        scores[score.get("metric", "")] = score
+    scores: dict[str, dict[str, Any]] = {}
+    for root in (output.folder / RELEASED, output.folder):  # those of this page come last
+        for path in sorted(root.glob(f"{start}-*/result.json")):
+            score = output.json(path.relative_to(root))
+            scores[score.get("metric", "")] = score
     return scores
 
 
@@ -96,7 +120,7 @@ def distance(output: Output, score: dict[str, Any], label: str) -> Measure:
     """A distance of two sets of images, beside its floor."""
     images = score.get("images") or {}
     return Measure(
-        name=label,
+        name=named(label, score),
         value=score.get("distance"),
         origin=output.origin_of(score, "real"),
         beside=number(score.get("floor"), "other real images "),
@@ -118,7 +142,7 @@ def face_rate(output: Output, score: dict[str, Any], name: str) -> Measure:
     """The rate of images with exactly one face, beside that of real images."""
     real = score.get("real") or {}
     return Measure(
-        name=f"exactly one face, {name}, %",
+        name=named(f"exactly one face, {name}, %", score),
         value=score.get("one_face_percent"),
         origin=output.origin_of(score, "real"),
         bar=BARS["faces"],
@@ -159,18 +183,18 @@ def digits_table(output: Output) -> Table:
         name = NAMES.get(domain, domain)
         origin = output.origin(data_dir, f"digits/{domain}/data")
         accuracy = Measure(
-            name=f"accuracy, {name}, %",
+            name=named(f"accuracy, {name}, %", score),
             value=score.get("accuracy"),
-            origin=origin,
+            origin=OTHER if score.get(RELEASED) else origin,
             bar=BARS["mnistm"] if domain == "mnistm" else NO_BAR,
             beside=number(score.get("real_accuracy"), "real images "),
             classifier=classifier_of(score),
             images=score.get("images"),
         )
         diversity = Measure(
-            name=f"diversity, {name}, % of real images'",
+            name=named(f"diversity, {name}, % of real images'", score),
             value=score.get("diversity_percent_of_real"),
-            origin=origin,
+            origin=OTHER if score.get(RELEASED) else origin,
             beside=number(score.get("real_diversity_sd"), "sets of real images 100 ± "),
         )
         rows += [accuracy.row(), diversity.row()]
@@ -197,10 +221,11 @@ def mean_accuracy(scores: list[dict[str, Any]], origin: str) -> Measure:
     """The mean of the domains' accuracies, if all were measured."""
     accuracies = [score.get("accuracy") for score in scores]
     measured = [value for value in accuracies if value is not None]
+    is_released = any(score.get(RELEASED) for score in scores)
     return Measure(
-        name="mean accuracy of the domains, %",
+        name=named("mean accuracy of the domains, %", {RELEASED: is_released}),
         value=sum(measured) / len(measured) if len(measured) == len(scores) else None,
-        origin=origin,
+        origin=OTHER if is_released else origin,
         bar=BARS["digits"],
         classifier=max(classifier_of(score) for score in scores),
         images=min(score.get("images", 0) for score in scores),
@@ -410,6 +435,7 @@ def data_table(output: Output) -> Table:
 
 # By the names of their files. A pair is a csv file of another script, and its title.
 TABLES: dict[str, tuple[str, str] | Callable[[Output], Table]] = {
+    "released": released_table,
     "p1_gan": gan_table,
     "p1_differences": gan_differences,
     "p2_ddpm": digits_table,

@@ -138,4 +138,4 @@ def test_help_and_tables_are_printed_where_the_output_has_no_greek(monkeypatch):
 def test_a_note_of_a_kind_is_said_once(capsys):
     for number in range(3):
         note_once(f"image {number} is odd\n", kind="odd in test_cli")
-    assert capsys.readouterr().err == "note: image 0 is odd\\n\n"
+    assert capsys.readouterr().out == "note: image 0 is odd\\n\n"

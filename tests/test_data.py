@@ -131,7 +131,7 @@ def test_what_is_transparent_lies_on_white_and_that_is_said_once(tmp_path, capsy
     assert (images.pixels[0, :, 4:] == 255).all()
     assert (images.pixels[1] == 255).all()
     assert (images.pixels[2] == torch.tensor([10, 200, 30])[:, None, None]).all()
-    assert capsys.readouterr().err.count("is transparent in part, which becomes white") == 1
+    assert capsys.readouterr().out.count("is transparent in part, which becomes white") == 1
 
 
 def test_pixels_survive_normalisation_and_back():
@@ -345,7 +345,7 @@ def test_all_usual_formats_are_read_and_the_others_counted(tmp_path, capsys):
     for name in ("i.heic", "j.svg", "k.heic", "list.txt"):
         (tmp_path / name).write_bytes(b"other")
     assert [path.name for path in list_images(tmp_path)] == names
-    assert "3 files are left out, which cannot be read (.heic, .svg)" in capsys.readouterr().err
+    assert "3 files are left out, which cannot be read (.heic, .svg)" in capsys.readouterr().out
 
 
 def test_numbered_files_are_in_natural_order(tmp_path):
@@ -370,7 +370,7 @@ def test_images_one_folder_deeper_are_found(tmp_path, capsys):
     Image.new("L", (4, 4)).save(make(folder / "img_align_celeba") / "1.png")
     make(folder / "__MACOSX" / "img")
     assert [path.name for path in list_images(folder)] == ["1.png"]
-    assert f"{folder}: its images are in {folder}/img_align_celeba" in capsys.readouterr().err
+    assert f"{folder}: its images are in {folder}/img_align_celeba" in capsys.readouterr().out
     Image.new("L", (4, 4)).save(make(folder / "other") / "1.png")
     with pytest.raises(UserError, match=r"train: contains no image itself, but 2 folders below it"):
         list_images(folder)
@@ -389,7 +389,7 @@ def test_an_image_of_another_shape_is_cut_squashed_or_padded(tmp_path, capsys):
     assert (seen["squash"][:, 10, 8:12] == 255).all()
     assert (seen["pad"][:, 0] == 0).all()  # the border
     assert (seen["pad"][:, 10, 8:12] == 255).all()
-    assert capsys.readouterr().err.count("is 60x20; its middle is cut out for 20x20") == 1
+    assert capsys.readouterr().out.count("is 60x20; its middle is cut out for 20x20") == 1
 
 
 def test_each_way_to_fit_has_its_own_cache(tmp_path):
