@@ -279,8 +279,8 @@ def download(args: Download) -> None:
     make_output_dir(args.data_dir, "--data-dir")
     if args.public:
         build_from_public(args)
-    elif args.archive is not None:
-        archive.unpack(args.archive, args.data_dir)
+    elif args.archive is not None and args.year is not None:
+        archive.unpack_and_record(args.year, args.archive, args.data_dir)
     elif args.year is not None:
         fetch_and_unpack(args.year, args.data_dir)
     print(f"{args.data_dir}: finished; python prepare_data.py check {args.data_dir} lists it")
@@ -305,9 +305,10 @@ def fetch_and_unpack(year: int, data_dir: Path) -> None:
         raise UserError(
             f"--data-dir {data_dir}: holds other data ({made[0].parent}); choose a new folder"
         )
+    archive.read_record(data_dir)  # the same for a damaged record
     fetched = archive.fetch(year, data_dir)
     try:
-        archive.unpack(fetched, data_dir)
+        archive.unpack_and_record(year, fetched, data_dir)
     except UserError as error:
         raise UserError(f"{error}; the download is kept: --archive {fetched}") from None
     fetched.unlink()

@@ -7,8 +7,10 @@ for validation. Which image went where is not known; here a permutation with a f
 
 from __future__ import annotations
 
-import gzip
+import contextlib
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 from common.cli import UserError
 from common.data import FORMATS, list_images
-from common.files import atomic_write
+from preparation import mnist
 from preparation.archive import first_line
 from preparation.layout import image_name, save_image, write_attributes, write_labels
 from preparation.synthetic.digits import SIZE, SPLITS, mnistm_blend, random_patch
@@ -165,32 +167,65 @@ def load_digits(domain: str, raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:
         if domain == "usps":
             return load_usps(raw_dir)
         return load_svhn(raw_dir)
-    except (OSError, EOFError, RuntimeError) as error:
+    except (OSError, EOFError, RuntimeError, HTTPException) as error:
         raise UserError(how_to_fetch(domain, raw_dir, error)) from None
 
 
+@contextlib.contextmanager
+def removed_on_failure(*paths: Path) -> Iterator[None]:
+    """Remove those of the files and folders that appear before an error or Ctrl-C.
+
+    torchvision writes them under their final names, and would take a half one for a whole one.
+    """
+    new = [path for path in paths if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        raise
+
+
 def load_mnist(raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """MNIST's images uint8 (70000, 28, 28) and their labels."""
+    """MNIST's images uint8 (70000, 28, 28) and their labels.
+
+    Some mirrors compress the files again. torchvision would refuse their checksums, so it is only
+    asked if a file is missing. Raises UserError for a file that is not MNIST's.
+    """
     from torchvision import datasets  # takes two seconds to import
 
-    # Some mirrors compress the files again. torchvision would refuse their checksums, but it takes
-    # the files inside.
-    for packed in (raw_dir / "MNIST" / "raw").glob("*-ubyte.gz"):
-        unpacked = packed.with_suffix("")
-        if not unpacked.exists():
-            atomic_write(unpacked, gzip.decompress(packed.read_bytes()))
-    train = datasets.MNIST(raw_dir, train=True, download=True)
-    test = datasets.MNIST(raw_dir, train=False, download=True)
-    images = np.concatenate([np.asarray(train.data), np.asarray(test.data)])
-    return images, np.concatenate([np.asarray(train.targets), np.asarray(test.targets)])
+    folder = raw_dir / "MNIST" / "raw"
+    if any(mnist.find_file(folder, name) is None for name in mnist.FILES):
+        packed = [folder / f"{name}.gz" for name in mnist.FILES]
+        unpacked = [folder / name for name in mnist.FILES]
+        with removed_on_failure(*packed, *unpacked):
+            datasets.MNIST(raw_dir, download=True)
+    train_images, train_labels = mnist.read_mnist(folder, "train")
+    test_images, test_labels = mnist.read_mnist(folder, "t10k")
+    labels = np.concatenate([train_labels, test_labels]).astype(np.int64)
+    return np.concatenate([train_images, test_images]), labels
 
 
 def load_usps(raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """USPS's images uint8 (9298, 16, 16) and their labels."""
+    """USPS's images uint8 (9298, 16, 16) and their labels.
+
+    Raises UserError for a file with another checksum, as torchvision does after a download only.
+    """
     from torchvision import datasets
 
-    train = datasets.USPS(raw_dir / "usps", train=True, download=True)
-    test = datasets.USPS(raw_dir / "usps", train=False, download=True)
+    folder = raw_dir / "usps"
+    parts = []
+    for split in ("train", "test"):
+        _, name, md5 = datasets.USPS.split_list[split]
+        path = folder / name
+        if path.exists() and not datasets.utils.check_integrity(path, md5):
+            raise UserError(f"{path}: not the file of USPS, or not all of it; remove it")
+        with removed_on_failure(path):
+            parts.append(datasets.USPS(folder, train=split == "train", download=True))
+    train, test = parts
     images = np.concatenate([np.asarray(train.data), np.asarray(test.data)])
     return images, np.concatenate([np.asarray(train.targets), np.asarray(test.targets)])
 
@@ -199,8 +234,12 @@ def load_svhn(raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:
     """SVHN's images uint8 (99289, 32, 32, 3) and their labels."""
     from torchvision import datasets
 
-    train = datasets.SVHN(raw_dir / "svhn", "train", download=True)
-    test = datasets.SVHN(raw_dir / "svhn", "test", download=True)
+    folder = raw_dir / "svhn"
+    parts = []
+    for split in ("train", "test"):
+        with removed_on_failure(folder / datasets.SVHN.split_list[split][1]):
+            parts.append(datasets.SVHN(folder, split, download=True))
+    train, test = parts
     images = np.concatenate([train.data, test.data])  # (n, 3, 32, 32)
     return images.transpose(0, 2, 3, 1), np.concatenate([train.labels, test.labels])
 
@@ -212,12 +251,13 @@ def load_celeba(raw_dir: Path, seed: int) -> tuple[list[Path], list[str], np.nda
     """
     from torchvision import datasets
 
+    folder = raw_dir / "celeba" / "img_align_celeba"
     try:
-        celeba = datasets.CelebA(raw_dir, split="all", target_type="attr", download=True)
+        with removed_on_failure(folder):
+            celeba = datasets.CelebA(raw_dir, split="all", target_type="attr", download=True)
     except Exception as error:  # it downloads with gdown, which passes on what its libraries raise
         raise UserError(how_to_fetch("face", raw_dir, error)) from None
     order = np.random.default_rng(seed).permutation(len(celeba.filename))
-    folder = raw_dir / "celeba" / "img_align_celeba"
     files = [folder / celeba.filename[row] for row in order]
     names = [name for name in celeba.attr_names if name]
     values = celeba.attr.numpy()[order] * 2 - 1  # 0 or 1 → -1 or 1

@@ -28,7 +28,7 @@ from metrics.frechet import load_statistics
 from models.context_unet import ContextUnet
 from models.dann import NETS, DannCNN
 from models.gan import GENERATORS, Generator
-from preparation.archive import unpack
+from preparation.archive import RECORD, measure, read_record, unpack
 from preparation.inspection import inspect_folder
 from tests.conftest import noise, save_images, save_net, write_domain
 from zeroshot.loading import find_labelled
@@ -150,6 +150,11 @@ def make_archive(folder: Path) -> None:
         file.writestr("hw2_data/digits/mnistm/data/0.png", b"image")
 
 
+def make_record(folder: Path) -> None:
+    record = {"2022": measure(Path(__file__))}
+    (folder / RECORD).write_text(json.dumps(record))
+
+
 def make_stable_diffusion(folder: Path) -> None:
     state = {"model.diffusion_model.out.2.bias": torch.zeros(4), "betas": torch.ones(3)}
     torch.save({"state_dict": state, "epoch": 1}, folder / "sd.ckpt")
@@ -201,6 +206,7 @@ TARGETS = {
     "images": Target(make_images, lambda f: decode_images(list_images(f), (12, 12))),
     "statistics": Target(make_statistics, lambda f: load_statistics(f / "a.npz")),
     "archive": Target(make_archive, lambda f: unpack(f / "hw2_data.zip", f / "data")),
+    "record": Target(make_record, read_record),
     "checkpoint": Target(make_stable_diffusion, lambda f: tensors_under(f / "sd.ckpt")),
     "run": Target(make_run, continue_run),
 }
