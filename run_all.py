@@ -37,6 +37,7 @@ from common.files import ROOT, atomic_write, make_output_dir
 
 POSIX = os.name == "posix"
 POLL_SECONDS = 0.1  # how soon a signal is passed on
+PAGE_SECONDS = 30  # between two writings of the page while the steps run
 
 
 @dataclass
@@ -406,7 +407,8 @@ class Runner:
         self.everything_again = False  # the data is new
         self.results: list[Result] = []
         self.pages = ThreadPoolExecutor(1)
-        self.page: Future[int | None] | None = None  # the page that is being written
+        self.last_page = time.monotonic()
+        self.page_lock = threading.Lock()
 
     def run_parts(self, parts: Sequence[str]) -> int:
         """Run some parts, up to --jobs of them side by side; returns the exit status so far.
@@ -463,17 +465,19 @@ class Runner:
         return results
 
     def update_page(self, step: Step) -> None:
-        """Write the report page beside the steps, so that it can be read before the end.
+        """Write the report page beside the steps, at times, so that it can be read before the end.
 
-        Nothing is done while it is being written, and the last step writes it anyway.
+        The last step writes it anyway.
         """
-        if self.plan.dry_run or step.always or (self.page is not None and not self.page.done()):
-            return
+        with self.page_lock:
+            is_due = time.monotonic() - self.last_page > PAGE_SECONDS
+            if self.plan.dry_run or step.always or not is_due:
+                return
+            self.last_page = time.monotonic()
         for last in self.plan.of_part("report"):
             command = self.places.command(last)
             if command is not None:
-                one_core = {"OMP_NUM_THREADS": "1"}
-                self.page = self.pages.submit(self.processes.run, command, "", one_core, quiet=True)
+                self.pages.submit(self.processes.run, command, "", {}, quiet=True)
 
     def run_step(
         self, step: Step, command: list[str], prefix: str, environment: dict[str, str]

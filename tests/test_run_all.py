@@ -32,7 +32,7 @@ from common.files import ROOT
 from metrics.features import EFFICIENTNET, random_features
 
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="signals and shells of POSIX")
-PROFILES = ("quick", "full", "smoke")
+PROFILES = ("quick", "scratch", "full", "smoke")
 VARIABLES = ("PROFILE", "ONLY", "JOBS", "CLASSIFIER", "OMP_NUM_THREADS", "PYTHONUNBUFFERED")
 
 STEPS = """
@@ -655,9 +655,37 @@ def make_folders(folder: Path, *parts: str) -> None:
         (folder / part).mkdir(parents=True, exist_ok=True)
 
 
-def test_the_quick_profile_from_data_to_the_report(real, tmp_path):
+def test_the_quick_profile_shows_the_released_networks_first(real, tmp_path):
     ended = real("my data", "out put")
     assert (ended.status, ended.err) == (0, "")
+    commands = commands_of(ended.calls)
+    assert commands[:2] == ["prepare_data.py synthetic", "prepare_data.py check"]
+    assert ended.calls[-1] == ["report.py", f"{tmp_path}/out put"]
+    for first, then in (
+        ("p1_dcgan.py sample", "p1_dcgan.py train"),
+        ("p1_wgangp.py sample", "p1_wgangp.py train"),
+        ("p2_ddpm_infer.py", "p2_ddpm_train.py"),
+        ("p2_score.py sample", "p2_score.py train"),
+        ("p2_guided.py grid", "p2_guided.py train"),
+        ("p3_dann.py embed", "p3_dann.py table"),
+        ("experiments/inversion.py", "p3_textual_inversion.py train"),
+    ):
+        assert commands.index(first) < commands.index(then)
+    for call in ended.calls:
+        if "checkpoints/" in str(call) and "--output-dir" in call and "train" not in call:
+            folder = call[call.index("--output-dir") + 1]
+            is_training = call[0] in ("p2_ddpm_train.py", "p2_ddim.py")
+            assert is_training or folder.startswith(f"{tmp_path}/out put/released/")
+    for command in ("evaluate.py kid", "evaluate.py train-classifier", "p2_score.py table"):
+        assert command not in commands  # too slow for it
+
+
+def test_the_scratch_profile_from_data_to_the_report(real, tmp_path):
+    ended = real("my data", "out put", PROFILE="scratch")
+    assert (ended.status, ended.err) == (0, "")
+    assert not any(
+        call[0].startswith(("p1", "p2")) and "checkpoints/" in str(call) for call in ended.calls
+    )
     commands = commands_of(ended.calls)
     assert commands[:2] == ["prepare_data.py synthetic", "prepare_data.py check"]
     assert ended.calls[-1] == ["report.py", f"{tmp_path}/out put"]
@@ -686,21 +714,21 @@ def test_the_quick_profile_from_data_to_the_report(real, tmp_path):
     assert commands.count("p2_ddpm_train.py") == 3
     notes = list((tmp_path / "out put/steps").iterdir())
     assert len(notes) == len(ended.calls) - 1
-    again = real("my data", "out put")
+    again = real("my data", "out put", PROFILE="scratch")
     assert [call[0] for call in again.calls] == ["report.py"]
     assert again.out.count(": done already: ") == len(notes) - 1
 
 
 def test_what_follows_a_real_step(real, tmp_path):
     """A network that is trained again is sampled and scored again; other problems stay."""
-    real()
+    real(PROFILE="scratch")
     shutil.rmtree(tmp_path / "output/p2/digits")
-    commands = commands_of(real().calls)
+    commands = commands_of(real(PROFILE="scratch").calls)
     assert commands[:2] == ["p2_ddpm_train.py", "p2_ddpm_infer.py"]
     both = ["evaluate.py train-classifier", "evaluate.py digits"]  # returns at once if finished
     assert commands[2:-1] == both * 2
     (tmp_path / "output/p1/first32_wgangp.png").unlink()
-    assert commands_of(real().calls) == [
+    assert commands_of(real(PROFILE="scratch").calls) == [
         "p1_wgangp.py sample",
         "evaluate.py faces",
         "evaluate.py fid",
@@ -759,7 +787,7 @@ def test_the_course_network_and_its_images_are_scored(real, tmp_path):
 
 def test_faces_without_noises_get_some(real, tmp_path):
     make_folders(tmp_path / "faces", "face/train")
-    calls = real("faces", "out", "--only", "ddim").calls
+    calls = real("faces", "out", "--only", "ddim", PROFILE="scratch").calls
     assert [call[1] for call in calls if call[0] == "prepare_data.py"] == ["check", "noises"]
     (generate,) = (call for call in calls if call[:2] == ["p2_ddim.py", "generate"])
     assert generate[2:] == [  # the network says itself how it is sampled
@@ -773,13 +801,14 @@ def test_faces_without_noises_get_some(real, tmp_path):
 
 
 def test_a_failed_real_step(real):
-    ended = real("--only", "digits", fail="p2_ddpm_infer.py")
+    ended = real("--only", "digits", fail="p2_ddpm_infer.py", PROFILE="scratch")
     assert ended.status == 3
     assert ended.err.startswith(
         "error: the step digits-sample failed; run again to continue: python p2_ddpm_infer"
     )
     assert ended.calls[-1][0] == "p2_ddpm_infer.py"
-    assert commands_of(real("--only", "digits").calls)[0] == "p2_ddpm_infer.py"
+    again = real("--only", "digits", PROFILE="scratch")
+    assert commands_of(again.calls)[0] == "p2_ddpm_infer.py"
 
 
 def test_the_quick_results_do_not_stand_for_the_smoke_profile(real):
@@ -802,7 +831,7 @@ def test_the_quick_results_do_not_stand_for_the_smoke_profile(real):
     ],
 )
 def test_only_some_real_problems(real, only, scripts):
-    calls = real(ONLY=only).calls
+    calls = real(ONLY=only, PROFILE="scratch").calls
     methods = {Path(call[0]).stem for call in calls if call[0].startswith(("p1", "p2", "p3"))}
     assert methods == scripts
 
@@ -821,11 +850,12 @@ def test_full_leaves_out_the_fid_without_its_weights(real):
 
 
 def test_kid_is_left_out_without_its_package(real):
-    ended = real("--only", "p1", fail="evaluate.py kid", status=2)
+    ended = real("--only", "p1", fail="evaluate.py kid", status=2, PROFILE="scratch")
     assert ended.status == 0
     assert "left out: KID of dcgan\n" in ended.out
     assert "left out: KID of wgangp\n" in ended.out
-    assert len(real("--only", "p1").calls) == 3  # those two again, and the report
+    again = real("--only", "p1", PROFILE="scratch")
+    assert len(again.calls) == 3  # those two again, and the report
 
 
 def test_faces_by_diffusion_are_in_latents_if_there_is_an_autoencoder(real, tmp_path):
@@ -903,15 +933,15 @@ def copy_of_profiles(folder: Path) -> Path:
 def test_the_courses_classifier_is_used_too(real, tmp_path):
     (tmp_path / "my").mkdir()
     (tmp_path / "my/Classifier.pth").touch()
-    calls = real("--only", "p2", CLASSIFIER="my/Classifier.pth").calls
+    calls = real("--only", "p2", CLASSIFIER="my/Classifier.pth", PROFILE="scratch").calls
     scored = [call for call in calls if call[:2] == ["evaluate.py", "digits"]]
     assert len(scored) == 3
     assert f"{tmp_path}/my/Classifier.pth" in scored[2]
     course = tmp_path / "output/p2/score/course"
-    real("--only", "p2")
+    real("--only", "p2", PROFILE="scratch")
     assert course.exists()
     shutil.rmtree(tmp_path / "output/p2/digits")  # its result is not about other digits
-    real("--only", "p2")
+    real("--only", "p2", PROFILE="scratch")
     assert not course.exists()
 
 
@@ -931,7 +961,8 @@ def test_every_command_is_understood(real, monkeypatch, profile):
     assert len(read) == len(calls) > 20
     trainings = [args for args in read if hasattr(args, "shares")]
     batches = [p2_ddpm_train.images_of_a_step(args, 1) for args in trainings]
-    assert sorted(len(batch) for batch in batches) == [1, 1, 2]
+    faces = [1] if profile == "quick" else [1, 1]
+    assert sorted(len(batch) for batch in batches) == [*faces, 2]
     assert [sum(batch) for batch in batches] == [args.batch_size for args in trainings]
 
 
