@@ -15,6 +15,7 @@ the options of these names. New data need a new OUTPUT_DIR.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import shutil
@@ -83,6 +84,7 @@ class Step:
     options: dict[str, str] = field(default_factory=dict)  # profile → what {options} stands for
     profiles: Sequence[str] = ()
     optional: str = ""
+    seconds: dict[str, int] = field(default_factory=dict)
     leaves: Sequence[str] = ()
     draws_data: bool = False
     remove_outdated: bool = False
@@ -487,7 +489,7 @@ class Runner:
             print(as_text(command))
             self.places.assume(step)
             self.everything_again = self.everything_again or step.draws_data
-            return Result(step.name, "done", 0)
+            return Result(step.name, "done", step.seconds.get(self.plan.profile, 0))
         if self.processes.stopping:
             return None
         self.forget(step)
@@ -550,6 +552,17 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def estimated_minutes(plan: Plan, results: Sequence[Result]) -> int:
+    """How long the steps take, by the seconds in profiles.toml, with parts side by side."""
+    seconds = {result.step: result.seconds for result in results}
+    ends = [0] * plan.jobs  # when each place for a part is free again
+    for part in plan.parts:
+        ends.sort()
+        ends[0] += sum(seconds.get(step.name, 0) for step in plan.of_part(part))
+    before = sum(seconds.get(step.name, 0) for step in plan.of_part("data"))
+    return math.ceil((before + max(ends)) / 60)
+
+
 def print_table(results: Sequence[Result]) -> None:
     """Print step, seconds and result of each step in columns."""
     width = max([len("step"), *(len(result.step) for result in results)])
@@ -573,6 +586,7 @@ def main(args: RunAll) -> None:
         if status == 0:
             status = runner.run_parts(["report"])
     if plan.dry_run:
+        print(f"# about {estimated_minutes(plan, runner.results):,} min")
         return
     print_table(runner.results)
     if processes.stopping:

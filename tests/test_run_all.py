@@ -75,6 +75,7 @@ part = "numbers"
 script = "make.py"
 arguments = "two {makes} {source}"
 makes = "{output}/two"
+seconds.large = 70
 
 [[steps]]
 name = "luxury"
@@ -91,6 +92,7 @@ part = "numbers"
 script = "make.py"
 arguments = "three {makes}"
 makes = "{output}/three"
+seconds.large = 20
 
 [[steps]]
 name = "a"
@@ -344,7 +346,8 @@ def test_a_dry_run_prints_the_commands_and_runs_nothing(project, run):
     ended = run("--jobs", "1", "--profile", "large")
     assert ended.calls == [line.split("\x1f") for line in by_hand.splitlines()]
     (project / "output/two").rmdir()
-    printed = run("--dry-run", "--profile", "large").out.splitlines()
+    *printed, estimate = run("--dry-run", "--profile", "large").out.splitlines()
+    assert estimate == "# about 2 min"
     assert [line.split()[2] for line in printed] == ["two", "luxury", "three", "report"]
     assert not (project / "output/two").exists()
 
@@ -977,7 +980,9 @@ def test_a_dry_run_prints_what_a_run_then_does(real, tmp_path, profile, data):
     printed = real("data", "--dry-run", "--profile", profile).out
     assert not (tmp_path / "output").exists()
     commands = [["python", *call] for call in real("data", "--profile", profile).calls]
-    assert [shlex.split(line) for line in printed.splitlines()] == commands
+    *lines, estimate = printed.splitlines()
+    assert [shlex.split(line) for line in lines] == commands
+    assert re.fullmatch("# about [0-9,]+ min", estimate)
 
 
 @pytest.mark.timeout(1200)
