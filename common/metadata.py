@@ -8,8 +8,6 @@ have, and one of the constructor's arguments of each network.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any, NoReturn, get_args
 import safetensors
 
 from common.cli import LARGEST_SEED
+from common.json_files import FileError, parse_json
 from common.names import is_folder_name, is_label
 from diffusion.noise_levels import NoiseLevels, Parametrization
 from diffusion.samplers import Clamp
@@ -25,7 +24,6 @@ from diffusion.schedule import AnyKind, Prediction, Rule, Schedule, Spacing
 from models.adaptation import BackboneName, Place
 
 LONGEST_CONFIG = 16 * 2**20  # characters; the longest lists hundreds of thousands of images
-DEEPEST = 20  # levels of lists and objects inside one another
 MOST_IMAGES = 1_000_000  # that a network was trained on
 MOST_TOKENS = 49_408  # of CLIP
 FACES = ("ddim_unet", "latent_unet")  # networks that say the size of their images
@@ -48,6 +46,8 @@ def read_config(path: Path) -> dict[str, Any]:
     Its values are not checked (`check_config` does that). Raises MetadataError for a file or a
     configuration that is damaged.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise MetadataError("no such file")
     try:
         with safetensors.safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
@@ -62,52 +62,12 @@ def parse_config(text: str) -> dict[str, Any]:
     if len(text) > LONGEST_CONFIG:
         raise MetadataError(f"its configuration is longer than {LONGEST_CONFIG:,} characters")
     try:
-        config = json.loads(
-            text,
-            object_pairs_hook=without_repeats,
-            parse_float=finite,
-            parse_constant=finite,
-        )
-    except MetadataError:
-        raise
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:100]
-        raise MetadataError(f"its configuration is not json ({reason})") from None
+        config = parse_json(text)
+    except FileError as error:
+        raise MetadataError(f"its configuration {error}") from None
     if not isinstance(config, dict):
         raise MetadataError("its configuration is not a json object")
-    if depth_of(config) > DEEPEST:
-        raise MetadataError("its configuration is not json (nested too deeply)")
     return config
-
-
-def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of json. Raises MetadataError for a key that it has twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise MetadataError("its configuration has a key twice")
-    return found
-
-
-def finite(text: str) -> float:
-    """A number of json. Raises MetadataError for NaN, Infinity, and 1e999, which is infinite."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise MetadataError(f"its configuration has the number {text[:20]}")
-    return value
-
-
-def depth_of(config: dict[str, Any]) -> int:
-    """How many levels of lists and objects are inside one another."""
-    depth = 0
-    level: list[Any] = [config]
-    while level:
-        depth += 1
-        inner = []
-        for value in level:
-            parts = value.values() if isinstance(value, dict) else value
-            inner += [part for part in parts if isinstance(part, dict | list)]
-        level = inner
-    return depth
 
 
 # Kinds of checks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 from common.checkpoints import load_weights
 from common.cli import UserError
 from common.files import atomic_write
+from common.json_files import read_json
 
 Kind = Literal["object", "style"]
 
@@ -107,15 +107,7 @@ def read_concepts(path: Path) -> list[Concept]:
     Raises UserError that names the file, the concept and the key for everything that is missing, of
     another type, or not safe as the name of a folder, and for a prompt without its word.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text, object_pairs_hook=refuse_twice)
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not in UTF-8") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not json ({error})") from None
+    content = read_json(path)
     if not isinstance(content, dict) or not 1 <= len(content) <= MOST_CONCEPTS:
         raise UserError(f'{path}: not of the form {{"0": {{"token_name": …}}, "1": …}}')
     concepts = [read_concept(path, name, entry) for name, entry in content.items()]
@@ -137,16 +129,6 @@ def read_concepts(path: Path) -> list[Concept]:
 def is_word(text: str) -> bool:
     """Whether a text can be a learned word: up to 60 characters without spaces and slashes."""
     return WORD.fullmatch(text) is not None
-
-
-def refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A json object as a dictionary. Raises ValueError for a key that is there twice."""
-    found = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"the key {name!r} is there twice")
-        found[name] = value
-    return found
 
 
 def read_concept(path: Path, name: str, entry: Any) -> Concept:

@@ -401,7 +401,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, corners, monkeypatch, erro
     train = ["train-attributes", "--output-dir", "new", "--device", "cpu", "--data-dir"]
     for words, message in (
         ([*with_good, "--asked", "none.json"], "--asked none.json: no such file"),
-        ([*with_good, "--asked", "text.json"], "--asked text.json: is not a JSON file (Expecting"),
+        ([*with_good, "--asked", "text.json"], "--asked text.json: is not json (Expecting"),
         ([*with_good, "--asked", "list.json"], "--asked list.json: must have an object such as"),
         ([*with_good, "--asked", "empty.json"], "--asked empty.json: must have an object such as"),
         ([*with_good, "--asked", "word.json"], "1.png has no object of attributes"),
