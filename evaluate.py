@@ -61,6 +61,7 @@ from common.data import Images, draw_batch, is_grey, labels_of, load_digits, nor
 from common.device import Device, Precision, make_accelerator, place
 from common.figures import save_curves, save_table
 from common.files import atomic_write, make_output_dir
+from common.json_files import read_object
 from common.rng import derive_seed, make_rng, seed_dropout
 from common.run import Run, environment
 from common.training import update_ema, warmup_cosine
@@ -675,7 +676,7 @@ def claim_result(folder: Path, name: str) -> Path:
     """
     file = make_output_dir(folder) / "result.json"
     is_run = (folder / "config.json").exists()
-    if is_run or (file.exists() and f'"score": "{name}"' not in file.read_text()):
+    if is_run or (file.exists() and read_object(file).get("score") != name):
         raise UserError(
             f"--output-dir {folder}: holds a run or another score; choose a folder of its own"
         )

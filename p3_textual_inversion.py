@@ -40,6 +40,7 @@ from common.data import decode_images, list_images, normalise, to_uint8
 from common.device import Device, Precision, make_accelerator, peak_memory
 from common.figures import save_curves, save_image
 from common.files import atomic_write, make_output_dir
+from common.json_files import read_json
 from common.rng import make_rng
 from common.run import Run
 from inversion.concepts import (
@@ -264,9 +265,8 @@ def learn(
         raise AssertionError("the embeddings of other words have changed")
     save_words(run.dir / "word.safetensors", {concept.word: word.rows})
     save_words(run.dir / "snapshots.safetensors", named_snapshots(word, args.snapshot_every))
-    history = run.history()
-    if history:
-        draw_curves(run, history)
+    if run.rows:
+        draw_curves(run, run.history())
     run.finish(
         {
             "word": concept.word,
@@ -567,8 +567,8 @@ def prepare_folders(
 def read_settings(file: Path) -> Any:
     """The settings of the images that are there; None if the file is damaged."""
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
+        return read_json(file)
+    except UserError:
         return None
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common.cli import UserError
 from common.data import list_images
+from common.json_files import read_text
 
 ATTRIBUTES_FILE = "list_attr_celeba.txt"  # in the folder face/ of a data folder
 VALUES = {"1", "-1"}
@@ -83,12 +84,9 @@ def read_attributes(path: Path) -> AttributeTable:
     Raises UserError, with the number of the line, for a file that is missing or not in that layout:
     another number of rows, values other than 1 and -1, or a name that is there twice.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path}: there is no such file of attributes")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    lines = read_text(path).splitlines()
     while lines and not lines[-1].strip():
         lines.pop()
     if len(lines) < 3:

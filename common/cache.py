@@ -23,6 +23,8 @@ def read_cached(
     None also for a file that is damaged, has another key inside, another type or shape (None
     stands for any length), or other numbers than were written.
     """
+    if not path.is_file():  # a pipe would be waited for
+        return None
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

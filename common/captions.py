@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common.cli import UserError
 from common.data import decode_cached
-from common.json_files import JsonError, parse_json
+from common.json_files import FileError, parse_json, read_text
 
 
 def read_captioned(folder: Path, size: int, cache_dir: Path | None) -> tuple[Tensor, list[str]]:
@@ -35,12 +35,9 @@ def paths_of(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
 def read_metadata(folder: Path) -> list[dict[str, Any]]:
     """The lines of FOLDER/metadata.jsonl. Raises UserError for a line without image or caption."""
     file = folder / "metadata.jsonl"
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"{file}: no such file; it gives each image's caption")
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from None
+    lines = read_text(file).split("\n")
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -56,7 +53,7 @@ def read_line(line: str, where: str) -> dict[str, Any]:
         row = parse_json(line)
         name = row["file_name"]
         text = row["text"]
-    except (JsonError, KeyError, TypeError):
+    except (FileError, KeyError, TypeError):
         raise UserError(f'{where}: not of the form {{"file_name": …, "text": …}}') from None
     if not isinstance(name, str) or not isinstance(text, str):
         raise UserError(f"{where}: file_name and text must be strings")

@@ -85,7 +85,7 @@ def run_cli(commands: Any, main: Callable[[Any], Any]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError) as error:  # an OSError (a full disk, for example) names its file
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))[:LONGEST_MESSAGE]}", file=sys.stderr)
         sys.exit(1 if isinstance(error, IncompleteError) else 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from common.cli import UserError
+from common.data import decode_image
 from common.files import atomic_write
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 200)
 
 def read_grids(folder: Path) -> list[Image.Image]:
     """The grids epoch_0001.png, … of a training run, in order."""
-    return [Image.open(file).convert("RGB") for file in sorted(folder.glob("epoch_*.png"))]
+    files = sorted(folder.glob("epoch_*.png"))
+    return [Image.fromarray(decode_image(file).transpose(1, 2, 0)) for file in files]
 
 
 # Plots

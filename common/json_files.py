@@ -1,4 +1,8 @@
-"""JSON that others have written: strict, and each fault of it is one phrase."""
+"""Text and json files that anyone may have written or damaged: read strictly, or refused.
+
+Json here is what all programs read alike: no NaN, no key twice, no half characters, few levels.
+A pipe and a device are no files: the one would be waited for, the other never ends.
+"""
 
 from __future__ import annotations
 
@@ -7,66 +11,104 @@ import math
 from pathlib import Path
 from typing import Any
 
+from common.cli import UserError
+
 DEEPEST = 20  # levels of lists and objects inside one another
 
 
-class JsonError(ValueError):
-    """A text that is no strict JSON. The message is a phrase such as "has a key twice"."""
+class FileError(ValueError):
+    """A file that cannot be read. The message is one phrase about it."""
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8. Raises UserError that names the file."""
+    try:
+        return text_of(path)
+    except FileError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file in UTF-8, with or without a byte order mark.
-
-    Raises JsonError for a text that is no strict JSON, and OSError for a file that cannot be read.
-    """
-    if not path.is_file():  # a pipe would be waited for
-        raise FileNotFoundError(f"{path}: no such file")
+    """The content of a json file, of any type. Raises UserError that names the file."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return parse_json(text_of(path))
+    except FileError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a json file. Raises UserError that names the file."""
+    try:
+        return object_of(path)
+    except FileError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+# The same with FileError, for those who say more than the path
+
+
+def text_of(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark. Raises FileError."""
+    if not path.exists():
+        raise FileError("no such file")
+    if not path.is_file():
+        raise FileError("is not a file")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise FileError(f"cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise JsonError("is not in UTF-8") from None
-    return parse_json(text)
+        raise FileError("is not in UTF-8") from None
 
 
-def parse_json(text: str) -> Any:
-    """Read a text as JSON.
+def object_of(path: Path, half_characters: bool = False) -> dict[str, Any]:
+    """The object in a json file. Raises FileError."""
+    content = parse_json(text_of(path), half_characters)
+    if not isinstance(content, dict):
+        raise FileError("is not a json object")
+    return content
 
-    Raises JsonError for what is damaged, nested too deeply, or has a key twice, a number that is
-    not finite, or half a character (a lone surrogate).
+
+def parse_json(text: str, half_characters: bool = False) -> Any:
+    r"""The content of a json text. Raises FileError for what no script of ours writes.
+
+    With `half_characters`, texts may have surrogates, such as \ud800, which cannot be encoded.
     """
     try:
         content = json.loads(
-            text, object_pairs_hook=without_repeats, parse_float=finite, parse_constant=finite
+            text,
+            object_pairs_hook=without_repeats,
+            parse_float=finite,
+            parse_constant=finite,
         )
-        json.dumps(content, ensure_ascii=False).encode()
-    except JsonError:
+        if "\\u" in text and not half_characters:
+            json.dumps(content, ensure_ascii=False).encode()
+    except FileError:
         raise
-    except UnicodeEncodeError:
-        raise JsonError("has half a character") from None
     except RecursionError:
-        raise JsonError("is not json (nested too deeply)") from None
+        raise FileError("is not json (nested too deeply)") from None
+    except UnicodeEncodeError:
+        raise FileError("is not json (half of a character)") from None
     except ValueError as error:
-        raise JsonError(f"is not json ({str(error)[:100]})") from None
+        raise FileError(f"is not json ({str(error)[:100]})") from None
     if depth_of(content) > DEEPEST:
-        raise JsonError("is not json (nested too deeply)")
+        raise FileError("is not json (nested too deeply)")
     return content
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raises JsonError for a key that it has twice."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise JsonError(f"has the key {ascii(name)[:60]} twice")
-        found[name] = value
+    """An object of json. Raises FileError for a key that it has twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise FileError("has a key twice")
     return found
 
 
 def finite(text: str) -> float:
-    """A number of JSON. Raises JsonError for NaN, Infinity, and 1e999, which is infinite."""
+    """A number of json. Raises FileError for NaN, Infinity, and 1e999, which is infinite."""
     value = float(text)
     if not math.isfinite(value):
-        raise JsonError(f"has the number {text[:20]}")
+        raise FileError(f"has the number {text[:20]}")
     return value
 
 
@@ -74,10 +116,13 @@ def depth_of(content: Any) -> int:
     """How many levels of lists and objects are inside one another."""
     depth = 0
     level = [content]
-    while level := [value for value in level if isinstance(value, dict | list)]:
-        depth += 1
+    while level:
         inner: list[Any] = []
         for value in level:
-            inner += value.values() if isinstance(value, dict) else value
-        level = inner
+            if isinstance(value, dict):
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+        depth += 1
+        level = [value for value in inner if isinstance(value, dict | list)]
     return depth

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, get_args
 import safetensors
 
 from common.cli import LARGEST_SEED
-from common.json_files import JsonError, parse_json
+from common.json_files import FileError, parse_json
 from common.names import is_folder_name, is_label
 from diffusion.noise_levels import NoiseLevels, Parametrization
 from diffusion.samplers import Clamp
@@ -46,6 +46,8 @@ def read_config(path: Path) -> dict[str, Any]:
     Its values are not checked (`check_config` does that). Raises MetadataError for a file or a
     configuration that is damaged.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise MetadataError("no such file")
     try:
         with safetensors.safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
@@ -61,7 +63,7 @@ def parse_config(text: str) -> dict[str, Any]:
         raise MetadataError(f"its configuration is longer than {LONGEST_CONFIG:,} characters")
     try:
         config = parse_json(text)
-    except JsonError as error:
+    except FileError as error:
         raise MetadataError(f"its configuration {error}") from None
     if not isinstance(config, dict):
         raise MetadataError("its configuration is not a json object")

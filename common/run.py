@@ -27,6 +27,7 @@ from tqdm import tqdm
 from common.checkpoints import save_net
 from common.cli import UserError
 from common.files import ROOT, atomic_write, make_output_dir
+from common.json_files import FileError, parse_json, read_object
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,6 +62,7 @@ class Run:
         self.stop_signal: int | None = None  # the signal that this process received
         self.stopping = False  # all processes agreed to stop
         self.sums: dict[str, Tensor] = {}  # of this epoch's losses so far
+        self.rows: list[dict[str, Any]] = []  # of metrics.jsonl
         self.latest: dict[str, Tensor] = {}  # the last step's losses, for the progress bar
         accelerator.wait_for_everyone()  # all have looked before the first one writes
 
@@ -118,7 +120,7 @@ class Run:
             if path.suffix == ".pt":
                 content = torch.load(path, map_location="cpu", weights_only=True)
             else:
-                content = json.loads(path.read_text())
+                content = read_object(path)
         except Exception:  # our own writing leaves no half files: something else damaged this one
             raise self._damaged(path) from None
         if not isinstance(content, dict):
@@ -133,17 +135,19 @@ class Run:
     def load_state(self, parts: dict[str, Any]) -> int:
         """Load last.pt into `parts` (networks, optimizers); returns the number of steps done.
 
-        Also drops the rows of metrics.jsonl after that step, and writes config.json for a new run.
+        Also writes metrics.jsonl again with the rows that last.pt has, and config.json for a new
+        run.
         """
         path = self.dir / "last.pt"
-        state: dict[str, Any] = {"step": 0, "seconds": 0.0, "sums": {}}
-        rows = []
+        state: dict[str, Any] = {"step": 0, "seconds": 0.0, "sums": {}, "rows": []}
         if path.exists():
             state = self._read(path)
             try:
                 for name, part in parts.items():
                     restore(part, state.pop(name))
                 state.setdefault("sums", {})
+                if "rows" not in state:  # of an older version
+                    state["rows"] = self._read_rows()
                 check_progress(state)
             except BAD_STATE as error:
                 reason = " ".join(str(error).split())[:120]
@@ -151,16 +155,16 @@ class Run:
                     f"{path}: damaged, or written by another version of this script ({reason}); "
                     f"remove {self.dir} to start again"
                 ) from None
-            rows = [row for row in self.history() if row["step"] <= state["step"]]
             self.log(f"continuing {self.dir} after step {state['step']:,}")
         self.seconds_before = state["seconds"]
         device = self.accelerator.device
         self.sums = {key: value.to(device) for key, value in state["sums"].items()}
+        self.rows = [row for row in state["rows"] if row["step"] <= state["step"]]
         if self.is_main:
             if not self.config_file.exists():
                 config = {"arguments": self.arguments, **environment(self.accelerator)}
                 atomic_write(self.config_file, json.dumps(config, indent=1) + "\n")
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             atomic_write(self.dir / "metrics.jsonl", lines)
         return state["step"]
 
@@ -173,7 +177,8 @@ class Run:
         if self.is_main:
             self.check_weights(step, parts)
             state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"step": step, "seconds": self.seconds(), "sums": self.sums}
+            state |= {"step": step, "seconds": self.seconds()}
+            state |= {"sums": self.sums, "rows": self.rows}
             atomic_write(self.dir / "last.pt", lambda path: torch.save(state, path))
         self.last_save = time.monotonic()
 
@@ -211,6 +216,11 @@ class Run:
         Raises UserError for a loss that is not finite; last.pt then stays as it was. On a GPU only
         every 50th step is checked, because a check makes the CPU wait for the GPU.
         """
+        if self.sums and self.sums.keys() != values.keys():
+            raise UserError(
+                f"{self.dir / 'last.pt'}: has the losses {', '.join(self.sums)}, but this run has "
+                f"{', '.join(values)}; remove {self.dir} to start again"
+            )
         on_cpu = self.accelerator.device.type == "cpu"
         if on_cpu or step % 50 == 0:
             stacked = torch.stack([value.detach().float() for value in values.values()])
@@ -240,8 +250,9 @@ class Run:
         lost = [name for name, value in row.items() if is_not_finite(value)]
         if lost:
             self.log(f"step {row['step']:,}: {', '.join(lost)} not finite, null in metrics.jsonl")
-        with (self.dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row | dict.fromkeys(lost)) + "\n")
+        line = json.dumps(row | dict.fromkeys(lost))
+        self.rows.append(json.loads(line))
+        self._append("metrics.jsonl", line)
 
     def log_row(self, row: dict[str, Any]) -> None:
         """Log a row of metrics in words, without its "step"."""
@@ -251,6 +262,16 @@ class Run:
         self.log(", ".join(words))
 
     def history(self) -> list[dict[str, Any]]:
+        """The rows of metrics so far, with the same names in each.
+
+        They are those of this process and of last.pt, so that what happened to metrics.jsonl in
+        between does no harm. Raises UserError if there is none, or if they do not fit one another.
+        """
+        if not self.rows or any(row.keys() != self.rows[-1].keys() for row in self.rows):
+            raise self._damaged(self.dir / "last.pt")
+        return [dict(row) for row in self.rows]
+
+    def _read_rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl. Lines that are no rows are left out, and doubled ones."""
         file = self.dir / "metrics.jsonl"
         if not file.is_file():
@@ -276,8 +297,15 @@ class Run:
         """Print a line and append it to log.txt with the time."""
         self.print(text)
         if self.is_main:
-            with (self.dir / "log.txt").open("a") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+
+    def _append(self, name: str, line: str) -> None:
+        """Append a line to a file of this run. Raises UserError if something else is there."""
+        path = self.dir / name
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path}: is not a file; remove it")
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
 
     # Results
 
@@ -389,10 +417,11 @@ def check_optimizer_value(name: str, value: Any, parameter: Tensor) -> None:
 
 
 def check_progress(state: dict[str, Any]) -> None:
-    """Raise ValueError unless step, seconds and sums can be those of a run."""
+    """Raise ValueError unless step, seconds, sums and rows can be those of a run."""
     step = state["step"]
     seconds = state["seconds"]
     sums = state["sums"]
+    rows = state["rows"]
     if type(step) is not int or step < 0:
         raise ValueError(f"the step is {str(step)[:40]}")
     if type(seconds) is not float or not 0 <= seconds < math.inf:
@@ -400,15 +429,28 @@ def check_progress(state: dict[str, Any]) -> None:
     for name, value in sums.items():
         if not isinstance(value, Tensor) or value.ndim or not value.isfinite():
             raise ValueError(f"the sum of {name} is not a number")
+    if not isinstance(rows, list) or not all(is_row(row) for row in rows):
+        raise ValueError("the rows of metrics are no rows")
 
 
 def row_of(line: bytes) -> dict[str, Any] | None:
     """The row of metrics in a line; None if it holds none, because it was half written."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_json(line.decode())
+    except (FileError, UnicodeDecodeError):
         return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+    return row if is_row(row) else None
+
+
+def is_row(row: Any) -> bool:
+    """Whether a value is a row of metrics: an object of names and numbers, with a "step"."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    for name, value in row.items():
+        is_number = type(value) in (int, float) and not is_not_finite(value)
+        if not isinstance(name, str) or not (is_number or value is None):
+            return False
+    return True
 
 
 def is_not_finite(value: Any) -> bool:

@@ -37,6 +37,7 @@ from common.data import Images, load_digits
 from common.device import Device, Precision, make_accelerator
 from common.figures import save_table
 from common.files import atomic_write, make_output_dir
+from common.json_files import read_object
 from common.run import environment
 from diffusion.schedule import Spacing
 from metrics.digits import NETS, evaluate_digits
@@ -245,11 +246,11 @@ def read_rows(file: Path, expected: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of an earlier sitting. Raises UserError if they were measured otherwise."""
     if not file.exists():
         return []
-    try:
-        content = json.loads(file.read_text())
-        before, rows = content["arguments"], content["rows"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise UserError(f"{file}: damaged or not a table; remove it") from None
+    content = read_object(file)
+    before = content.get("arguments")
+    rows = content.get("rows")
+    if not isinstance(before, dict) or not isinstance(rows, list):
+        raise UserError(f"{file}: damaged or not a table; remove it")
     changes = []
     for name, value in expected.items():
         if before.get(name) != value:

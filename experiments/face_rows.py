@@ -22,6 +22,7 @@ from common.device import Device, available_devices
 from common.faces import face_names, load_faces
 from common.figures import save_image, save_labelled, save_table
 from common.files import atomic_write, make_output_dir
+from common.json_files import read_json, read_object
 from common.rng import make_rng
 from metrics.features import EFFICIENTNET_PACKAGE, MissingPackageError
 
@@ -140,7 +141,7 @@ def read_or_compute(command: Any) -> dict[str, Any]:
     file = command.output_dir / "result.json"
     if not file.exists():
         evaluate.main(command)
-    return json.loads(file.read_text())
+    return read_object(file)
 
 
 def timed(folder: Path, count: int, write: Callable[[], Any]) -> float:
@@ -151,7 +152,15 @@ def timed(folder: Path, count: int, write: Callable[[], Any]) -> float:
         write()
         seconds = (time.monotonic() - started) / count
         atomic_write(file, json.dumps(seconds) + "\n")
-    return json.loads(file.read_text())
+    return read_seconds(file)
+
+
+def read_seconds(file: Path) -> float:
+    """The number in a file of `timed`. Raises UserError for anything else."""
+    seconds = read_json(file)
+    if type(seconds) is not float:
+        raise UserError(f"{file}: is not a number of seconds; remove it")
+    return seconds
 
 
 class Lines:
@@ -225,7 +234,7 @@ def check_shared(output_dir: Path, shared: dict[str, Any]) -> None:
     words = {name: str(value) for name, value in shared.items()}
     about = make_output_dir(output_dir) / "about.json"
     if about.exists():
-        before = json.loads(about.read_text())
+        before = read_object(about)
         for name, value in words.items():
             if before.get(name) != value:
                 raise UserError(

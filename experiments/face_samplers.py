@@ -34,6 +34,8 @@ from common.cli import UserError, at_least, each_once, in_range, is_seed, run_cl
 from common.device import Device, Precision
 from common.figures import save_table
 from common.files import atomic_write, make_output_dir
+from common.json_files import read_object
+from experiments.face_rows import read_seconds
 from models.ddim_unet import DdimUnet
 
 # The options that all rows of a table share.
@@ -129,12 +131,12 @@ def measure(args: Table, noises: Path, steps: int, eta: float) -> dict[str, Any]
     faces = folder / "faces" / "result.json"
     if not faces.exists():
         evaluate.main(evaluate.Faces(images, real=val, output_dir=faces.parent))
-    distance = json.loads(fid.read_text())
-    rate = json.loads(faces.read_text())
-    seconds = json.loads(cost.read_text())
+    distance = read_object(fid)
+    rate = read_object(faces)
+    seconds = read_seconds(cost)
     row = {**distance, **rate, "metric": distance["metric"], "seconds": seconds}
     if kid.exists():
-        kernel_distance = json.loads(kid.read_text())
+        kernel_distance = read_object(kid)
         row["kid"] = kernel_distance["distance"]
         row["kid_floor"] = kernel_distance["floor"]
     return row
@@ -166,7 +168,7 @@ def check_shared(args: Table) -> None:
     shared["data_dir"] = str(args.data_dir.resolve())
     shared["checkpoint"] = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
     about = make_output_dir(args.output_dir) / "about.json"
-    if about.exists() and json.loads(about.read_text()) != shared:
+    if about.exists() and read_object(about) != shared:
         raise UserError(
             f"--output-dir {args.output_dir}: holds a table of something else (see about.json)"
         )

@@ -45,6 +45,7 @@ from common.data import list_images, load_folder, normalise
 from common.device import Device, Precision
 from common.figures import pyplot
 from common.files import ROOT, atomic_write
+from common.json_files import read_json, read_object
 from common.rng import make_rng
 from experiments.face_rows import (
     Lines,
@@ -250,7 +251,7 @@ def own_hit_rate(args: Table, names: Sequence[str], folder: Path) -> float:
     model = p2_guided.load_model(options)
     assert model.classifier is not None
     images = load_folder(folder, (model.net.image_size, model.net.image_size))
-    asked_of = json.loads((folder / ASKED_FILE).read_text())
+    asked_of = read_object(folder / ASKED_FILE)
     device = model.accelerator.device
     logits = []
     for some in images.pixels.split(args.batch_size):
@@ -283,7 +284,7 @@ def score(args: Table, names: Sequence[str], folder: Path) -> dict[str, Any]:
     file = folder / "own.json"
     if not file.exists():
         atomic_write(file, json.dumps(own_hit_rate(args, names, folder / "asked")) + "\n")
-    found["own"] = json.loads(file.read_text())
+    found["own"] = read_json(file)
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from common.checkpoints import load_weights
 from common.cli import UserError
 from common.files import atomic_write
-from common.json_files import JsonError, read_json
+from common.json_files import read_json
 
 Kind = Literal["object", "style"]
 
@@ -107,12 +107,7 @@ def read_concepts(path: Path) -> list[Concept]:
     Raises UserError that names the file, the concept and the key for everything that is missing, of
     another type, or not safe as the name of a folder, and for a prompt without its word.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        content = read_json(path)
-    except JsonError as error:
-        raise UserError(f"{path}: {error}") from None
+    content = read_json(path)
     if not isinstance(content, dict) or not 1 <= len(content) <= MOST_CONCEPTS:
         raise UserError(f'{path}: not of the form {{"0": {{"token_name": …}}, "1": …}}')
     concepts = [read_concept(path, name, entry) for name, entry in content.items()]

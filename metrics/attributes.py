@@ -25,7 +25,7 @@ from common.checkpoints import load_net
 from common.classification import normalised_batches
 from common.cli import UserError
 from common.data import decode_cached, decode_images, list_images
-from common.json_files import JsonError, read_json
+from common.json_files import FileError, parse_json, text_of
 from metrics.digits import diversity
 from metrics.features import (
     EFFICIENTNET_PACKAGE,
@@ -120,10 +120,10 @@ def load_generated(
     files = list_images(folder, recursive=True)
     asked: dict[Path, dict[str, int]] = {}
     if asked_file is not None:
-        asked = read_asked(asked_file, folder, attributes, f"--asked {asked_file}")
+        asked = read_asked(asked_file, folder, files, attributes, f"--asked {asked_file}")
     else:
         for path in sorted(folder.rglob(ASKED_FILE)):
-            asked |= read_asked(path, path.parent, attributes, str(path))
+            asked |= read_asked(path, path.parent, files, attributes, str(path))
         if not asked:
             raise UserError(
                 f"{folder}: has no {ASKED_FILE}; --asked FILE says what was asked of each image"
@@ -148,27 +148,27 @@ def load_generated(
 
 
 def read_asked(
-    path: Path, folder: Path, attributes: Sequence[str], what: str
+    path: Path, folder: Path, files: Sequence[Path], attributes: Sequence[str], what: str
 ) -> dict[Path, dict[str, int]]:
     """What a JSON file {image: {attribute: 1 or -1}} asks of the images in `folder`.
 
-    Raises UserError, which calls the file `what`, if it is not like that.
+    `files` are the images that there are. Raises UserError, which calls the file `what`, if it is
+    not like that.
     """
     try:
-        content = read_json(path)
-    except FileNotFoundError:
-        raise UserError(f"{what}: no such file") from None
-    except JsonError as error:
+        content = parse_json(text_of(path))
+    except FileError as error:
         raise UserError(f"{what}: {error}") from None
     if not isinstance(content, dict) or not content:
         raise UserError(
             f'{what}: must have an object such as {{"0000.png": {{"Smiling": 1, "Male": -1}}}}'
         )
     asked = {}
+    known_files = set(files)
     for image, request in content.items():
         file = folder / image
-        if not file.is_file():
-            raise UserError(f"{what}: asks something of {image}, which is not in {folder}")
+        if file not in known_files:
+            raise UserError(f"{what}: asks something of {image[:60]}, which is not in {folder}")
         if not isinstance(request, dict):
             raise UserError(f"{what}: {image} has no object of attributes")
         for name, value in request.items():

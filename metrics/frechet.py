@@ -14,13 +14,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.cli import UserError
+from common.cli import LARGEST_COUNT, UserError
 from common.data import list_images
 from common.files import atomic_write
+from common.names import is_label
 from common.rng import make_rng
 from metrics.features import EFFICIENTNET, PUBLISHED, RANDOM, Embedding, embed_images
 
 PUBLISHED_FEATURES = 2048
+LARGEST_STATISTIC = 1e30  # beyond it, products of them are infinite
 FRECHET_METRICS = {
     PUBLISHED: "FID",
     EFFICIENTNET: "EfficientNet Fréchet distance",
@@ -120,11 +122,13 @@ def load_statistics(path: Path) -> Statistics:
         raise UserError(f"{path}: no such file")
     try:
         with np.load(path) as file:
-            mean = file["mu"].astype(np.float64)
-            covariance = file["sigma"].astype(np.float64)
+            mean = real_numbers(file["mu"])
+            covariance = real_numbers(file["sigma"])
             features = str(file["features"]) if "features" in file else PUBLISHED
-            count = int(file["count"]) if "count" in file else 0  # 0 is unknown
-        if not are_statistics(mean, covariance) or count < 0:
+            count = float(file["count"]) if "count" in file else 0  # 0 is unknown
+        if not are_statistics(mean, covariance) or not is_label(features):
+            raise ValueError
+        if not 0 <= count <= LARGEST_COUNT or count != int(count):
             raise ValueError
     except Exception:  # a damaged archive can raise anything
         raise UserError(
@@ -135,7 +139,14 @@ def load_statistics(path: Path) -> Statistics:
             f"{path}: has {len(mean)} features, but FID has {PUBLISHED_FEATURES} "
             "(pytorch-fid's --dims)"
         )
-    return Statistics(mean, covariance, features, count or None)
+    return Statistics(mean, covariance, features, int(count) or None)
+
+
+def real_numbers(array: np.ndarray) -> np.ndarray:
+    """An array of numbers as float64. Raises ValueError for texts, objects and complex numbers."""
+    if array.dtype.kind not in "fiu":
+        raise ValueError(array.dtype)
+    return array.astype(np.float64)
 
 
 def are_statistics(mean: np.ndarray, covariance: np.ndarray) -> bool:
@@ -145,6 +156,8 @@ def are_statistics(mean: np.ndarray, covariance: np.ndarray) -> bool:
     if not np.isfinite(mean).all() or not np.isfinite(covariance).all():
         return False
     largest = np.abs(covariance).max()
+    if max(largest, np.abs(mean).max()) > LARGEST_STATISTIC:
+        return False
     if np.abs(covariance - covariance.T).max() > 1e-5 * largest:
         return False
     return np.linalg.eigvalsh(covariance)[0] >= -1e-4 * largest
@@ -198,4 +211,11 @@ def measure(
     for key, source in sources.items():
         if embedding is not None and key not in measured:
             measured[key] = measure_images(source, embedding, batch_size)
+    size = len(measured["real"].mean)
+    for key, statistics in measured.items():
+        if len(statistics.mean) != size:
+            raise UserError(
+                f"{sources[key].path}: has {len(statistics.mean):,} features, but "
+                f"{sources['real'].path} has {size:,}"
+            )
     return measured

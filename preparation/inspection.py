@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ from common.checkpoints import load_weights
 from common.class_folders import find_domain
 from common.cli import UserError
 from common.data import DIGIT_SIZE, FORMATS, list_images, read_labels
-from common.json_files import JsonError, read_json
+from common.json_files import read_object
 from common.names import is_hidden
 from common.noises import find_noises, load_noise, problem_of_noise
 from inversion.concepts import read_concepts
@@ -308,14 +307,11 @@ def inspect_zero_shot(folder: Path, report: Report) -> None:
 
 def read_class_names(file: Path, report: Report) -> dict[str, Any] | None:
     """The content of id2label.json; None, and a problem, if it is missing or something else."""
-    labels = None
-    if file.is_file():
-        with contextlib.suppress(OSError, JsonError):
-            labels = read_json(file)
-    if isinstance(labels, dict):
-        return labels
-    report.problems.append(f"{file}: missing, or not a json dictionary of class ids and names")
-    return None
+    try:
+        return read_object(file)
+    except UserError as error:
+        report.problems.append(str(error))
+        return None
 
 
 # Objects in two domains

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from common.cli import UserError
+from common.json_files import read_json
 from common.rng import make_rng
 
 CONCEPT_IMAGES = 5  # of each concept that textual inversion learns
@@ -33,8 +34,8 @@ def is_finished(data_dir: Path, part: str, settings: dict[str, Any]) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        made = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError, RecursionError):
+        made = read_json(folder / MANIFEST)
+    except UserError:
         made = None
     if made != settings:
         found = made or "not made by this script"

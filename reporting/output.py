@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from PIL import Image
 from common.cli import UserError
 from common.data import FORMATS
 from common.files import ROOT
+from common.json_files import FileError, object_of, text_of
 from common.metadata import MetadataError, read_config
 from common.names import is_hidden
 
@@ -90,13 +90,13 @@ class Output:
         One of a released network also has a key of that name.
         """
         path, is_released = self.find(name)
-        if not path.is_file():
+        if not path.exists():
             return {}
         try:
-            content = dict(json.loads(path.read_text(encoding="utf-8")))
+            content = object_of(path, half_characters=True)  # `clean` shows them as question marks
             return content | {RELEASED: True} if is_released else content
-        except (ValueError, TypeError, RecursionError, OSError) as error:
-            self.note_file(path, f"not a whole json object ({one_line(error)})")
+        except FileError as error:
+            self.note_file(path, f"not a whole json object ({error})")
             return {}
 
     def arguments(self, name: str) -> dict[str, Any]:
@@ -112,11 +112,11 @@ class Output:
         path, is_released = self.find(name)
         if is_released:
             title += ", released network"
-        if not path.is_file():
+        if not path.exists():
             return Table(title, [])
         try:
-            rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
-        except (ValueError, OSError, csv.Error) as error:
+            rows = list(csv.reader(text_of(path).splitlines()))
+        except (FileError, csv.Error) as error:
             self.note_file(path, f"not a whole csv table ({one_line(error)})")
             return Table(title, [])
         rows = [row for row in rows if row]
@@ -128,7 +128,7 @@ class Output:
     def metadata(self, name: str) -> dict[str, Any]:
         """The configuration in a network's file; empty if there is no file, or a broken one."""
         path = self.folder / name
-        if not path.is_file():
+        if not path.exists():
             return {}
         try:
             return read_config(path)
@@ -175,10 +175,11 @@ class Output:
         None, and noted in `missing`, if it is not there or broken.
         """
         path, is_released = self.find(name)
-        if not path.is_file():
+        if not path.exists():
             self.missing.append([f"figure: {what}", f"not run ({name} is not there)"])
             return None
         try:
+            refuse_special(path)
             content = path.read_bytes()
             with open_image(path, LARGEST_IMAGE) as image:
                 image.load()
@@ -251,11 +252,18 @@ def has_course_counts(data_dir: Path, part: str) -> bool:
 
 def open_image(path: Path, most: int) -> Image.Image:
     """Open an image of at most `most` pixels. Raises ValueError for a larger one."""
+    refuse_special(path)
     image = Image.open(path, formats=FORMATS)
     if image.width * image.height > most:
         image.close()
         raise ValueError("the image is too large")
     return image
+
+
+def refuse_special(path: Path) -> None:
+    """Raise ValueError for a pipe, which would be waited for, or a device, which never ends."""
+    if not path.is_file():
+        raise ValueError("not a file")
 
 
 def one_line(error: Exception) -> str:

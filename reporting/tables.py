@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from common.files import ROOT
+from common.json_files import FileError, text_of
 from common.names import is_folder_name, is_label
 from reporting.output import OTHER, RELEASED, Output, Row, Table
 from reporting.verdicts import BARS, HEADER, NO_BAR, Measure, number
@@ -371,11 +372,15 @@ def clip_table(output: Output) -> Table:
 
 def steps_table(output: Output) -> Table:
     """The commands in the order in which they ended, with their seconds."""
-    notes = list((output.folder / "steps").glob("*.txt"))
-    notes.sort(key=lambda path: path.stat().st_mtime_ns)
+    notes = {}
+    for path in (output.folder / "steps").glob("*.txt"):
+        try:
+            notes[path] = text_of(path)
+        except FileError as error:
+            output.note_file(path, str(error))
     rows = [["step", "command", "seconds of the last sitting"]]
-    for path in notes:
-        command, seconds = [*path.read_text().splitlines(), "", ""][:2]
+    for path in sorted(notes, key=lambda path: path.stat().st_mtime_ns):
+        command, seconds = [*notes[path].splitlines(), "", ""][:2]
         rows.append([path.stem, command, seconds])
     return Table("Commands, in order", rows)
 

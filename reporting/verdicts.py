@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 from reporting.output import COURSE, SYNTHETIC, Row
 
@@ -69,6 +70,10 @@ class Measure:
     images: int | None = None
     """How many images were measured."""
 
+    def __post_init__(self) -> None:
+        refuse_other(self.value)
+        refuse_other(self.images)
+
     def row(self) -> Row:
         """The row under HEADER."""
         value = number(self.value, after=self.spread)
@@ -107,6 +112,13 @@ class Measure:
 
 def number(value: float | None, before: str = "", after: str = "") -> str:
     """A number with two decimals between two texts; empty if there is none."""
+    refuse_other(value)
     if value is None:
         return ""
     return f"{before}{value:,.2f}{after}"
+
+
+def refuse_other(value: Any) -> None:
+    """Raise TypeError for a value of a file that is no number; true and false are none either."""
+    if value is not None and type(value) not in (int, float):
+        raise TypeError(f"{value!r} is not a number")

@@ -62,7 +62,7 @@ def test_what_is_missing_is_named(tmp_path):
         attributes_of(tmp_path)
     path = write(tmp_path, "\xff")
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is not in UTF-8"):
         read_attributes(path)
     table = read_attributes(write(tmp_path, GOOD))
     with pytest.raises(UserError, match="has no attribute 'Hat'; it has Bald Smiling"):

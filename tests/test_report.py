@@ -5,6 +5,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -709,8 +710,27 @@ BROKEN = [
     ),
     ("p1/dcgan/figures/training.gif", b"GIF89a", "not a whole image"),
     ("p2/generated/face-ddpm/0000.png", b"x", "not a whole image"),
-    ("steps/dcgan.txt", b"\xff\xfe", "table steps"),
+    ("steps/dcgan.txt", b"\xff\xfe", "steps/dcgan.txt: is not in UTF-8"),
+    ("p3/clip/result.json", '{"accuracy": true}', "table p3_clip"),
+    ("p3/clip/result.json", '{"accuracy": 71.8, "accuracy": 99}', "has a key twice"),
+    ("p3/clip/result.json", '{"accuracy": NaN}', "has the number NaN"),
 ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("p1/dcgan/config.json", "p3/clip/result.json", "p3/table.csv", "p3/clip/cases.png"),
+        *("p2/generated/face-ddpm/0000.png", "p2/face-ddpm/model.safetensors", "steps/a.txt"),
+    ],
+)
+def test_a_pipe_is_left_out_and_not_waited_for(output, capsys, name):
+    file = output / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    with pytest.raises(IncompleteError, match=rf"left out of .*{name}: "):
+        report.main(Report(output))
 
 
 @pytest.mark.parametrize(("name", "content", "words"), BROKEN)

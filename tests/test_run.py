@@ -93,9 +93,8 @@ def test_a_damaged_run_directory_is_named(tmp_path):
     run.load_state({})
     run.log_metrics({"step": 1})
     run.save_state(1, {})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "lo')
-    assert run.history() == [{"step": 1}]  # without the half line
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "lo')
+    assert run.history() == [{"step": 1}]  # of last.pt
 
     state = tmp_path / "last.pt"
     state.write_bytes(state.read_bytes()[:50])
@@ -163,6 +162,11 @@ FIRST = ("adam", "state", 0)
         (("step",), True),
         (("seconds",), float("nan")),
         (("seconds",), None),
+        (("rows",), None),
+        (("rows",), [1]),
+        (("rows",), [{"loss": 1.0}]),
+        (("rows",), [{"step": 1, "loss": "small"}]),
+        (("rows",), [{"step": 1, "loss": float("nan")}]),
         (("sums",), [1, 2]),
         (("sums",), {"loss": torch.ones(3)}),
         (("sums",), {"loss": torch.tensor(float("inf"))}),
@@ -208,8 +212,60 @@ def test_files_of_a_run_that_hold_something_else_are_named(tmp_path, name, conte
         open_run(Args(tmp_path))
 
 
+def save_without_rows(folder: Path) -> None:
+    """Make last.pt one of an older version, which had the rows in metrics.jsonl alone."""
+    state = torch.load(folder / "last.pt")
+    del state["rows"]
+    torch.save(state, folder / "last.pt")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\n[1]\n", b'{"step": 1, "loss": 9}\n'])
+def test_what_happens_to_metrics_jsonl_does_no_harm(tmp_path, content):
+    begin_run(tmp_path)
+    file = tmp_path / "metrics.jsonl"
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    run = open_run(Args(tmp_path))
+    assert run.load_state({"part": make_optimizer(lr=0.1)}) == 2
+    assert run.history() == [{"step": 1}, {"step": 2}]
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_rows_that_do_not_fit_one_another_are_one_line(tmp_path):
+    run = open_run(Args(tmp_path))
+    with pytest.raises(UserError, match=r"last\.pt: damaged; remove"):
+        run.history()  # no row
+    run.load_state({})
+    run.log_metrics({"step": 1, "loss": 1.0})
+    run.log_metrics({"step": 2})
+    with pytest.raises(UserError, match=r"last\.pt: damaged; remove"):
+        run.history()
+
+
+def test_the_losses_of_another_run_are_one_line(tmp_path):
+    run = open_run(Args(tmp_path))
+    run.load_state({})
+    run.sums = {"evil": torch.tensor(1.0)}
+    with pytest.raises(UserError, match=r"last\.pt: has the losses evil, but this run has loss;"):
+        run.add_losses(0, {"loss": torch.tensor(1.0)})
+
+
+@pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl", "last.pt", "config.json"])
+def test_a_pipe_in_a_run_directory_is_not_waited_for(tmp_path, name):
+    begin_run(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    if name == "metrics.jsonl":  # it is written again, in the place of the pipe
+        open_run(Args(tmp_path)).load_state({"part": make_optimizer(lr=0.1)})
+        return
+    with pytest.raises(UserError, match=rf"{name}: (damaged|is not a file); remove"):
+        open_run(Args(tmp_path)).load_state({"part": make_optimizer(lr=0.1)})
+
+
 def test_lines_that_are_no_rows_of_metrics_are_left_out_and_said(tmp_path, capsys):
     begin_run(tmp_path)
+    save_without_rows(tmp_path)
     file = tmp_path / "metrics.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     broken = [b"[1, 2]\n", b"\xff\xfe\n", b'{"step": "2"}\n', b'{"loss": 1}\n', b'{"step": 3, "lo']

@@ -279,7 +279,7 @@ def test_a_missing_key_is_named(tmp_path, key):
         (b'{"../0": {}}', "may only have letters"),
         (b"[" * 100_000, "not json"),
         (b'{"0": {"baseline": [[1, NaN]]}}', "has the number NaN"),
-        (b'{"0": {"src_image": "\\ud800"}}', "has half a character"),
+        (b'{"0": {"src_image": "\\ud800"}}', "half of a character"),
     ],
 )
 def test_a_malformed_file_is_one_line(tmp_path, content, words):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from common.checkpoints import first_misfit, load_weights, refuse_damaged, shown
 from common.cli import UserError
 from common.data import list_images
-from common.json_files import read_json
+from common.json_files import read_object
 from common.names import is_hidden, is_label
 
 OPENAI = "ViT-B-32, openai"  # the weights that the course uses
@@ -75,10 +75,10 @@ def label_by_folder(folder: Path, data_dir: Path) -> Labelled:
 def label_by_name(folder: Path, id_file: Path) -> Labelled:
     """Images whose names start with a class id, which `id_file` maps to the class's name."""
     try:
-        label_of = read_json(id_file)
+        label_of = read_object(id_file)
         ids = sorted(label_of, key=int)
         names = [label_of[i] for i in ids]
-    except (ValueError, TypeError, LookupError):
+    except ValueError:
         raise UserError(f'{id_file}: not of the form {{"0": "apple", …}}') from None
     for name in names:
         if not is_label(name):
