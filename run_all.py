@@ -41,7 +41,7 @@ from common.names import is_folder_name
 
 POSIX = os.name == "posix"
 POLL_SECONDS = 0.1  # how soon a signal is passed on
-PAGE_SECONDS = 30  # between two writings of the page while the steps run
+PAGE_SECONDS = 60  # between two writings of the page while the steps run
 
 
 @dataclass

