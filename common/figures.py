@@ -57,7 +57,12 @@ def save_grid(pixels: torch.Tensor, path: Path, columns: int) -> None:
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int = 200) -> None:
-    """Write pictures of one size as an animation that rests on the last one for two seconds."""
+    """Write pictures of one size as an animation that rests on the last one for two seconds.
+
+    Without pictures, because somebody removed them, there is no animation.
+    """
+    if not frames:
+        return
     images = [frame.convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
     durations = [milliseconds] * (len(images) - 1) + [2_000]
 

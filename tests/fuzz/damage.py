@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import struct
+import tomllib
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,6 +205,28 @@ def changed(content: Any, rng: random.Random) -> Any:
     return rng.choice(HOSTILE)
 
 
+def change_toml(path: Path, rng: random.Random) -> None:
+    """Put a hostile value in a random place of a TOML file."""
+    content = changed(tomllib.loads(path.read_text()), rng)
+    if isinstance(content, dict):
+        lines = [f"{json.dumps(key)} = {as_toml(value)}\n" for key, value in content.items()]
+        write_text(path, "".join(lines))
+    else:
+        write_text(path, as_toml(content))
+
+
+def as_toml(value: Any) -> str:
+    """A value in TOML, which has no null."""
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(key)} = {as_toml(item)}" for key, item in value.items()]
+        return "{" + ", ".join(parts) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(as_toml(item) for item in value) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return json.dumps("" if value is None else value)
+
+
 def change_cells(path: Path, rng: random.Random) -> None:
     """Change lines or cells of a table in text."""
     lines = path.read_text().split("\n")
@@ -248,6 +273,19 @@ def change_metadata(path: Path, rng: random.Random) -> None:
 def change_tensors(path: Path, rng: random.Random) -> None:
     """Change one value of a pickled dictionary of tensors, at any depth."""
     write_pickle(path, changed_tensors(torch.load(path, weights_only=True), rng))
+
+
+def change_member(path: Path, rng: random.Random) -> None:
+    """Change bytes of one member of a zip file, so that its checksum is right."""
+    with zipfile.ZipFile(path) as file:
+        members = {info.filename: file.read(info) for info in file.infolist()}
+    name = rng.choice([name for name in members if rng.random() < 0.3 or name.endswith(".pkl")])
+    path.write_bytes(members[name])
+    rng.choice(OF_BYTES)(path, rng)
+    members[name] = path.read_bytes()
+    with zipfile.ZipFile(path, "w") as file:
+        for member, content in members.items():
+            file.writestr(member, content)
 
 
 def changed_tensors(content: Any, rng: random.Random) -> Any:
@@ -316,11 +354,13 @@ def change_arrays(path: Path, rng: random.Random) -> None:
 OF_SUFFIX: dict[str, list[Callable[[Path, random.Random], None]]] = {
     ".json": [change_json],
     ".jsonl": [change_json],
+    ".toml": [change_toml],
     ".csv": [change_cells],
     ".txt": [change_cells],
     ".safetensors": [change_metadata],
-    ".pt": [change_tensors],
-    ".pth": [change_tensors],
-    ".ckpt": [change_tensors],
+    ".pt": [change_tensors, change_tensors, change_member],
+    ".pth": [change_tensors, change_member],
+    ".ckpt": [change_tensors, change_member],
+    ".jit": [change_member],
     ".npz": [change_arrays],
 }
