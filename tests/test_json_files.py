@@ -16,6 +16,7 @@ from common.cli import UserError
 from common.figures import read_grids
 from common.json_files import FileError, depth_of, object_of, parse_json, read_json, read_object
 from common.metadata import MetadataError, read_config
+from common.profiles import read_profiles
 from experiments.digit_samplers import read_rows
 from experiments.face_rows import read_seconds
 from inversion.concepts import read_concepts
@@ -95,7 +96,7 @@ READERS = {
     "score": lambda file: evaluate.claim_result(file.parent, "mse"),
     "part": lambda file: is_finished(file.parent.parent, file.parent.name, {}),
     "data": lambda file: run_all.data_is_missing(file.parent.parent.parent),
-    "profiles": run_all.read_profiles,
+    "profiles": read_profiles,
     "grids": lambda file: read_grids(file.parent),
 }
 NAMES = {
