@@ -57,6 +57,7 @@ SEEN = {
     "target": ["target"],
     "dann": ["source", "target"],
     "adaptation": ["source", "target"],
+    "digit_resnet": ["domain"],
 }
 # The keys of a result.json that a card shows.
 RESULTS = (
