@@ -30,6 +30,7 @@ MAY_BE_ZERO = MAY_BE_NEGATIVE | {
     *("latent_noise", "critic_weight", "perceptual_weight"),
     *("lambda_max", "prior", "eta", "etas", "interval"),
     *("drop_each", "drop_all", "scale", "scales", "free_scales", "classifier_scales"),
+    "creatures",
     *("seed", "seeds", "offset", "frozen"),
 }
 MAY_BE_ZERO_IN = {
