@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.augment import augment_faces, diff_augment
-from common.cli import above, at_least, below, each_once, in_range, is_seed, run_cli
+from common.cli import UserError, above, at_least, below, each_once, in_range, is_seed, run_cli
 from common.data import Fit, draw_batch, load_folder, normalise
 from common.device import Device, Precision, make_accelerator, place
 from common.gan import Sample, end_epoch, finish, sample
@@ -84,6 +84,10 @@ class Train:
         below("--beta1", self.beta1, 0, 1)
         in_range("--real-label", self.real_label, 0, 1)
         in_range("--fake-label", self.fake_label, 0, 1)
+        if self.real_label <= self.fake_label:
+            raise UserError(
+                f"--real-label {self.real_label}: must be above --fake-label {self.fake_label}"
+            )
         in_range("--instance-noise", self.instance_noise, 0, 10)
         each_once("--augment", self.augment, at_least_one=False)
         below("--ema-decay", self.ema_decay, 0, 1)

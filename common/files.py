@@ -40,6 +40,9 @@ def atomic_write(path: Path, write: bytes | str | Callable[[Path], Any]) -> None
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+    except UnicodeEncodeError:  # of a name in another file, for example
+        reason = "its text has half of a character, which cannot be encoded"
+        raise UserError(f"{path}: cannot be written ({reason})") from None
     except Exception as error:
         if not is_write_error(error):
             raise

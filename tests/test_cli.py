@@ -56,6 +56,19 @@ def test_a_mistake_is_one_line_that_names_the_argument(error_of, words, expected
     assert expected in error_of(Options, do_nothing, *words)
 
 
+def test_an_error_of_the_system_is_one_line_and_not_long(error_of, tmp_path):
+    def open_it(_: object) -> None:
+        (tmp_path / ("x" * 5_000) / "a\nb").open()
+
+    @dataclass
+    class Nothing:
+        """Do nothing."""
+
+    error = error_of(Nothing, open_it)
+    assert "File name too long" in error
+    assert len(error) < 1_100
+
+
 def test_a_full_disk_is_one_line_that_names_the_file(error_of):
     def write(args: Options) -> None:
         raise OSError(28, "No space left on device", "x/last.pt")

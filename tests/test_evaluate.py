@@ -307,6 +307,12 @@ def test_kept_statistics_give_the_same_distance(tmp_path):
         {"mu": np.zeros((4, 1))},
         {"mu": np.zeros(0), "sigma": np.zeros((0, 0))},
         {"count": -3},
+        {"count": 2.5},
+        {"count": np.nan},
+        {"sigma": np.eye(4) * (1 + 1j)},
+        {"sigma": np.eye(4).astype(str)},
+        {"mu": np.full(4, 1e300)},
+        {"features": "random-1\nerror"},
     ],
 )
 def test_statistics_that_cannot_be_are_refused(tmp_path, changed):
@@ -316,6 +322,14 @@ def test_statistics_that_cannot_be_are_refused(tmp_path, changed):
     assert main(Fid(tmp_path / "good.npz", tmp_path / "good.npz"))["distance"] == 0
     with pytest.raises(UserError, match=r"bad\.npz: not a whole file of statistics"):
         main(Fid(tmp_path / "bad.npz", tmp_path / "good.npz"))
+
+
+def test_statistics_of_other_lengths_are_refused(tmp_path):
+    for size in (4, 5):
+        arrays = {"mu": np.zeros(size), "sigma": np.eye(size), "features": "random-1"}
+        np.savez(tmp_path / f"{size}.npz", **arrays)
+    with pytest.raises(UserError, match=r"4\.npz: has 4 features, but .*5\.npz has 5"):
+        main(Fid(tmp_path / "4.npz", tmp_path / "5.npz"))
 
 
 def test_floor_is_of_equal_size(tmp_path, capsys):

@@ -3,6 +3,11 @@
 from common import figures
 
 
+def test_without_pictures_there_is_no_animation(tmp_path):
+    figures.save_gif(figures.read_grids(tmp_path), tmp_path / "a.gif")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_curve_of_a_single_epoch_has_a_marker(tmp_path, monkeypatch):
     """A line through one point is invisible, so it needs a marker; two points need none."""
     lines = []

@@ -25,6 +25,12 @@ def test_atomic_write_leaves_the_old_file_when_writing_fails(tmp_path):
     assert file.read_text() == "old"
 
 
+def test_text_that_cannot_be_encoded_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"x\.csv: cannot be written \(its text has half of a"):
+        atomic_write(tmp_path / "x.csv", "name\ud800")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unwritable_output_directory_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--output-dir .*file/run: cannot be written"):

@@ -76,6 +76,11 @@ def printed(net: nn.Module) -> list[tuple[str, list[int]]]:
     return [(type(layer).__name__, list(layer.weight.shape)) for layer in layers]
 
 
+def test_labels_the_wrong_way_round_are_refused():
+    with pytest.raises(UserError, match=r"--real-label 0\.1: must be above --fake-label 0\.9"):
+        p1_dcgan.Train(output_dir=Path("x"), real_label=0.1, fake_label=0.9)
+
+
 def test_the_generator_is_that_of_the_reports():
     net = Generator()
     assert printed(net) == [

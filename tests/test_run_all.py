@@ -465,6 +465,40 @@ def test_mistakes_are_one_line_before_any_work(project, run, arguments, environm
     assert not (project / "output").exists()
 
 
+BAD_PROFILES = [
+    ("jobs = 1", "jobs = 0", "profile 'small': jobs cannot be '0'"),
+    ("jobs = 1", "jobs = true", "profile 'small': jobs cannot be 'True'"),
+    ("jobs = 1", "", "profile 'small': has no jobs"),
+    ("jobs = 1", "jobs = [", "is not toml (Invalid value"),
+    ("jobs = 1", "jobs = " + "[" * 5_000, "is not toml (nested too deeply)"),
+    ("jobs = 1", "jobs = 1\njobs = 1", "is not toml (Cannot overwrite a value"),
+    ('["letters", "numbers"]', "3", "parts cannot be '3'"),
+    ('q1 = ["numbers"]', 'q1 = ["evil"]', "problem 'q1': has a part that is not in parts"),
+    ('name = "draw"', 'name = "../draw"', "step 1, ../draw: its name is not the name of a file"),
+    ('name = "draw"', "name = 7", "step 1: name cannot be '7'"),
+    ('name = "draw"', 'title = "draw"', "step 1: has no name"),
+    ("draws_data = true", 'draws_data = "yes"', "step 1: draws_data cannot be 'yes'"),
+    ("draws_data = true", "evil = true", "step 1: has 'evil', which is not known here"),
+    ('makes = "{data}"', 'makes = "{evil}"', "step 1, draw: has {evil}, which stands for nothing"),
+    ('makes = "{data}"', 'makes = "{data.x}"', "has {data.x}, which stands for nothing"),
+    ('makes = "{data}"', 'makes = "{data"', "step 1, draw: has a brace alone in '{data'"),
+    ("draw {data}/clip", "draw '{data}/clip", "is no command (No closing quotation)"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "words"), BAD_PROFILES)
+def test_a_damaged_profiles_toml_is_one_line_before_any_work(project, run, old, new, words):
+    assert old in STEPS
+    (project / "profiles.toml").write_text(STEPS.replace(old, new, 1))
+    ended = run("data", "out")
+    assert ended.status == 2
+    assert ended.err.startswith(f"error: {project / 'profiles.toml'}: ")
+    assert words in ended.err
+    assert ended.err.count("\n") == 1
+    assert not ended.calls
+    assert not (project / "out").exists()
+
+
 def test_flags_win_and_empty_variables_are_not_set(project, run):
     ended = run(
         "--profile", "small", "--jobs", "1", PROFILE="slow", JOBS="two", ONLY="", CLASSIFIER=""
