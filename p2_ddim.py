@@ -243,7 +243,7 @@ def read_conventions(config: dict[str, Any], args: Options) -> Conventions:
 
 
 def read_noises(folder: Path, minimum: int = 1) -> tuple[list[str], Tensor]:
-    """Read the *.pt files of a folder, sorted by name.
+    """Read the *.pt files of a folder, in natural order.
 
     Returns their names without suffix and the noises (n, 3, height, width), float32. Raises
     UserError for fewer than `minimum` files, and names one that is broken or of another shape.

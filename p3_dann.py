@@ -204,7 +204,7 @@ class Predict:
     image_dir: Path
     """Folder of images, grey or RGB, of any size."""
     output_csv: Path
-    """Csv file to write, with rows image_name,label sorted by name."""
+    """Csv file to write, with rows image_name,label; 2.png comes before 10.png."""
     device: Device = "auto"
     """Where to compute."""
 
@@ -477,10 +477,10 @@ def load_data(args: Train) -> Data:
     validation = {}
     for domain in domains:
         if domain not in validation:
-            needs_labels = domain != args.target or args.method == "target"
-            images = load_digits(args.data_dir, domain, "val", cache, needs_labels=needs_labels)
+            trains_on_it = domain == labelled_domain or domain == args.source
+            images = load_digits(args.data_dir, domain, "val", cache, needs_labels=trains_on_it)
             if images.labels is None:
-                note_once(f"--target {domain}: val has no labels, so no accuracy is measured on it")
+                note_once(f"{domain}: val has no labels, so no accuracy is measured on it")
             else:
                 validation[domain] = images
     return Data(labelled, target.pixels, validation)
@@ -624,6 +624,8 @@ def embed(args: Embed) -> None:
 
 def table(args: Table) -> None:
     """Train the missing runs; write table.csv, table.md and table.png beside them."""
+    for target in args.targets:  # a mistake comes before hours of training: one row needs labels
+        load_digits(args.data_dir, target, "train", args.output_dir / "cache")
     rows = []
     grey: dict[str, bool] = {}  # which targets have no colour
     for net in args.nets:

@@ -214,7 +214,7 @@ class Predict:
     image_dir: Path
     """Folder of images of any size."""
     output_csv: Path
-    """Csv file to write, with rows image_name,label sorted by name."""
+    """Csv file to write, with rows image_name,label; 2.png comes before 10.png."""
     device: Device = "auto"
     """Where to compute."""
 

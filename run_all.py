@@ -52,7 +52,8 @@ class RunAll:
     output_dir: Annotated[Positional[Path], arg(metavar="OUTPUT_DIR")] = Path("output")
     """Where everything is written."""
     profile: Annotated[str | None, arg(metavar="NAME")] = None
-    """quick (the default): small networks, minutes. full: for a GPU. smoke: each step, shortest."""
+    """quick (the default): released networks, then short trainings. scratch: small networks from
+    random weights, hours. full: for a GPU. smoke: each step, shortest."""
     only: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
     """Problems (p1, p2, p3) or parts of them (faces; digits, ddim, face-diffusion; dann, clip,
     inversion); by default all."""
@@ -536,7 +537,7 @@ def cores() -> int:
 
 def estimated_minutes(plan: Plan, results: Sequence[Result]) -> int:
     """How long the steps take, by the seconds in profiles.toml, with parts side by side."""
-    seconds = {result.step: result.seconds for result in results}
+    seconds = {result.step: result.seconds for result in results if result.result == "done"}
     ends = [0] * plan.jobs  # when each place for a part is free again
     for part in plan.parts:
         ends.sort()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash run_all.sh [DATA_DIR] [OUTPUT_DIR] [--profile quick|full|smoke] [--only ...] [--dry-run] ...
+# bash run_all.sh [DATA_DIR] [OUTPUT_DIR] [--profile quick|scratch|full|smoke] [--only ...] [--dry-run] ...
 # Sets up .venv, then run_all.py does the rest; `bash run_all.sh --help` lists its options.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"

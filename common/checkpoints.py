@@ -153,16 +153,18 @@ def load_weights(
     path, key = file_and_key(path)
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file")
+    if key is not None and path.suffix == ".safetensors":
+        raise UserError(f"{flag} {path}::{key}: a .safetensors file has no keys to choose from")
     if path.suffix == ".safetensors":
         weights, config = load_safetensors(path, flag)
         return without_prefixes(weights), config
     return load_pickle(path, flag, key), {}
 
 
-def file_and_key(path: Path) -> tuple[Path, str]:
-    """The two parts of FILE::KEY; the key is empty if there is none."""
+def file_and_key(path: Path) -> tuple[Path, str | None]:
+    """The two parts of FILE::KEY."""
     if "::" not in path.name or path.is_file():
-        return path, ""
+        return path, None
     name, key = path.name.split("::", 1)
     return path.with_name(name), key
 
@@ -203,10 +205,10 @@ def load_safetensors(path: Path, flag: str) -> tuple[dict[str, Tensor], dict[str
 def digest_of(path: Path) -> str:
     """The sha256 of a checkpoint's file, with the key of FILE::KEY."""
     path, key = file_and_key(path)
-    return hashlib.sha256(path.read_bytes() + key.encode()).hexdigest()
+    return hashlib.sha256(path.read_bytes() + (key or "").encode()).hexdigest()
 
 
-def load_pickle(path: Path, flag: str, key: str = "") -> dict[str, Tensor]:
+def load_pickle(path: Path, flag: str, key: str | None = None) -> dict[str, Tensor]:
     """The weights of a published file, without its wrapping and the prefixes of its keys.
 
     With `key` they are those under this key of the file.
@@ -217,15 +219,17 @@ def load_pickle(path: Path, flag: str, key: str = "") -> dict[str, Tensor]:
         raise UserError(
             f"{flag} {path}: not a whole file of PyTorch weights (only tensors are loaded)"
         ) from None
-    if key:
+    if key is not None:
         content = content.get(key) if isinstance(content, dict) else None
     keys, weights = find_weights(content)
-    if not weights and key:
+    if not weights and key is not None:
         raise UserError(f"{flag} {path}: has no weights under {shown(key)}")
     if not weights:
         raise UserError(f"{flag} {path}: holds no dictionary of weights{hint_at_module(content)}")
-    others = [key for key in WRAPPERS if key != AVERAGED and find_weights(content.get(key))[1]]
-    if keys[:1] == [AVERAGED] and others:
+    others = []
+    if keys[:1] == [AVERAGED]:
+        others = [key for key in WRAPPERS if key != AVERAGED and find_weights(content.get(key))[1]]
+    if others:
         print(
             f"{path}: has weights under '{others[0]}' and their average under 'ema'; takes 'ema' "
             f"({path.name}::{others[0]} takes the others)"

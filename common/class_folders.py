@@ -25,7 +25,7 @@ VAL_EVERY = 5  # one image in five is for validation
 
 
 class Domain(NamedTuple):
-    """The images of a domain, sorted by class and then by name."""
+    """The images of a domain, sorted by class, then in natural order."""
 
     folder: Path
     paths: list[Path]
@@ -113,7 +113,7 @@ def keep_classes(domain: Domain, classes: list[str]) -> Domain:
 def split_by_class(domain: Domain) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows for training and for validation, int64, each in ascending order.
 
-    Within each class, sorted by name, the second image of every five is for validation: the 2nd,
+    Within each class, in natural order, the second image of every five is for validation: the 2nd,
     7th, 12th and so on. A class with two images has one in each; one with a single image has it in
     training. Raises UserError if no class has two images.
     """

@@ -122,16 +122,19 @@ def list_images(folder: Path, recursive: bool = False) -> list[Path]:
 def folders_below(folder: Path) -> list[Path]:
     """`folder` and all folders below it that are not hidden.
 
-    Links are followed, but not one that leads back to a folder that it lies in.
+    Links are followed, but no folder is there twice.
     """
     found = [folder]
-    above = {folder: {folder.resolve()}}  # where a link must not lead to
+    seen = {folder.resolve()}
     for parent in found:
-        for child in sorted(parent.iterdir(), key=natural_order):
+        children = [child for child in parent.iterdir() if child.is_dir()]
+        # Of a folder and a link to it, the folder itself is taken.
+        children.sort(key=lambda child: (child.is_symlink(), natural_order(child)))
+        for child in children:
             place = child.resolve()
-            if child.is_dir() and not is_hidden(child.name) and place not in above[parent]:
+            if not is_hidden(child.name) and place not in seen:
+                seen.add(place)
                 found.append(child)  # the loop comes to it later
-                above[child] = above[parent] | {place}
     return found
 
 
@@ -149,7 +152,7 @@ def decode_image(path: Path, size: tuple[int, int] | None = None, fit: Fit = "cr
     white. A photograph is turned as its EXIF data says. With `size` (height, width) the image is
     resized (bicubic, antialiased): of one of another shape, `fit` says whether the largest centred
     part is taken, all of it is squashed, or all of it gets a black border. Raises UserError that
-    names a file that is missing, broken or has more than 8 bits a channel.
+    names a file that is missing, broken, or grey with more than 8 bits.
     """
     if not path.is_file():  # a pipe would be waited for
         raise UserError(f"{path}: no such file")
@@ -158,10 +161,10 @@ def decode_image(path: Path, size: tuple[int, int] | None = None, fit: Fit = "cr
             kind = {"I": "16-bit", "F": "floating-point"}.get(file.mode[0])
             if kind:  # PIL would clip its values at 255
                 raise UserError(f"{path}: is a {kind} image; only 8-bit images can be read")
+            turn_upright(file)
             image = on_white(file, path)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise UserError(f"{path}: not a whole image") from None
-    turn_upright(image)
     if size is not None:
         height, width = size
         if image.width * height != image.height * width:
@@ -328,8 +331,10 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                 first = rows.line_num + 1
         except csv.Error as error:
             what = f"is no row of a csv file ({error})"
-            if "unexpected end" in str(error) or "field larger" in str(error):
+            if "unexpected end" in str(error):
                 what = "a quote opens here that nothing closes"
+            if "field larger" in str(error):
+                what = f"has more than {csv.field_size_limit():,} characters; is a quote left open?"
             raise UserError(f"{path}: line {first}: {what}") from None
     if first == 1:
         raise UserError(f"{path}: is empty")
@@ -354,7 +359,7 @@ def load_folder(
     cache_dir: Path | None = None,
     fit: Fit = "crop",
 ) -> Images:
-    """Load all images of a folder, without labels, sorted by name."""
+    """Load all images of a folder, without labels, in natural order."""
     return decode_cached(list_images(folder), None, size, cache_dir, folder.name, fit)
 
 

@@ -60,8 +60,9 @@ def available_devices() -> list[str]:
 def has_fast_bf16(device: str) -> bool:
     """Whether matrix products in bf16 are faster than in fp32 on this kind of device.
 
-    They are on CUDA since Ampere, on CPUs with AMX, and on AMD's with AVX512-BF16 (about twice as
-    fast). Intel's with AVX512-BF16 alone need 1.7 times as long in bf16.
+    They are on CUDA since Ampere, on CPUs with AMX, and on AMD's with AVX512-BF16, where they take
+    half the time. On Intel's with AVX512-BF16 alone they take 1.7 times as long. Torch up to 2.11
+    does not say what a CPU has.
     """
     if device == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)

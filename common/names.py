@@ -7,8 +7,11 @@ import unicodedata
 from pathlib import Path
 
 LONGEST_NAME = 255  # characters, as file systems allow
-CONTROL = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, half characters, line breaks
-TURNED = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder what is shown
+# Unicode's control characters, surrogates (which are half of a character), and line breaks.
+CONTROL = ("Cc", "Cs", "Zl", "Zp")
+DIRECTION_MARKS = set(
+    "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)  # they reorder what is shown
 SYSTEM_FILES = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 
 
@@ -16,7 +19,7 @@ def is_label(text: object) -> bool:
     """Whether a value is a text of one line that can be shown: a class, an attribute, a name."""
     if not isinstance(text, str) or not 1 <= len(text) <= LONGEST_NAME:
         return False
-    return not any(unicodedata.category(c) in CONTROL or c in TURNED for c in text)
+    return not any(unicodedata.category(c) in CONTROL or c in DIRECTION_MARKS for c in text)
 
 
 def is_folder_name(text: object) -> bool:

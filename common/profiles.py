@@ -36,70 +36,7 @@ class Step:
     always: bool = False
 
 
-def read_profiles(path: Path) -> dict[str, Any]:
-    """The tables of profiles.toml, checked. Raises UserError that names the file and the place."""
-    try:
-        content = tomllib.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise UserError(f"{path}: is not toml ({reason})") from None
-    check_table(content, TABLES, list(TABLES), str(path))
-    for name, settings in content["profiles"].items():
-        where = f"{path}: profile {name!r}"
-        check_table(settings, {"jobs": is_count, "data": is_text}, ["jobs", "data"], where)
-    for name, parts in content["problems"].items():
-        if not set(parts) <= set(content["parts"]):
-            raise UserError(f"{path}: problem {name!r}: has a part that is not in parts")
-    for name, entries in content["alternatives"].items():
-        for entry in entries:
-            where = f"{path}: alternative {name!r}"
-            checks = {"needs": is_texts, "unless": is_texts, "words": is_text}
-            check_table(entry, checks, ["words"], where)
-            check_braces([entry["words"]], PATHS, where)
-            check_braces([*entry.get("needs", ()), *entry.get("unless", ())], PATHS, where)
-    for number, step in enumerate(content["steps"], 1):
-        where = f"{path}: step {number}"
-        check_table(step, STEP_FIELDS, ["name", "part", "script", "arguments", "makes"], where)
-        where += f", {step['name']}"
-        if not is_folder_name(step["name"]):  # of its note
-            raise UserError(f"{where}: its name is not the name of a file")
-        paths = [step["makes"]]
-        for field_name in ("needs", "unless", "leaves"):
-            paths += step.get(field_name, [])
-        check_braces(paths, PATHS, where)
-        known = {*PATHS, "makes", "options", *content["alternatives"]}
-        check_braces([step["arguments"], *step.get("options", {}).values()], known, where)
-    return content
-
-
-def check_table(
-    table: Any, checks: Mapping[str, Callable[[Any], bool]], required: Sequence[str], where: str
-) -> None:
-    """Raise UserError unless a table has all of `required`, and no other value than `checks`."""
-    if not isinstance(table, dict):
-        raise UserError(f"{where}: is not a table")
-    for name in required:
-        if name not in table:
-            raise UserError(f"{where}: has no {name}")
-    for name, value in table.items():
-        if name not in checks:
-            raise UserError(f"{where}: has {name[:60]!r}, which is not known here")
-        if not checks[name](value):
-            raise UserError(f"{where}: {name} cannot be {str(value)[:60]!r}")
-
-
-def check_braces(texts: Sequence[str], known: Collection[str], where: str) -> None:
-    """Raise UserError for a name in braces that stands for nothing, and for a quote left open."""
-    for text in texts:
-        for name in BRACES.findall(text):
-            if name not in known:
-                raise UserError(f"{where}: has {{{name[:60]}}}, which stands for nothing")
-        if set(BRACES.sub("", text)) & set("{}"):
-            raise UserError(f"{where}: has a brace alone in {text[:60]!r}")
-        try:
-            shlex.split(text)
-        except ValueError as error:
-            raise UserError(f"{where}: {text[:60]!r} is no command ({error})") from None
+# Kinds of values
 
 
 def is_text(value: Any) -> bool:
@@ -136,7 +73,7 @@ def is_seconds(value: Any) -> bool:
 TABLES = {
     "parts": is_texts,
     "problems": lambda value: is_table_of(value, is_texts),
-    "profiles": lambda value: is_table_of(value, lambda item: True) and len(value) > 0,
+    "profiles": lambda value: isinstance(value, dict) and value != {},
     "steps": lambda value: isinstance(value, list),
     "alternatives": lambda value: is_table_of(value, lambda item: isinstance(item, list)),
 }
@@ -149,3 +86,93 @@ STEP_FIELDS = {
 }
 PATHS = ("data", "output", "classifier")
 BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+# Reading
+
+
+def read_profiles(path: Path) -> dict[str, Any]:
+    """The tables of profiles.toml, checked. Raises UserError that names the file and the place."""
+    try:
+        content = tomllib.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{path}: is not toml ({reason})") from None
+    check_table(content, TABLES, list(TABLES), str(path))
+    parts = content["parts"]
+    for name, settings in content["profiles"].items():
+        where = f"{path}: profile {name!r}"
+        check_table(settings, {"jobs": is_count, "data": is_text}, ["jobs", "data"], where)
+    for name, some in content["problems"].items():
+        if not set(some) <= set(parts):
+            raise UserError(f"{path}: problem {name!r}: has a part that is not in parts")
+    for name, entries in content["alternatives"].items():
+        for entry in entries:
+            check_alternative(entry, f"{path}: alternative {name!r}")
+    seen = set()
+    for number, step in enumerate(content["steps"], 1):
+        where = f"{path}: step {number}"
+        check_step(step, content, where)
+        for profile in step.get("profiles", content["profiles"]):
+            if "unless" not in step and (step["name"], profile) in seen:
+                raise UserError(f"{where}: a second step {step['name']} of the profile {profile}")
+            seen.add((step["name"], profile))
+    return content
+
+
+def check_alternative(entry: Any, where: str) -> None:
+    """Raise UserError for an alternative that run_all.py cannot use."""
+    checks = {"needs": is_texts, "unless": is_texts, "words": is_text}
+    check_table(entry, checks, ["words"], where)
+    check_braces([entry["words"]], PATHS, where)
+    check_braces([*entry.get("needs", ()), *entry.get("unless", ())], PATHS, where)
+
+
+def check_step(step: Any, content: dict[str, Any], where: str) -> None:
+    """Raise UserError for a step that run_all.py cannot run."""
+    check_table(step, STEP_FIELDS, ["name", "part", "script", "arguments", "makes"], where)
+    where += f", {step['name']}"
+    if not is_folder_name(step["name"]):  # of its note
+        raise UserError(f"{where}: its name is not the name of a file")
+    if step["part"] not in {*content["parts"], "data", "report"}:
+        raise UserError(f"{where}: its part {step['part'][:60]!r} is not in parts")
+    for field_name in ("profiles", "options", "seconds"):
+        for profile in step.get(field_name, ()):
+            if profile not in content["profiles"]:
+                raise UserError(f"{where}: {field_name}: there is no profile {profile[:60]!r}")
+    paths = [step["makes"]]
+    for field_name in ("needs", "unless", "leaves"):
+        paths += step.get(field_name, [])
+    check_braces(paths, PATHS, where)
+    known = {*PATHS, "makes", "options", *content["alternatives"]}
+    check_braces([step["arguments"], *step.get("options", {}).values()], known, where)
+
+
+def check_table(
+    table: Any, checks: Mapping[str, Callable[[Any], bool]], required: Sequence[str], where: str
+) -> None:
+    """Raise UserError unless a table has all of `required`, and no other value than `checks`."""
+    if not isinstance(table, dict):
+        raise UserError(f"{where}: is not a table")
+    for name in required:
+        if name not in table:
+            raise UserError(f"{where}: has no {name}")
+    for name, value in table.items():
+        if name not in checks:
+            raise UserError(f"{where}: has {name[:60]!r}, which is not known here")
+        if not checks[name](value):
+            raise UserError(f"{where}: {name} cannot be {str(value)[:60]!r}")
+
+
+def check_braces(texts: Sequence[str], known: Collection[str], where: str) -> None:
+    """Raise UserError for a name in braces that stands for nothing, and for a quote left open."""
+    for text in texts:
+        for name in BRACES.findall(text):
+            if name not in known:
+                raise UserError(f"{where}: has {{{name[:60]}}}, which stands for nothing")
+        if set(BRACES.sub("", text)) & set("{}"):
+            raise UserError(f"{where}: has a brace alone in {text[:60]!r}")
+        try:
+            shlex.split(text)
+        except ValueError as error:
+            raise UserError(f"{where}: {text[:60]!r} is no command ({error})") from None

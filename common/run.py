@@ -268,7 +268,10 @@ class Run:
         between does no harm. Raises UserError if there is none, or if they do not fit one another.
         """
         if not self.rows or any(row.keys() != self.rows[-1].keys() for row in self.rows):
-            raise self._damaged(self.dir / "last.pt")
+            raise UserError(
+                f"{self.dir}: its rows of metrics are missing or have different names; another "
+                "version of this script may have begun it"
+            )
         return [dict(row) for row in self.rows]
 
     def _read_rows(self) -> list[dict[str, Any]]:

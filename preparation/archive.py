@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
@@ -14,6 +13,7 @@ from typing import Any
 
 from common.cli import UserError
 from common.files import atomic_write, reason_of
+from common.json_files import read_object
 from preparation.zip_files import extract
 
 DRIVE_IDS = {
@@ -128,11 +128,8 @@ def read_record(data_dir: Path) -> dict[str, dict[str, Any]]:
     path = data_dir / RECORD
     if not path.exists():
         return {}
-    record = None
-    if path.is_file():
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            record = json.loads(path.read_text())
-    if not isinstance(record, dict) or not all(map(is_measured, record.values())):
+    record = read_object(path)
+    if not all(map(is_measured, record.values())):
         raise UserError(f"{path}: damaged; remove it")
     return record
 

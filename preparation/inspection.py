@@ -309,8 +309,8 @@ def read_class_names(file: Path, report: Report) -> dict[str, Any] | None:
     """The content of id2label.json; None, and a problem, if it is missing or something else."""
     try:
         return read_object(file)
-    except UserError as error:
-        report.problems.append(str(error))
+    except UserError:
+        report.problems.append(f"{file}: missing, or not a json dictionary of class ids and names")
         return None
 
 

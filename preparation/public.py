@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.cli import UserError
-from common.data import FORMATS, list_images
+from common.data import FORMATS, decode_image, list_images
 from preparation import mnist
 from preparation.archive import first_line
 from preparation.layout import image_name, save_image, write_attributes, write_labels
@@ -148,7 +148,7 @@ def read_photos(folder: Path) -> list[np.ndarray]:
     """
     photos = []
     for path in list_images(folder):
-        photo = np.asarray(Image.open(path, formats=FORMATS).convert("RGB"))
+        photo = decode_image(path).transpose(1, 2, 0)  # → (height, width, 3)
         if min(photo.shape[:2]) < SIZE:
             raise UserError(f"{path}: a texture needs at least {SIZE}x{SIZE} pixels; remove it")
         photos.append(photo)

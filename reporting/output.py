@@ -60,7 +60,9 @@ class Output:
 
     def __init__(self, folder: Path) -> None:
         if not any((folder / name).is_dir() for name in ("p1", "p2", "p3", RELEASED)):
-            raise UserError(f"{folder}: contains none of p1, p2, p3, which run_all.sh writes")
+            raise UserError(
+                f"{folder}: contains none of p1, p2, p3 and released, which run_all.sh writes"
+            )
         self.folder = folder.absolute()
         self.missing: list[Row] = []
         self.broken: list[str] = []
@@ -94,7 +96,7 @@ class Output:
             return {}
         try:
             content = object_of(path, half_characters=True)  # `clean` shows them as question marks
-            return content | {RELEASED: True} if is_released else content
+            return content | {RELEASED: is_released}
         except FileError as error:
             self.note_file(path, f"not a whole json object ({error})")
             return {}

@@ -65,13 +65,15 @@ def clean(cell: object) -> str:
 
 def released_table(output: Output) -> Table:
     """What the cards in checkpoints/ say was measured of each released file."""
-    rows = [["network", "weights", "measured", "results", "images"]]
+    rows = [["network", "file (half: 16-bit numbers)", "measured", "results", "images", "command"]]
     for card in sorted((ROOT / "checkpoints").glob("*.md")):
         lines = card.read_text(encoding="utf-8").splitlines()
         measured = [line.strip("|").split("|") for line in lines if CARD_ROW.match(line)]
         halves = [cells for cells in measured if "half" in cells[0]]  # what is released
-        for weights, what, results, images, *_ in halves or measured:
-            rows.append([f"checkpoints/{card.stem}.safetensors", weights, what, results, images])
+        for cells in halves or measured:
+            row = [card.stem]
+            row += [cell.strip(" `") for cell in cells]
+            rows.append(row)
     return Table("Released networks and what was measured of them", rows)
 
 

@@ -243,6 +243,7 @@ def test_the_drawn_input_json_is_read(tmp_path):
         ({"baseline": [[1, 2]]}, "one pair of scores for each prompt"),
         ({"baseline": [[1, 2], [3]]}, "not [image, text]: [3]"),
         ({"baseline": [[1, 2], [True, 3]]}, "not [image, text]"),
+        ({"baseline": [[1, 2], [1e300, 3]]}, "not [image, text]"),
         ({"baseline": [[1, 2], [10**400, 3]]}, "not [image, text]"),
         ({"prompt": ["A <new1>.", "A <new1>." + "x" * 1_000]}, "more than 1,000 characters"),
         ({"src_image": 3}, "src_image is not a text"),
@@ -278,8 +279,8 @@ def test_a_missing_key_is_named(tmp_path, key):
         (b'{"0": {}, "0": {}}', "twice"),
         (b'{"../0": {}}', "may only have letters"),
         (b"[" * 100_000, "not json"),
-        (b'{"0": {"baseline": [[1, NaN]]}}', "has the number NaN"),
-        (b'{"0": {"src_image": "\\ud800"}}', "half of a character"),
+        (b'{"0": {"baseline": [[NaN, 3]]}}', "has the number NaN"),
+        (b'{"0": {"token_name": "\\ud800"}}', "half of a character"),
     ],
 )
 def test_a_malformed_file_is_one_line(tmp_path, content, words):
