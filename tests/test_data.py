@@ -355,14 +355,32 @@ def test_numbered_files_are_in_natural_order(tmp_path):
     assert names == ["01.png", "1.png", "2.png", "10.png", "a9b10.png", "a10b2.png"]
 
 
-def test_linked_folders_are_followed_but_never_in_circles(tmp_path):
+def test_linked_folders_are_followed_but_none_is_there_twice(tmp_path):
     Image.new("L", (4, 4)).save(make(tmp_path / "real") / "1.png")
     Image.new("L", (4, 4)).save(make(tmp_path / "all" / "own") / "2.png")
     (tmp_path / "all" / "linked").symlink_to(tmp_path / "real")
     (tmp_path / "all" / "own" / "circle").symlink_to(tmp_path / "all")
+    (tmp_path / "all" / "another").symlink_to(tmp_path / "all" / "own")
     (tmp_path / "all" / "dangling").symlink_to(tmp_path / "gone")
     found = list_images(tmp_path / "all", recursive=True)
     assert found == [tmp_path / "all/linked/1.png", tmp_path / "all/own/2.png"]
+
+
+def test_many_links_to_one_another_end_soon(tmp_path):
+    folders = [make(tmp_path / "all" / str(number)) for number in range(12)]
+    for folder in folders:
+        Image.new("L", (4, 4)).save(folder / "1.png")
+        for other in folders:
+            (folder / f"to {other.name}").symlink_to(other)
+    assert len(list_images(tmp_path / "all", recursive=True)) == len(folders)
+
+
+def test_a_transparent_photograph_is_turned_too(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for mode in ("RGB", "RGBA"):
+        Image.new(mode, (8, 4)).save(tmp_path / f"{mode}.png", exif=exif)
+    assert load_folder(tmp_path, None).pixels.shape == (2, 3, 8, 4)
 
 
 def test_images_one_folder_deeper_are_found(tmp_path, capsys):

@@ -13,7 +13,6 @@ def test_a_device_that_is_not_there_is_named():
         make_accelerator(missing)
 
 
-@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="needs a newer torch")
 @pytest.mark.parametrize(
     ("found", "is_fast"),
     [
@@ -25,5 +24,5 @@ def test_a_device_that_is_not_there_is_named():
     ],
 )
 def test_bf16_is_taken_on_the_cpus_that_are_fast_at_it(monkeypatch, found, is_fast):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     assert has_fast_bf16("cpu") == is_fast

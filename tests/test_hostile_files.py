@@ -447,13 +447,25 @@ def test_averaged_weights_are_taken_and_said_so(tmp_path, capsys):
     assert capsys.readouterr().out == words
     loaded, _ = load_net(tmp_path / "x.pth::model", DIGITS)
     assert torch.equal(loaded.init_conv.conv1[0].weight, model.init_conv.conv1[0].weight)
-    with pytest.raises(UserError, match=r"x.pth: has no weights under 'net'"):
-        load_net(tmp_path / "x.pth::net", DIGITS)
+    for key in ("net", ""):
+        with pytest.raises(UserError, match=rf"x.pth: has no weights under '{key}'"):
+            load_net(tmp_path / f"x.pth::{key}", DIGITS)
+    safe = save_net(model, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"x.safetensors::net: a .safetensors file has no keys"):
+        load_net(safe.with_name("x.safetensors::net"), DIGITS)
     assert capsys.readouterr().out == ""
     torch.save({"state_dict": model.state_dict(), "ema": {"net": ema.state_dict()}}, path)
     loaded, _ = load_net(path, DIGITS)
     assert torch.equal(loaded.init_conv.conv1[0].weight, ema.init_conv.conv1[0].weight)
     assert "has weights under 'state_dict'" in capsys.readouterr().out
+
+
+def test_a_dictionary_of_parameters_is_no_network(tmp_path):
+    parameters = torch.nn.ParameterDict({"a": torch.ones(2)})
+    for content in (parameters, {"string_to_param": parameters}):
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(UserError, match="x.pth"):
+            load_net(tmp_path / "x.pth", DIGITS)
 
 
 def test_a_wrapping_inside_itself_ends(tmp_path):
