@@ -17,7 +17,6 @@ result.json of each score; table.csv, table.md and table.png are beside them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import time
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import p2_ddim
 import prepare_data
-from common.checkpoints import load_net
+from common.checkpoints import digest_of, load_net
 from common.cli import UserError, at_least, each_once, in_range, is_seed, run_cli
 from common.device import Device, Precision
 from common.figures import save_table
@@ -166,7 +165,7 @@ def check_shared(args: Table) -> None:
     """Raise UserError if the output directory holds a table of another network or other options."""
     shared = {name: str(getattr(args, name)) for name in SHARED}
     shared["data_dir"] = str(args.data_dir.resolve())
-    shared["checkpoint"] = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
+    shared["checkpoint"] = digest_of(args.checkpoint)
     about = make_output_dir(args.output_dir) / "about.json"
     if about.exists() and read_object(about) != shared:
         raise UserError(

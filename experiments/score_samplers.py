@@ -18,7 +18,6 @@ of every row.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import sys
 from functools import partial
@@ -27,6 +26,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import p2_score
+from common.checkpoints import digest_of
 from common.cli import run_cli
 from diffusion.noise_levels import annealed_variance, level_ratio, levels_needed
 from experiments.face_rows import (
@@ -82,7 +82,7 @@ def main(args: Table) -> list[list[str]]:
     check_shared(
         args.output_dir,
         {
-            "checkpoint": hashlib.sha256(args.checkpoint.read_bytes()).hexdigest(),
+            "checkpoint": digest_of(args.checkpoint),
             "data_dir": args.data_dir.resolve(),
             "count": args.count,
             "count_above": args.count_above,

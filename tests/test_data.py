@@ -292,7 +292,9 @@ def test_a_bad_line_of_a_csv_is_named(data_dir, text, message):
 def test_an_open_quote_is_named_by_its_line_in_a_short_message(data_dir, rows):
     text = 'image_name,label\n00060.png,1\n"00061.png,2\n' + "00062.png,3\n" * rows
     (data_dir / "digits/svhn/val.csv").write_text(text)
-    with pytest.raises(UserError, match=r"val.csv: line 3: a quote opens here") as caught:
+    with pytest.raises(
+        UserError, match=r"val.csv: line 3: .*(quote opens here|quote left open)"
+    ) as caught:
         load_digits(data_dir, "svhn", "val")
     assert len(str(caught.value)) < 200
 

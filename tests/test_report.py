@@ -395,6 +395,33 @@ def test_a_training_that_continued_from_other_weights_says_so(output, data_dir):
     assert page_of(output).text.count(sentence) == 1
 
 
+def test_results_of_released_networks_say_so(tmp_path, data_dir):
+    """They stand where nothing was made here, and never in the place of what was."""
+    output = tmp_path / "shown"
+    write_image(output / "released/p1/first32_dcgan.png")
+    write_image(output / "released/p1/first32_wgangp.png")
+    write_image(output / "p1/first32_wgangp.png")
+    score = {"metric": "exactly one face", "one_face_percent": 90.0, "images": 100}
+    write_json(output / "released/p1/score/dcgan-faces/result.json", score)
+    write_json(output / "released/p1/score/wgangp-faces/result.json", score)
+    ours = score | {"one_face_percent": 80.0, "released": True}  # the file cannot claim it
+    write_json(output / "p1/score/wgangp-faces/result.json", ours)
+    page = page_of(output)
+    assert page.value("exactly one face, DCGAN, %, released network") == "90.00"
+    assert page.verdict("exactly one face, DCGAN") == "other data"
+    assert page.row("exactly one face, WGAN-GP")[0] == "exactly one face, WGAN-GP, %"
+    assert page.value("exactly one face, WGAN-GP") == "80.00"
+    html = (output / "report.html").read_text()
+    assert html.count("By a released network.") == 1
+
+
+def test_the_cards_of_released_networks_are_a_table(output):
+    rows = [row for row in page_of(output).rows if row[0] == "wgangp_faces"]
+    assert len(rows) >= 3
+    assert all(row[1].startswith("half") for row in rows)
+    assert any("one face percent" in row[3] and row[5].startswith("python ") for row in rows)
+
+
 # Numbers and verdicts
 
 
@@ -507,7 +534,8 @@ def test_numbers_of_problem_3_have_a_verdict(output):
 
 def test_commands_and_hardware_are_recorded(output):
     page = page_of(output)
-    assert page.row("dcgan")[1:] == ["python p1_dcgan.py train --lr 1e-3", "60"]
+    (row,) = [row for row in page.rows if row[:1] == ["dcgan"]]
+    assert row[1:] == ["python p1_dcgan.py train --lr 1e-3", "60"]
     hardware = "cpu (A CPU), fp32, processes: 1, threads: 2"
     assert page.row("p1/dcgan")[1:] == ["3", hardware, "0123456789", "60.00"]
 

@@ -352,6 +352,28 @@ def test_a_dry_run_prints_the_commands_and_runs_nothing(project, run):
     assert not (project / "output/two").exists()
 
 
+def test_the_page_is_written_while_the_steps_run(project, run, monkeypatch):
+    monkeypatch.setattr(run_all, "PAGE_SECONDS", -1)
+    ended = run("--only", "numbers")
+    assert ended.status == 0
+    assert ended.steps[-1] == "report"
+    assert ended.steps.count("report") > 1
+
+
+def test_what_is_done_takes_no_time_in_a_dry_run(project, run):
+    run("--profile", "large", "--jobs", "1")
+    *_, estimate = run("--profile", "large", "--dry-run").out.splitlines()
+    assert estimate == "# about 0 min"
+
+
+@pytest.mark.parametrize("profile", ["quick", "scratch", "full"])
+def test_a_dry_run_estimates_the_minutes_of_the_real_steps(real, profile):
+    *_, estimate = real("--dry-run", "--profile", profile).out.splitlines()
+    minutes = re.fullmatch("# about ([0-9,]+) min", estimate)
+    assert minutes is not None
+    assert int(minutes[1].replace(",", "")) > 3
+
+
 def test_a_failed_step_stops_its_part_and_is_where_the_next_run_begins(project, run):
     (project / "two.fails").write_text("3")
     ended = run("--only", "numbers")
@@ -709,10 +731,10 @@ def test_the_quick_profile_shows_the_released_networks_first(real, tmp_path):
     ):
         assert commands.index(first) < commands.index(then)
     for call in ended.calls:
-        if "checkpoints/" in str(call) and "--output-dir" in call and "train" not in call:
+        is_training = call[0] == "p2_ddpm_train.py" or "train" in call
+        if "checkpoints/" in str(call) and not is_training:
             folder = call[call.index("--output-dir") + 1]
-            is_training = call[0] in ("p2_ddpm_train.py", "p2_ddim.py")
-            assert is_training or folder.startswith(f"{tmp_path}/out put/released/")
+            assert folder.startswith(f"{tmp_path}/out put/released/")
     for command in ("evaluate.py kid", "evaluate.py train-classifier", "p2_score.py table"):
         assert command not in commands  # too slow for it
 

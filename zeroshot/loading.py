@@ -81,8 +81,8 @@ def label_by_name(folder: Path, id_file: Path) -> Labelled:
     except ValueError:
         raise UserError(f'{id_file}: not of the form {{"0": "apple", …}}') from None
     for name in names:
-        if not is_label(name):
-            raise UserError(f"{id_file}: {shown(str(name))} is not the name of a class")
+        if not is_label(name) or not name.strip() or names.count(name) > 1:
+            raise UserError(f"{id_file}: {shown(str(name))} is not the name of one class")
     paths = list_images(folder)
     labels = []
     for path in paths:
