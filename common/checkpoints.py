@@ -213,6 +213,7 @@ def load_pickle(path: Path, flag: str, key: str | None = None) -> dict[str, Tens
 
     With `key` they are those under this key of the file.
     """
+    content: Any = None
     try:
         content = unpickle(path)
     except Exception:  # a damaged or hostile pickle can raise anything

@@ -75,7 +75,7 @@ def load_photograph_domains(
     larger = round(LARGER * size)
     images = load_domain(source, larger, cache_dir)
     target_val = load_domain(target, larger, cache_dir)
-    digests = [hashlib.sha256(pixels.numpy()).digest() for pixels in target_val.pixels]
+    digests = [hashlib.sha256(pixels.numpy().tobytes()).digest() for pixels in target_val.pixels]
     target_val = take(
         target_val, torch.tensor(sorted(range(len(digests)), key=digests.__getitem__))
     )
