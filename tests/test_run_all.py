@@ -505,6 +505,11 @@ BAD_PROFILES = [
     ('makes = "{data}"', 'makes = "{data.x}"', "has {data.x}, which stands for nothing"),
     ('makes = "{data}"', 'makes = "{data"', "step 1, draw: has a brace alone in '{data'"),
     ("draw {data}/clip", "draw '{data}/clip", "is no command (No closing quotation)"),
+    ('part = "numbers"', 'part = "numberz"', "step 2, one: its part 'numberz' is not in parts"),
+    ('profiles = ["large"]', 'profiles = ["huge"]', "profiles: there is no profile 'huge'"),
+    ("options.small", "options.smal", "step 2, one: options: there is no profile 'smal'"),
+    ("seconds.large = 70", 'seconds.large = "long"', "seconds cannot be"),
+    ('name = "two"', 'name = "one"', "a second step one of the profile small"),
 ]
 
 
