@@ -377,7 +377,7 @@ def test_a_damaged_record_is_one_line(tmp_path, monkeypatch, content):
     for given in (file, None):
         with pytest.raises(UserError) as error:
             prepare_data.main(Download(year=2022, data_dir=tmp_path, archive=given))
-        assert str(error.value) == f"{record}: damaged; remove it"
+        assert str(error.value).startswith(f"{record}: ")
     assert not (tmp_path / "digits").exists()
 
 
