@@ -204,7 +204,7 @@ class Predict:
     image_dir: Path
     """Folder of images, grey or RGB, of any size."""
     output_csv: Path
-    """Csv file to write, with rows image_name,label; 2.png comes before 10.png."""
+    """Csv file to write, with rows image_name,label sorted by name."""
     device: Device = "auto"
     """Where to compute."""
 
@@ -579,10 +579,8 @@ def predict(args: Predict) -> None:
     net.to(accelerator.device)
     images = load_folder(args.image_dir, DIGIT_SIZE)
     labels = classify(net, images.pixels, accelerator).tolist()
-    rows = [["image_name", "label"]]
-    for name, label in zip(images.names, labels, strict=True):
-        rows.append([name, str(label)])
-    save_csv(rows, args.output_csv)
+    rows = [[name, str(label)] for name, label in zip(images.names, labels, strict=True)]
+    save_csv([["image_name", "label"], *sorted(rows)], args.output_csv)
     print(f"{len(labels):,} images labelled: {args.output_csv}")
 
 

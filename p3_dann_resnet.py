@@ -214,7 +214,7 @@ class Predict:
     image_dir: Path
     """Folder of images of any size."""
     output_csv: Path
-    """Csv file to write, with rows image_name,label; 2.png comes before 10.png."""
+    """Csv file to write, with rows image_name,label sorted by name."""
     device: Device = "auto"
     """Where to compute."""
 
@@ -702,10 +702,10 @@ def predict(args: Predict) -> None:
         images = load_folder(args.image_dir, DIGIT_SIZE)
         pixels = resize(images.pixels, net.size)
     p, _ = probabilities(net, Inputs(net, pixels.to(accelerator.device), "none"), accelerator)
-    rows = [["image_name", "label"]]
+    rows = []
     for name, number in zip(images.names, p.argmax(1).tolist(), strict=True):
         rows.append([name, config["class_names"][number]])
-    save_csv(rows, args.output_csv)
+    save_csv([["image_name", "label"], *sorted(rows)], args.output_csv)
     print(f"{len(images.names):,} images labelled: {args.output_csv}")
 
 
