@@ -107,7 +107,7 @@ class Recipe:
     net: BackboneName = "resnet50"
     """Backbone."""
     width: int = 64
-    """Channels of a ResNet's first stage, a multiple of 8; fewer are faster."""
+    """Channels of a ResNet's first stage, a multiple of 16; fewer are faster."""
     size: int | None = None
     """Side of the images that the network sees; 32 for digits and 224 for photographs."""
     weights: str | None = None
@@ -154,8 +154,8 @@ class Recipe:
         if self.source_dir is not None and self.source_dir == self.target_dir:
             raise UserError(f"--target-dir {self.target_dir}: is the source too")
         in_range("--width", self.width, 8, 1_024)
-        if self.width % 8:  # PyTorch crashes on a CPU with some other widths
-            raise UserError(f"--width {self.width}: must be a multiple of 8")
+        if self.width % 16:  # PyTorch crashes on CPUs with some other widths
+            raise UserError(f"--width {self.width}: must be a multiple of 16")
         in_range("--size", self.size, 8, 4_096)
         in_range("--frozen", self.frozen, 0, 6)
         in_range("--views", self.views, 1, 1_000)

@@ -44,7 +44,7 @@ from p3_dann_resnet import (
 from tests.conftest import noise, save_images
 from tests.two_processes import run_with_two_processes
 
-TINY = {"width": 8, "net": "resnet18", "device": "cpu", "precision": "fp32"}
+TINY = {"width": 16, "net": "resnet18", "device": "cpu", "precision": "fp32"}
 
 
 def small(data_dir: Path, name: str, **options: Any) -> Train:
@@ -65,7 +65,7 @@ def small(data_dir: Path, name: str, **options: Any) -> Train:
 def tiny_net(place: str) -> AdaptationNet:
     """A network for 16x16 images of three classes."""
     torch.manual_seed(0)
-    return AdaptationNet("resnet18", 3, place, size=16, width=8, dense=16, hidden=32)
+    return AdaptationNet("resnet18", 3, place, size=16, width=16, dense=16, hidden=32)
 
 
 def weights_of(args: Train) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ def test_a_resnet_is_torchvisions(name):
 
 
 def test_small_images_leave_a_map_of_an_eighth():
-    net = AdaptationNet("resnet50", 10, "backbone", size=32, width=8)
+    net = AdaptationNet("resnet50", 10, "backbone", size=32, width=16)
     x = net.lower(torch.zeros(1, 3, 32, 32))
     for stage in net.backbone.stages()[:-1]:
         x = stage(x)
@@ -124,7 +124,7 @@ def test_the_efficientnet_is_timms():
 
 
 def test_frozen_stages_keep_weights_and_statistics():
-    net = AdaptationNet("resnet18", 3, "backbone", size=16, width=8, frozen=2).train()
+    net = AdaptationNet("resnet18", 3, "backbone", size=16, width=16, frozen=2).train()
     before = {name: value.clone() for name, value in net.backbone.layer1.state_dict().items()}
     images = torch.randn(4, 3, 16, 16)
     scores, domain = DomainAdversarial(net)(net.lower(images), 1.0)
@@ -133,11 +133,11 @@ def test_frozen_stages_keep_weights_and_statistics():
         assert torch.equal(value, before[name]), name
     assert all(p.grad is None for p in net.backbone.layer1.parameters())
     assert net.backbone.layer2[0].conv1.weight.grad.abs().sum() > 0
-    whole = AdaptationNet("resnet18", 3, "backbone", size=16, width=8).eval()
+    whole = AdaptationNet("resnet18", 3, "backbone", size=16, width=16).eval()
     whole.load_state_dict(net.state_dict())
     torch.testing.assert_close(whole(images), net.eval()(images))
     with pytest.raises(ValueError, match="resnet18 has 5 stages; at most 4 can be frozen"):
-        AdaptationNet("resnet18", 3, "backbone", size=16, width=8, frozen=5)
+        AdaptationNet("resnet18", 3, "backbone", size=16, width=16, frozen=5)
 
 
 # The method
@@ -576,10 +576,10 @@ def test_bad_options_are_named(data_dir, photographs, tmp_path, error_of):
     assert "--target-dir: photographs need both" in error(
         *out, "--source-dir", photographs["source_dir"]
     )
-    assert "--width 12: must be a multiple of 8" in error(*out, "--width", 12)
+    assert "--width 24: must be a multiple of 16" in error(*out, "--width", 24)
     assert "--frozen 2: needs --weights" in error(*out, "--frozen", 2)
     assert "has no digit domain 'mnist'" in error(*out)
-    tiny = [*out, "--net", "resnet18", "--width", 8, "--source", "usps", "--target", "svhn"]
+    tiny = [*out, "--net", "resnet18", "--width", 16, "--source", "usps", "--target", "svhn"]
     assert "no such file" in error(*tiny, "--weights", tmp_path / "none.pth")
     lone = ["embed", "--checkpoint", tmp_path, "--output-dir", tmp_path / "x", "--target-dir", "y"]
     assert "--source-dir: photographs need both" in error(*lone)

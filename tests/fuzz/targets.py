@@ -441,7 +441,7 @@ def dann_arguments(folder: Path) -> Any:
 
 def resnet_arguments(folder: Path) -> Any:
     options: dict[str, Any] = {"source": "mnistm", "target": "svhn", "net": "resnet18"}
-    options |= {"width": 8, "size": 16} | TINY
+    options |= {"width": 16, "size": 16} | TINY
     return p3_dann_resnet.Train(output_dir=folder / "run", data_dir=data_of_trainings(), **options)
 
 
