@@ -53,7 +53,7 @@ class RunAll:
     """Where everything is written."""
     profile: Annotated[str | None, arg(metavar="NAME")] = None
     """quick (the default): released networks, then short trainings. scratch: small networks from
-    random weights, hours. full: for a GPU. smoke: each step, shortest."""
+    random weights, an hour. full: for a GPU. smoke: each step, shortest."""
     only: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
     """Problems (p1, p2, p3) or parts of them (faces; digits, ddim, face-diffusion; dann, clip,
     inversion); by default all."""

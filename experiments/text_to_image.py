@@ -68,15 +68,25 @@ class Measure:
         is_seed("--seed", self.seed)
 
 
+# The traits of a creature that a caption can name, one at a time, and how often each is drawn.
+CREATURE_TRAITS: dict[str, dict[Any, str]] = {
+    "body": scenes.BODIES,
+    "ears": scenes.EARS,
+    "coat": scenes.COATS,
+    "eyes": scenes.EYES,
+}
+TRAIT_COUNT = 6
+
+
 class Prompt(NamedTuple):
     """A prompt, and the traits that it asks for."""
 
     text: str
-    traits: dict[str, str]
+    traits: dict[str, Any]
 
 
 def all_prompts() -> list[Prompt]:
-    """All subjects in all colours; all backgrounds; all subjects in all named styles."""
+    """Subjects in all colours, backgrounds, subjects in all named styles, traits of creatures."""
     prompts = []
     for subject in scenes.SUBJECTS:
         for colour in scenes.COLOUR_NAMES:
@@ -90,6 +100,9 @@ def all_prompts() -> list[Prompt]:
         for style in scenes.NAMED_STYLES:
             text = f"{scenes.with_article(subject)} in the style of {style}"
             prompts.append(Prompt(text, {"style": style}))
+    for trait, phrases in CREATURE_TRAITS.items():
+        for value, text in phrases.items():
+            prompts += [Prompt(text, {trait: value})] * TRAIT_COUNT
     return prompts
 
 
@@ -102,14 +115,15 @@ def main(args: Measure) -> None:
     make_output_dir(args.output_dir)
     started = time.monotonic()
     prompts = [prompt for prompt in all_prompts() for _ in range(args.count)]
-    table = [["guidance", "subject, %", "colour, %", "background, %", "its colour, %", "style, %"]]
+    header = ["guidance", "subject, %", "colour, %", "background, %", "its colour, %", "style, %"]
+    table = [[*header, *[f"{trait}, %" for trait in CREATURE_TRAITS]]]
     results: dict[str, Any] = {}
     for guidance in args.guidances:
         sampling = Sampling(args.steps, guidance)
         pixels = draw(prompts, sampling, args.seed, loaded)
         shares = shares_right(prompts, pixels, classifier, loaded.device)
         results[f"guidance {guidance:g}"] = shares
-        columns = ("subject", "colour", "ground", "ground_colour", "style")
+        columns = ("subject", "colour", "ground", "ground_colour", "style", *CREATURE_TRAITS)
         table.append([f"{guidance:g}", *[f"{shares[trait]:.1f}" for trait in columns]])
         print(" | ".join(table[-1]), flush=True)
         first = pixels[:: args.count][: len(scenes.SUBJECTS) * len(scenes.COLOUR_NAMES)]
