@@ -142,7 +142,10 @@ def test_prompts_are_classified_by_what_they_ask_for(model, classifier, tmp_path
     result = json.loads((out / "result.json").read_text())
     assert result["images"] == len(text_to_image.all_prompts())
     for guidance in ("guidance 1", "guidance 2"):
-        assert set(result[guidance]) == {"subject", "colour", "ground", "ground_colour", "style"}
+        assert set(result[guidance]) == {
+            *("subject", "colour", "ground", "ground_colour", "style"),
+            *("body", "ears", "coat", "eyes"),
+        }
         assert all(0 <= percent <= 100 for percent in result[guidance].values())
     assert size_of(out / "guidance_2.png")[0] > 64 * len(scenes.COLOUR_NAMES)
 
