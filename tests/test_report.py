@@ -6,6 +6,8 @@ import io
 import itertools
 import json
 import os
+import shutil
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -708,6 +710,41 @@ def test_plain_numbers_are_no_formulas():
         assert defused(cell) == cell
     for cell in ("=1", "-1+1", "+a", "@a", "-a", " =1", "\t=1", "--1", "-1-1", "-1 ± =1"):
         assert defused(cell) == f"'{cell}"
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+MARKUP = (
+    "<script>document.title = 'it ran'</script>",
+    "<img src=x onerror=\"document.title = 'it ran'\">",
+    "\" onmouseover=\"document.title = 'it ran'\" autofocus onfocus=\"document.title = 'it ran'",
+    "</style><svg onload=\"document.title = 'it ran'\">",
+    "javascript:document.title='it ran'",
+)
+
+
+def test_nothing_of_a_hostile_run_directory_runs_in_a_browser(output, data_dir, tmp_path):
+    found = [browser for browser in map(shutil.which, BROWSERS) if browser]
+    if not found:
+        pytest.skip("no Chromium")
+    config = json.loads((output / "p1/dcgan/config.json").read_text())
+    for number, markup in enumerate(MARKUP):
+        config["arguments"] |= {f"option {number}": markup, markup: 1}
+        config["versions"][markup] = markup
+        (output / f"steps/step {number}.txt").write_text(f"{markup}\n1\n")
+    config["hardware"]["name"] = "".join(MARKUP)
+    write_json(output / "p1/dcgan/config.json", config)
+    page_of(output)
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'x'}"]
+    address = (output / "report.html").as_uri()
+    dom = subprocess.run(
+        [found[0], *arguments, "--dump-dom", address],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout
+    assert "<title>Generation and domain adaptation: report</title>" in dom
+    assert "document.title = 'it ran'" in dom  # as text
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"  # for it Pillow runs Ghostscript
