@@ -29,6 +29,7 @@ from common.cli import UserError, above, at_least, run_cli
 from tests.fuzz.targets import TARGETS, Target
 
 LONGEST = 10.0  # seconds of one reading
+LONGEST_SLOW = 90.0  # the same where a training goes on
 LONGEST_MESSAGE = 1_000  # characters
 
 
@@ -86,8 +87,9 @@ def try_one(target: Target, example: Path, seed: int, name: str, number: int) ->
         file = rng.choice(files)
         done = f"{target.damage(file, rng)} of {file.relative_to(folder)}"
         outcome = "read"
+        limit = LONGEST_SLOW if target.is_slow else LONGEST
         try:
-            with time_limit(LONGEST), contextlib.redirect_stdout(io.StringIO()):
+            with time_limit(limit), contextlib.redirect_stdout(io.StringIO()):
                 target.read(folder)
         except UserError as error:
             message = str(error)
@@ -99,7 +101,7 @@ def try_one(target: Target, example: Path, seed: int, name: str, number: int) ->
             if str(folder) not in str(error):
                 outcome, done = "failed", f"{done}: {traceback.format_exc()}"
         except TooLong:
-            outcome, done = "failed", f"{done}: more than {LONGEST:g} seconds"
+            outcome, done = "failed", f"{done}: more than {limit:g} seconds"
         except Exception:  # which is what is looked for
             outcome, done = "failed", f"{done}: {traceback.format_exc()}"
         around = {path.name for path in (*Path(root).iterdir(), *folder.parent.iterdir())}
