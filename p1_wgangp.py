@@ -119,9 +119,8 @@ def train(args: Train) -> dict[str, Any]:
     if run.result is not None:
         return run.result if run.is_main else {}
     cache = args.output_dir.parent / "cache"
-    pixels = load_folder(args.data_dir / "face" / "train", (64, 64), cache, args.fit).pixels.to(
-        device
-    )
+    faces = load_folder(args.data_dir / "face" / "train", (64, 64), cache, args.fit)
+    pixels = faces.pixels.to(device)
 
     torch.manual_seed(derive_seed(args.seed, "init"))
     bare_generator = place(GENERATORS[args.net](width=args.width), device)

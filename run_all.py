@@ -40,6 +40,7 @@ from common.profiles import Step, read_profiles
 
 POSIX = os.name == "posix"
 POLL_SECONDS = 0.1  # how soon a signal is passed on
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 PAGE_SECONDS = 60  # between two writings of the page while the steps run
 
 
@@ -461,7 +462,7 @@ class Runner:
         for last in self.plan.of_part("report"):
             command = self.places.command(last)
             if command is not None:
-                self.pages.submit(self.processes.run, command, "", {}, quiet=True)
+                self.pages.submit(self.processes.run, command, "", ONE_THREAD, quiet=True)
 
     def run_step(
         self, step: Step, command: list[str], prefix: str, environment: dict[str, str]

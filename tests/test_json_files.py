@@ -100,9 +100,10 @@ READERS = {
     "grids": lambda file: read_grids(file.parent),
 }
 NAMES = {
-    **dict.fromkeys(("score", "captions"), "result.json"),
+    "score": "result.json",
     "captions": "metadata.jsonl",
-    **dict.fromkeys(("part", "data"), "made.json"),
+    "part": "made.json",
+    "data": "made.json",
     "grids": "epoch_0001.png",
 }
 
