@@ -108,7 +108,7 @@ def test_small_images_leave_a_map_of_an_eighth():
     x = net.lower(torch.zeros(1, 3, 32, 32))
     for stage in net.backbone.stages()[:-1]:
         x = stage(x)
-    assert net.backbone.get_submodule("layer4")(x).shape == (1, 256, 4, 4)
+    assert net.backbone.get_submodule("layer4")(x).shape == (1, 512, 4, 4)
 
 
 def test_the_efficientnet_is_timms():
@@ -505,8 +505,8 @@ def test_frozen_stages_are_computed_once(photographs, tmp_path, monkeypatch):
 
     file = tmp_path / "resnet18.pth"
     torch.manual_seed(0)
-    weights = ResNet("resnet18", 16, 8).state_dict()
-    torch.save(weights | {"fc.weight": torch.zeros(3, 64), "fc.bias": torch.zeros(3)}, file)
+    weights = ResNet("resnet18", 16, 16).state_dict()
+    torch.save(weights | {"fc.weight": torch.zeros(3, 128), "fc.bias": torch.zeros(3)}, file)
     monkeypatch.setattr(AdaptationNet, "lower", counted)
     options = {"size": 16, "epochs": 2, "images_per_epoch": 16, "batch_size": 8, "views": 3}
     options |= {"frozen": 3, "weights": str(file), "place": "backbone"}
