@@ -132,7 +132,7 @@ def check_step(step: Any, content: dict[str, Any], where: str) -> None:
     """Raise UserError for a step that run_all.py cannot run."""
     check_table(step, STEP_FIELDS, ["name", "part", "script", "arguments", "makes"], where)
     where += f", {step['name']}"
-    if not is_folder_name(step["name"]):  # of its note
+    if not is_folder_name(step["name"]):  # its note has this name
         raise UserError(f"{where}: its name is not the name of a file")
     if step["part"] not in {*content["parts"], "data", "report"}:
         raise UserError(f"{where}: its part {step['part'][:60]!r} is not in parts")

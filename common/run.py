@@ -62,7 +62,7 @@ class Run:
         self.stop_signal: int | None = None  # the signal that this process received
         self.stopping = False  # all processes agreed to stop
         self.sums: dict[str, Tensor] = {}  # of this epoch's losses so far
-        self.rows: list[dict[str, Any]] = []  # of metrics.jsonl
+        self.rows: list[dict[str, Any]] = []  # those in metrics.jsonl
         self.latest: dict[str, Tensor] = {}  # the last step's losses, for the progress bar
         accelerator.wait_for_everyone()  # all have looked before the first one writes
 
@@ -146,7 +146,7 @@ class Run:
                 for name, part in parts.items():
                     restore(part, state.pop(name))
                 state.setdefault("sums", {})
-                if "rows" not in state:  # of an older version
+                if "rows" not in state:  # an older version wrote it
                     state["rows"] = self._read_rows()
                 check_progress(state)
             except BAD_STATE as error:

@@ -18,8 +18,8 @@ from common.names import LONGEST_NAME, is_hidden, is_label
 
 # Limits. The course's archives stay far below them.
 MOST_ENTRIES = 2_000_000
-MOST_BYTES = 20 * 10**9  # of all files together, unpacked
-MOST_TIMES = 200  # how much larger than packed a file may be
+MOST_BYTES = 20 * 10**9  # all files together, unpacked
+MOST_TIMES = 200  # how many times its packed size a file may have
 SMALL = 2**20  # bytes; smaller files may be packed to any size
 LONGEST_PATH = 1_000  # characters
 
@@ -147,7 +147,7 @@ def refuse_overlaps(archive: Path, entries: Sequence[zipfile.ZipInfo], end: int)
 
 def refuse_same_names(archive: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
     """Raise UserError if two paths are the same on a disk that ignores case and Unicode forms."""
-    spellings: dict[str, str] = {}  # of every file and folder; a folder's ends with a slash
+    spellings: dict[str, str] = {}  # every file and folder; a folder's ends with a slash
     listed = set()
     for entry in entries:
         path = PurePosixPath(entry.filename)

@@ -94,7 +94,7 @@ def test_a_damaged_run_directory_is_named(tmp_path):
     run.log_metrics({"step": 1})
     run.save_state(1, {})
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "lo')
-    assert run.history() == [{"step": 1}]  # of last.pt
+    assert run.history() == [{"step": 1}]  # those in last.pt
 
     state = tmp_path / "last.pt"
     state.write_bytes(state.read_bytes()[:50])
