@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.augment import augment_digits
+from common.augment import add_neighbours, augment_digits, tint
 from common.checkpoints import load_net
 from common.classification import accuracy, classify, scores_of
 from common.cli import (
@@ -61,6 +61,7 @@ from common.figures import mean_and_sd, save_csv, save_curves, save_table, save_
 from common.files import make_output_dir
 from common.rng import derive_seed, make_rng
 from common.run import Run
+from common.target_losses import confusion_loss, infomax_loss
 from common.training import update_ema, warmup_cosine
 from metrics.unlabelled import CRITERIA, Selection, all_criteria, selected_epoch
 from models.dann import NETS, DannNet
@@ -85,6 +86,8 @@ RECIPES = {
         "lambda_max": 0.7,
         "prior": 1.0,
         "augmentation": 0.85,
+        "neighbours": 0.0,
+        "tint": 0.0,
         "forward": "joint",
     },
     "cnn": {
@@ -93,6 +96,8 @@ RECIPES = {
         "lambda_max": 1.0,
         "prior": 0.5,
         "augmentation": 0.0,
+        "neighbours": 0.0,
+        "tint": 0.0,
         "forward": "joint",
     },
 }
@@ -128,8 +133,16 @@ class Recipe:
     """How far source images are weighted by the target's predicted class frequencies, 0 to 1."""
     augmentation: float | None = None
     """Strength of the augmentation, the same for both domains; 0 switches it off."""
+    neighbours: float | None = None
+    """Share of source images with another digit at a side, as house numbers have."""
+    tint: float | None = None
+    """Share of images whose channels get contrasts of their own, so that colour matters less."""
     forward: Literal["joint", "separate"] | None = None
     """Whether BatchNorm sees both domains in one batch or each on its own."""
+    infomax: bool = False
+    """Add information maximisation on the target: certain of each image, balanced over all."""
+    mcc: bool = False
+    """Add minimum class confusion on the target."""
     label_smoothing: float = 0.05
     """Label smoothing of the class loss."""
     ema_decay: float = 0.998
@@ -145,6 +158,8 @@ class Recipe:
         in_range("--lambda-max", self.lambda_max, 0, 1_000)
         in_range("--prior", self.prior, 0, 1)
         in_range("--augmentation", self.augmentation, 0, 10)
+        in_range("--neighbours", self.neighbours, 0, 1)
+        in_range("--tint", self.tint, 0, 1)
         below("--label-smoothing", self.label_smoothing, 0, 1)
         below("--ema-decay", self.ema_decay, 0, 1)
 
@@ -347,6 +362,10 @@ def dann_losses(
         errors = F.nll_loss(domain_log_p, domain, reduction="none")
         losses["domain_loss"] = (weights * errors).mean()
         losses["domain_accuracy"] = (domain_log_p.argmax(1) == domain).float().mean()
+        if args.infomax:
+            losses["infomax_loss"] = infomax_loss(target_log_p)
+        if args.mcc:
+            losses["confusion_loss"] = confusion_loss(target_log_p)
     return losses
 
 
@@ -392,13 +411,14 @@ def train(args: Train) -> dict[str, Any]:
 
         # The batch: labelled images first, then unlabelled ones of the target.
         rows = draw_batch(len(pixels), step, args.batch_size, accelerator, args.seed, "labelled")
-        images = pixels[rows]
+        images = add_neighbours(normalise(pixels[rows]), rng, settings.neighbours)
         if args.method == "dann":
             target = data.target_pixels
             key = (args.seed, "unlabelled")
             target_rows = draw_batch(len(target), step, args.batch_size, accelerator, *key)
-            images = torch.cat([images, target[target_rows]])
-        images = augment_digits(normalise(images), rng, settings.augmentation)
+            images = torch.cat([images, normalise(target[target_rows])])
+        images = augment_digits(images, rng, settings.augmentation)
+        images = tint(images, rng, settings.tint)
         images = images.contiguous(memory_format=torch.channels_last)
 
         losses = dann_losses(net, images, labels[rows], lambd, args, prior)
@@ -407,6 +427,10 @@ def train(args: Train) -> dict[str, Any]:
             # Equation 9: the domain classifier minimises the domain loss. Behind the reversal
             # layer the extractor minimises class loss - λ · domain loss.
             loss = loss + losses["domain_loss"]
+        if args.method == "dann" and args.infomax:
+            loss = loss + losses["infomax_loss"]
+        if args.method == "dann" and args.mcc:
+            loss = loss + losses["confusion_loss"]
         optimizer.zero_grad()
         shared: Any = accelerator.reduce(prior.frequencies, "mean")  # of all processes
         prior.frequencies.copy_(shared)
@@ -438,6 +462,8 @@ class Settings(NamedTuple):
     lambda_max: float
     prior: float
     augmentation: float
+    neighbours: float
+    tint: float
     forward: Literal["joint", "separate"]
 
 

@@ -58,6 +58,7 @@ from common.figures import mean_and_sd, save_csv, save_curves, save_table, save_
 from common.files import make_output_dir
 from common.rng import derive_seed, make_rng
 from common.run import Run
+from common.target_losses import confusion_loss, infomax_loss
 from common.training import update_ema
 from metrics.features import EFFICIENTNET_PACKAGE, find_efficientnet, load_efficientnet
 from metrics.unlabelled import CRITERIA, Selection, all_criteria, selected_epoch
@@ -307,31 +308,6 @@ def domain_loss(source: Tensor, target: Tensor) -> Tensor:
     of_source = F.binary_cross_entropy_with_logits(source, torch.zeros_like(source))
     of_target = F.binary_cross_entropy_with_logits(target, torch.ones_like(target))
     return (of_source + of_target) / 2
-
-
-def infomax_loss(scores: Tensor) -> Tensor:
-    """Mean entropy of the images, minus the entropy of their mean (SHOT's equations 3 and 4).
-
-    `scores` are those of the classes for target images, (batch, classes).
-    """
-    p = scores.softmax(1)
-    each = torch.special.entr(p).sum(1).mean()
-    of_mean = torch.special.entr(p.mean(0)).sum()
-    return each - of_mean
-
-
-def confusion_loss(scores: Tensor, temperature: float = 2.5) -> Tensor:
-    """Minimum class confusion: how much classes share the images, between 0 and 1.
-
-    `scores` are those of the classes for target images, (batch, classes). Images of which the
-    network is certain weigh more (equations 4 to 8 of Jin et al.).
-    """
-    p = (scores / temperature).softmax(1)
-    weights = 1 + torch.exp(-torch.special.entr(p).sum(1).detach())  # (batch,)
-    weights = weights / weights.mean()
-    confusion = p.T @ (weights[:, None] * p)  # (classes, classes)
-    confusion = confusion / confusion.sum(1, keepdim=True)
-    return 1 - confusion.trace() / len(confusion)
 
 
 def adaptation_losses(

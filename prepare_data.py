@@ -20,7 +20,8 @@ Two more are for text-to-image models and textual inversion; the second is laid 
     python prepare_data.py synthetic                       # drawn here, no network, about a minute
     python prepare_data.py download --year 2022            # the course's own archive
     python prepare_data.py download --public --textures BSDS500/data/images/train
-    python prepare_data.py import --mnist MNIST            # its four idx files
+    python prepare_data.py import digits MNIST             # its four idx files; also .mat, .bz2
+    python prepare_data.py import faces PHOTOS             # finds faces and cuts them out
     python prepare_data.py check hw2_data
     python prepare_data.py noises --output-dir noises      # for DDIM, if hw2_data has none
 
@@ -41,12 +42,12 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from common.cli import UserError, at_least, each_once, in_range, is_seed, run_cli
+from common.cli import UserError, at_least, each_once, in_range, is_domain, is_seed, run_cli
 from common.data import list_images
 from common.files import make_output_dir
 from common.noises import find_noises
 from metrics.faces import count_faces
-from preparation import archive, inspection, layout, mnist, public
+from preparation import archive, inspection, layout, own_digits, own_faces, public
 from preparation.synthetic import object_domains
 from preparation.synthetic.parts import (
     draw_captioned,
@@ -161,15 +162,40 @@ class Download:
 
 @dataclass
 class Import:
-    """Write digits/mnist from MNIST's idx files.
+    """Write digits or faces of one's own into the layout.
 
-    The 60,000 training images become train, the 10,000 test images val.
+    `digits` reads idx files, SVHN's .mat, USPS's .bz2 or .h5, or a folder for each digit. `faces`
+    reads any photographs, finds the faces and cuts them out like the course's.
     """
 
-    mnist: Path
-    """Folder with MNIST's four files (train-images-idx3-ubyte, ...), each as it is or as .gz."""
+    kind: Positional[Literal["digits", "faces"]]
+    """What to import."""
+    source: Annotated[Positional[Path], arg(metavar="SOURCE")]
+    """File or folder with the digits, or folder with photographs and perhaps folders in it."""
     data_dir: Path = Path("hw2_data")
     """Folder to write."""
+    domain: str | None = None
+    """Name of the digits, digits/DOMAIN; mnist, svhn or usps if the files are theirs."""
+    val: float = 0.2
+    """Share of the images for val, where the source has one split."""
+    smallest: int = 40
+    """Width in pixels of the smallest face that is taken."""
+    several: Literal["largest", "drop"] = "largest"
+    """Which face of a photograph with several is taken, or none of them."""
+    seed: int = 0
+    """Seed of the choice for val."""
+    num_workers: int = os.cpu_count() or 1
+    """Threads that look for faces."""
+
+    def __post_init__(self) -> None:
+        is_domain("--domain", self.domain)
+        if self.kind == "faces" and self.domain is not None:
+            raise UserError(f"--domain {self.domain}: is for digits, not faces")
+        if not 0 < self.val < 1:
+            raise UserError(f"--val {self.val:g}: must be above 0 and below 1")
+        in_range("--smallest", self.smallest, 1, 100_000)
+        is_seed("--seed", self.seed)
+        in_range("--num-workers", self.num_workers, 1, MOST_PROCESSES)
 
 
 @dataclass
@@ -314,26 +340,58 @@ def fetch_and_unpack(year: int, data_dir: Path) -> None:
     fetched.unlink()
 
 
-def import_mnist(args: Import) -> None:
-    """Write digits/mnist if it is not there yet.
+def import_digits(args: Import) -> None:
+    """Write digits/DOMAIN if it is not there yet.
 
-    Raises UserError if other data is in its place, or if one of the files is not MNIST's.
+    Raises UserError if other data is in its place, and for files that cannot be read.
     """
-    train_images, train_labels = mnist.read_mnist(args.mnist, "train")
-    val_images, val_labels = mnist.read_mnist(args.mnist, "t10k")
+    source = own_digits.read_digits(args.source, args.domain)
+    domain = args.domain or source.domain
+    if domain is None:
+        raise UserError(f"import digits {args.source}: --domain must give them a name")
+    train, val = source.train, source.val
+    if val is None:
+        train, val = own_digits.split(train, args.val, args.seed)
     digest = hashlib.sha256()
-    for values in (train_images, train_labels, val_images, val_labels):
+    for values in (*train, *val):
         digest.update(values.tobytes())
-    settings = {"made_by": "import --mnist", "sha256": digest.hexdigest()}
+    settings = {"made_by": "import digits", "sha256": digest.hexdigest()}
+    part = f"digits/{domain}"
     make_output_dir(args.data_dir, "--data-dir")
-    if layout.is_finished(args.data_dir, "digits/mnist", settings):
-        print("digits/mnist: already finished, nothing to do")
+    if layout.is_finished(args.data_dir, part, settings):
+        print(f"{part}: already finished, nothing to do")
         return
-    train = (train_images, train_labels.tolist())
-    val = (val_images, val_labels.tolist())
-    with layout.new_part(args.data_dir, "digits/mnist", settings) as folder:
-        public.fill_digits(folder, [train, val])
-    print(f"digits/mnist: {len(train_images):,} train, {len(val_images):,} val")
+    with layout.new_part(args.data_dir, part, settings) as folder:
+        public.fill_digits(
+            folder,
+            [
+                (own_digits.at_size(train.images), train.labels.tolist()),
+                (own_digits.at_size(val.images), val.labels.tolist()),
+            ],
+        )
+    print(f"{part}: {len(train.labels):,} train, {len(val.labels):,} val")
+
+
+def import_faces(args: Import) -> None:
+    """Write face/train and face/val, and print why photographs were left out.
+
+    face/left_out.csv names each of them. Raises UserError if other faces are there, or if no face
+    is found.
+    """
+    paths = list_images(args.source, recursive=True)
+    options = own_faces.Options(args.val, args.smallest, args.several, args.seed)
+    settings = {"made_by": "import faces", "photographs": own_faces.digest_of(paths)}
+    settings |= options._asdict()
+    make_output_dir(args.data_dir, "--data-dir")
+    if layout.is_finished(args.data_dir, "face", settings):
+        print("face: already finished, nothing to do")
+        return
+    with layout.new_part(args.data_dir, "face", settings) as folder:
+        counts = own_faces.fill_faces(folder, paths, options, args.num_workers)
+    print(f"face: {counts['train']:,} train, {counts['val']:,} val of {len(paths):,} photographs")
+    for reason, count in counts.items():
+        if reason not in ("train", "val"):
+            print(f"  left out, {reason}: {count:,}")
 
 
 def noises(args: Noises) -> None:
@@ -370,8 +428,10 @@ def main(args: Synthetic | Download | Import | Check | Noises) -> None:
             synthetic(args)
         case Download():
             download(args)
+        case Import() if args.kind == "digits":
+            import_digits(args)
         case Import():
-            import_mnist(args)
+            import_faces(args)
         case Check():
             check(args)
         case Noises():

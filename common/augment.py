@@ -74,6 +74,54 @@ def of_3x3(images: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tenso
     return combine(pairs, rows[..., 2:])
 
 
+def add_neighbours(images: Tensor, rng: torch.Generator, share: float) -> Tensor:
+    """Put another digit of the batch at the right and at the left edge, as house numbers have them.
+
+    `images` is (batch, 3, 28, 28). Each side gets a neighbour with probability `share`, 3 to 9
+    pixels of it. The digit in the middle stays the one that counts.
+    """
+    if share == 0:
+        return images
+    batch, _, height, width = images.shape
+    columns = torch.arange(width, device=images.device)
+    for side in ("right", "left"):
+        others = torch.randperm(batch, generator=rng, device=rng.device)
+        visible = torch.randint(3, 10, (batch, 1), generator=rng, device=rng.device)
+        present = torch.rand((batch, 1), generator=rng, device=rng.device) < share
+        # A digit begins about 5 pixels from the edges of its own image.
+        if side == "right":
+            covered = columns >= width - visible  # (batch, width)
+            take = columns - (width - visible) + 5
+        else:
+            covered = columns < visible
+            take = columns - visible + width - 5
+        take = take.clamp(0, width - 1)[:, None, None, :].expand(-1, 3, height, -1)
+        neighbours = images[others].gather(3, take)
+        images = torch.where((covered & present)[:, None, None, :], neighbours, images)
+    return images
+
+
+def tint(images: Tensor, rng: torch.Generator, share: float) -> Tensor:
+    """Give the channels of a share of the images contrasts and brightnesses of their own.
+
+    `images` is float (batch, 3, height, width); the result may exceed its range. A channel keeps
+    between a tenth and all of its contrast, some turn negative, and noise is added, so that a
+    grey image becomes one with two colours and a channel may hardly show the digit.
+    """
+    if share == 0:
+        return images
+
+    def uniform(low: float, high: float, channels: int) -> Tensor:
+        draw = torch.rand((len(images), channels, 1, 1), generator=rng, device=rng.device)
+        return draw * (high - low) + low
+
+    contrast = uniform(0.1, 1, 3)
+    contrast = torch.where(uniform(0, 1, 3) < 0.1, -contrast, contrast)
+    noise = torch.randn(images.shape, generator=rng, device=rng.device)
+    tinted = images * contrast + uniform(-0.5, 0.5, 3) + noise * uniform(0, 0.05, 1)
+    return torch.where(uniform(0, 1, 1) < share, tinted, images)
+
+
 def augment_faces(images: Tensor, rng: torch.Generator, flip: bool) -> Tensor:
     """Mirror half of the float images (batch, channels, height, width)."""
     if not flip:

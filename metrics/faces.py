@@ -16,18 +16,25 @@ from common.progress import show_progress
 LOCAL = threading.local()  # each thread's own face detector
 
 
-def count_faces(path: Path) -> int | None:
-    """The number of faces in an image that is upsampled once; None for an unreadable file."""
+def face_detector() -> Any:
+    """Dlib's frontal HOG detector, one for each thread.
+
+    It releases Python's global lock while it looks, but it can serve only one thread.
+    """
     if not hasattr(LOCAL, "detector"):
         import dlib
 
-        # It releases Python's global lock while it looks, but it can serve only one thread.
         LOCAL.detector = dlib.get_frontal_face_detector()
+    return LOCAL.detector
+
+
+def count_faces(path: Path) -> int | None:
+    """The number of faces in an image that is upsampled once; None for an unreadable file."""
     try:
         image = decode_image(path).transpose(1, 2, 0)  # → (height, width, 3)
     except UserError:
         return None
-    return len(LOCAL.detector(np.ascontiguousarray(image), 1))
+    return len(face_detector()(np.ascontiguousarray(image), 1))
 
 
 def face_rate(folder: Path, workers: int) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def required(folder: Path, name: str) -> Path:
     """NAME or NAME.gz in a folder. Raises UserError if neither is there."""
     path = find_file(folder, name)
     if path is None:
-        raise UserError(f"--mnist {folder}: has neither {name} nor {name}.gz")
+        raise UserError(f"{folder}: has neither {name} nor {name}.gz")
     return path
 
 

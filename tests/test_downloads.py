@@ -491,7 +491,7 @@ def import_error(folder: Path) -> str:
     """The one line with which `import` refuses a folder."""
     out = folder.parent / "out"
     with pytest.raises(UserError) as error:
-        prepare_data.main(Import(folder, out))
+        prepare_data.main(Import("digits", folder, out))
     assert not out.exists()
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -559,7 +559,7 @@ def test_public_reads_mnists_files_packed_by_others(idx_files, tmp_path):
 
 def test_check_does_not_mind_the_record(idx_files, tmp_path, capsys):
     out = tmp_path / "out"
-    prepare_data.main(Import(idx_files, out))
+    prepare_data.main(Import("digits", idx_files, out))
     (out / archive.RECORD).write_text("{}")
     capsys.readouterr()
     prepare_data.main(Check(out))

@@ -28,7 +28,7 @@ MAY_BE_ZERO = MAY_BE_NEGATIVE | {
     *("beta1", "beta2", "ema_decay", "weight_decay", "drop", "dropout", "drift", "penalty"),
     *("real_label", "fake_label", "label_smoothing", "instance_noise", "augmentation"),
     *("latent_noise", "critic_weight", "perceptual_weight"),
-    *("lambda_max", "prior", "eta", "etas", "interval"),
+    *("lambda_max", "prior", "neighbours", "tint", "eta", "etas", "interval"),
     *("drop_each", "drop_all", "scale", "scales", "free_scales", "classifier_scales"),
     *("seed", "seeds", "offset", "frozen", "creatures"),
 }
@@ -153,7 +153,7 @@ def command_line(name: str, options: list[Option], wrong: Option, words: list[st
         if option is wrong:
             given = words
         elif option.is_required:
-            given = ["x"]
+            given = [good_word(option)]
         else:
             continue
         if option.flag is None:
@@ -161,6 +161,12 @@ def command_line(name: str, options: list[Option], wrong: Option, words: list[st
         else:
             flags += [option.flag, *given]
     return [*positional, *flags]
+
+
+def good_word(option: Option) -> str:
+    """A value that the option takes: the first of its choices, or a name."""
+    is_choice = typing.get_origin(option.kind) is Literal
+    return typing.get_args(option.kind)[0] if is_choice else "x"
 
 
 def mistakes(name: str, command: type) -> Iterator[tuple[list[str], str]]:
@@ -173,8 +179,10 @@ def mistakes(name: str, command: type) -> Iterator[tuple[list[str], str]]:
 
 def pattern_of(option: Option) -> str:
     """What names the option in an error."""
+    if option.flag is None and typing.get_origin(option.kind) is Literal:
+        return f"argument '{option.name}'"
     if option.flag is None:  # only its place is known
-        return r"the (first )?argument( after x)?:"
+        return r"the (first )?argument( after \w+)?:"
     return rf"{option.flag}(?![\w-])"
 
 

@@ -380,8 +380,13 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, error_of, monkeypatch
         ("download --public", "--textures: needed for MNIST-M"),
         ("download --public --parts face face", "--parts face face: names something twice"),
         ("download --public --parts", "--parts: needs at least one value"),
-        ("import", "import: --mnist PATH"),
-        ("import --mnist nowhere", "--mnist nowhere: has neither train-images-idx3-ubyte nor"),
+        ("import", "import: {digits,faces}"),
+        ("import digits", "SOURCE"),
+        ("import digits nowhere", "nowhere: no such file or folder"),
+        ("import faces nowhere", "nowhere: no such folder"),
+        ("import faces . --domain x", "--domain x: is for digits, not faces"),
+        ("import digits . --domain a/b", "--domain a/b: must be the name of a folder in digits/"),
+        ("import digits . --val 1", "--val 1: must be above 0 and below 1"),
         ("noises --output-dir x --count 0", "--count 0: must be at least 1"),
         ("noises --output-dir x --size 0", "--size 0: must be between 1 and 4096"),
         ("noises --output-dir x --size 99999", "--size 99999: must be between 1 and 4096"),
@@ -567,7 +572,7 @@ def idx_files(tmp_path, monkeypatch) -> Path:
 
 def test_mnist_is_imported(idx_files, tmp_path, capsys):
     out = tmp_path / "hw2_data"
-    prepare_data.main(Import(idx_files, out))
+    prepare_data.main(Import("digits", idx_files, out))
     assert capsys.readouterr().out == "digits/mnist: 30 train, 20 val\n"
     pixels = np.random.default_rng(0).integers(0, 256, (50, 28, 28))
     first = 0
@@ -592,16 +597,16 @@ def test_mnist_is_imported(idx_files, tmp_path, capsys):
 def test_mnist_is_imported_once(idx_files, tmp_path, capsys):
     """Packing makes no difference; other files are other data."""
     out = tmp_path / "hw2_data"
-    prepare_data.main(Import(idx_files, out))
+    prepare_data.main(Import("digits", idx_files, out))
     before = fingerprint(out)
     content = (idx_files / IMAGES).read_bytes()
     (idx_files / f"{IMAGES}.gz").write_bytes(gzip.compress(content))
     (idx_files / IMAGES).unlink()
-    prepare_data.main(Import(idx_files, out))
+    prepare_data.main(Import("digits", idx_files, out))
     assert "digits/mnist: already finished" in capsys.readouterr().out
     write_idx(idx_files / IMAGES, 2051, np.zeros((30, 28, 28)))
     with pytest.raises(UserError, match=r"digits/mnist holds other data .*; remove it first"):
-        prepare_data.main(Import(idx_files, out))
+        prepare_data.main(Import("digits", idx_files, out))
     assert fingerprint(out) == before
 
 
@@ -618,7 +623,7 @@ def test_mnist_is_imported_once(idx_files, tmp_path, capsys):
 def test_an_idx_file_of_something_else_is_named(idx_files, tmp_path, name, magic, shape, message):
     write_idx(idx_files / name, magic, np.zeros(shape))
     with pytest.raises(UserError) as error:
-        prepare_data.main(Import(idx_files, tmp_path / "out"))
+        prepare_data.main(Import("digits", idx_files, tmp_path / "out"))
     assert str(error.value).startswith(f"{idx_files / name}: {message}")
     assert not (tmp_path / "out").exists()
 
@@ -626,7 +631,7 @@ def test_an_idx_file_of_something_else_is_named(idx_files, tmp_path, name, magic
 def test_a_damaged_idx_file_is_named(idx_files, tmp_path):
     def error() -> str:
         with pytest.raises(UserError) as caught:
-            prepare_data.main(Import(idx_files, tmp_path / "out"))
+            prepare_data.main(Import("digits", idx_files, tmp_path / "out"))
         assert not (tmp_path / "out").exists()
         return str(caught.value)
 
@@ -648,7 +653,7 @@ def test_a_damaged_idx_file_is_named(idx_files, tmp_path):
     assert error().startswith(f"{packed}: starts with 2049, ")
     packed.unlink()
     assert error() == (
-        f"--mnist {idx_files}: has neither train-labels-idx1-ubyte nor train-labels-idx1-ubyte.gz"
+        f"{idx_files}: has neither train-labels-idx1-ubyte nor train-labels-idx1-ubyte.gz"
     )
 
 
