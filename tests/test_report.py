@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -23,7 +24,9 @@ from common.cli import IncompleteError, UserError, run_cli
 from models.context_unet import ContextUnet
 from models.dann import DannCNN
 from report import Report, defused
+from reporting import comparison
 from reporting import output as reading
+from reporting.output import Table
 from tests.conftest import save_net
 
 HARDWARE = {"device": "cpu", "name": "A CPU", "precision": "fp32", "processes": 1, "threads": 2}
@@ -351,7 +354,7 @@ def output(tmp_path: Path, data_dir: Path) -> Path:
 
 
 def test_the_page_needs_no_other_file(output):
-    """Its images are in it; its links go to its own headings or to papers."""
+    """Its images are in it; its links go to its headings, its tables as csv, or papers."""
     page = page_of(output)
     assert len(page.ids) >= 8
     assert len(set(page.ids)) == len(page.ids)
@@ -359,6 +362,8 @@ def test_the_page_needs_no_other_file(output):
     for link in page.links:
         if link.startswith("#"):
             assert link[1:] in page.ids
+        elif link.endswith(".csv"):
+            assert (output / link).is_file()
         else:
             assert link.startswith("https://")
 
@@ -678,7 +683,7 @@ def test_a_hostile_run_directory_is_escaped(output, data_dir, capsys):
     write_run(output / "p2/digits", data_dir, {"seconds": 1.0}, **options)
     page = page_of(output)
     html = (output / "report.html").read_text()
-    assert "<script" not in html
+    assert html.count("<script") == html.count(f"<script>{report.load_script().text}") == 1
     assert "<img src=x" not in html
     assert SCRIPT in page.text  # it is shown as text
     assert page.row("special")[1] == " ".join(SPECIALS.split())
@@ -705,6 +710,118 @@ def test_a_hostile_run_directory_is_escaped(output, data_dir, capsys):
     assert not [cell for cell in cells if cell[:1] in "=+@" and cell]
 
 
+def dom_of(page: Path, tmp_path: Path) -> str:
+    """The document that Chromium makes of a page, after its scripts."""
+    found = [browser for browser in map(shutil.which, BROWSERS) if browser]
+    if not found:
+        pytest.skip("no Chromium")
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'x'}"]
+    return subprocess.run(
+        [found[0], *arguments, "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout
+
+
+def test_the_page_allows_its_own_script_only(output):
+    page_of(output)
+    html = (output / "report.html").read_text()
+    script = html.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src"
+    assert f"{policy} 'sha256-{digest}'" in html
+
+
+CLICKS = """<script>
+const header = [...document.querySelectorAll("th")].find((th) => th.textContent === "seconds");
+const table = header.closest("table");
+const column = [...header.parentNode.cells].indexOf(header);
+const cells = () => [...table.tBodies[0].rows].map((row) => row.cells[column].textContent).join();
+const seen = [];
+for (let k = 0; k < 2; k++) {
+  header.querySelector("button").click();
+  seen.push(`${header.getAttribute("aria-sort")}:${cells()}`);
+}
+document.querySelector("button.zoom").click();
+const open = document.querySelector("dialog[open]");
+seen.push(`${open.getAttribute("aria-label")}:${open.querySelectorAll("img").length}`);
+document.title = seen.join("|");
+</script></body>"""
+
+
+def test_tables_sort_and_figures_open_in_a_browser(output, data_dir, tmp_path):
+    write_run(output / "p1/third", data_dir, {"seconds": 1_000.5})
+    write_run(output / "p1/fourth", data_dir, {"seconds": 20})
+    page_of(output)
+    html = (output / "report.html").read_text()
+    policy = html.partition("<meta http-equiv")[2].partition(">")[0]
+    copy = tmp_path / "clicks.html"  # whose policy lets the clicks run
+    copy.write_text(html.replace(f"<meta http-equiv{policy}>", "").replace("</body>", CLICKS))
+    dom = dom_of(copy, tmp_path)
+    title = dom.partition("<title>")[2].partition("</title>")[0]
+    rising, falling, zoom = title.replace("1,000.50", "1000.50").split("|")
+    cells = rising.removeprefix("ascending:").split(",")
+    numbers = [float(cell) for cell in cells if cell != "unfinished"]
+    assert {20.0, 1000.5} <= set(numbers)
+    assert numbers == sorted(numbers)
+    cells = falling.removeprefix("descending:").split(",")
+    assert [float(cell) for cell in cells if cell != "unfinished"] == numbers[::-1]
+    assert zoom.endswith(":1")
+    assert len(zoom) > 5
+
+
+# Two directories
+
+
+def test_two_directories_are_compared(output, data_dir, tmp_path):
+    other = tmp_path / "other <b>"
+    shutil.copytree(output, other)
+    result = json.loads((other / "p1/score/dcgan-faces/result.json").read_text())
+    before = result["one_face_percent"]
+    write_json(other / "p1/score/dcgan-faces/result.json", result | {"one_face_percent": 12.5})
+    config = json.loads((other / "p1/dcgan/config.json").read_text())
+    config["arguments"] |= {"lr": 0.5, "new": SCRIPT}
+    write_json(other / "p1/dcgan/config.json", config)
+    (other / "p1/first32_wgangp.png").unlink()
+    path = report.main(Report(output, other))
+    assert path == other / "comparison.html"
+    page = Page(path)
+    _, first, second, difference = page.row("exactly one face, DCGAN")
+    assert (first, second) == (f"{before:.2f}", "12.50")
+    assert float(difference) == pytest.approx(12.5 - before, abs=0.005)
+    assert page.row("p1/dcgan: lr")[2] == "0.5"
+    assert page.row("p1/dcgan: new") == ["p1/dcgan: new", "not there", SCRIPT]
+    same = [row for row in page.rows if len(row) == 4 and row[1] == row[2] and row[3]]
+    assert same
+    assert all(float(row[3]) == 0 for row in same)
+    assert "Faces by WGAN-GP, first" in page.images
+    assert "Faces by WGAN-GP, second" not in page.images
+    assert {"Faces by DCGAN, first", "Faces by DCGAN, second"} <= set(page.images)
+    assert "Second: not there." in page.text
+    assert not page.other_sources
+    assert path.read_text().count("<script") == 1
+
+
+def test_numbers_are_compared_with_their_own_decimals():
+    assert comparison.difference("96.5 ± 0.9", "97.76 ± 0.1") == "+1.26"
+    assert comparison.difference("1,000", "998") == "-2"
+    assert comparison.difference("-0.05", "") == ""
+    first = Table("", [["row", "a", "b"], ["x", "1", "word"], ["x", "2", ""]])
+    second = Table("", [["row", "a", "c"], ["x", "3", "4"]])
+    assert comparison.compared_rows(first, second)[1:] == [
+        ["x: a", "1", "3", "+2"],
+        ["x: a (again)", "2", "", ""],
+        ["x: c", "", "4", ""],
+    ]
+
+
+def test_a_directory_is_not_compared_with_itself(output):
+    with pytest.raises(UserError, match="is the same directory; there is nothing to compare"):
+        report.main(Report(output, output / "p1" / ".."))
+
+
 def test_plain_numbers_are_no_formulas():
     for cell in ("-0.05", "+3", "-1,000.5", "-1.20 ± 0.30", "-3 %", "-1e-3", "-", "a=b", "", "5-1"):
         assert defused(cell) == cell
@@ -723,9 +840,6 @@ MARKUP = (
 
 
 def test_nothing_of_a_hostile_run_directory_runs_in_a_browser(output, data_dir, tmp_path):
-    found = [browser for browser in map(shutil.which, BROWSERS) if browser]
-    if not found:
-        pytest.skip("no Chromium")
     config = json.loads((output / "p1/dcgan/config.json").read_text())
     for number, markup in enumerate(MARKUP):
         config["arguments"] |= {f"option {number}": markup, markup: 1}
@@ -734,15 +848,7 @@ def test_nothing_of_a_hostile_run_directory_runs_in_a_browser(output, data_dir, 
     config["hardware"]["name"] = "".join(MARKUP)
     write_json(output / "p1/dcgan/config.json", config)
     page_of(output)
-    arguments = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'x'}"]
-    address = (output / "report.html").as_uri()
-    dom = subprocess.run(
-        [found[0], *arguments, "--dump-dom", address],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    ).stdout
+    dom = dom_of(output / "report.html", tmp_path)
     assert "<title>Generation and domain adaptation: report</title>" in dom
     assert "document.title = 'it ran'" in dom  # as text
 
