@@ -242,14 +242,17 @@ def test_faces_beyond_those_of_python_are_others(report):
     assert all(np.abs(face.astype(int) - other).mean() > 10 for other in others)
 
 
-@pytest.mark.parametrize("domain", ["mnistm", "svhn"])
-def test_digits_are_the_files_that_infer_writes(domain, report, tmp_path):
+@pytest.mark.parametrize(
+    ("domain", "guidance", "interval"), [("mnistm", 1.5, (0.0, 1.0)), ("svhn", 8.0, (0.0, 0.3))]
+)
+def test_digits_are_the_files_that_infer_writes(domain, guidance, interval, report, tmp_path):
     args = p2_ddpm_infer.Generate(
         checkpoint=CHECKPOINTS / "ddpm_digits.safetensors",
         output_dir=tmp_path / "digits",
         domains=(domain,),
         per_class=1,
-        guidance=1.5,
+        guidance=guidance,
+        interval=interval,
         device="cpu",
         precision="fp32",
     )

@@ -28,6 +28,7 @@ function startGrid() {
     canvases.push({ canvas, caption });
   }
 
+  let firstAfter = ""; // how long the first face of the page took, loading included
   const draw = oneAtATime(status, async (isStale) => {
     const name = chosenNet();
     const start = numberIn(first);
@@ -40,8 +41,11 @@ function startGrid() {
       drawImage(canvas, await makeFace(name, await noiseOf(name, number)));
       canvas.setAttribute("aria-label", `Generated face number ${number}`);
       caption.textContent = String(number);
+      firstAfter ||= secondsSince(0); // since the page was opened
     }
-    status.textContent = `${COUNT} faces in ${secondsSince(began)}.`;
+    status.textContent =
+      `${COUNT} faces in ${secondsSince(began)}. ` +
+      `The first one was there ${firstAfter} after the page was opened.`;
   });
 
   function move(by) {
