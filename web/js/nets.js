@@ -3,6 +3,7 @@
 const worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
 const waiting = new Map(); // id → the two functions of a promise
 let lastId = 0;
+let broken = null; // why the worker did not start
 
 worker.onmessage = ({ data: { id, error, ...answer } }) => {
   const { resolve, reject } = waiting.get(id);
@@ -11,12 +12,13 @@ worker.onmessage = ({ data: { id, error, ...answer } }) => {
   else resolve(answer);
 };
 worker.onerror = (event) => {
-  const error = new Error(event.message || "this browser cannot run the networks");
-  for (const { reject } of waiting.values()) reject(error);
+  broken = new Error(event.message || "this browser cannot run the networks");
+  for (const { reject } of waiting.values()) reject(broken);
   waiting.clear();
 };
 
 function ask(message) {
+  if (broken) return Promise.reject(broken);
   return new Promise((resolve, reject) => {
     lastId += 1;
     waiting.set(lastId, { resolve, reject });
