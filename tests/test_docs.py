@@ -1,5 +1,6 @@
 """README and docs: every command in them is understood, every file and link in them exists."""
 
+import importlib.util
 import re
 import runpy
 import shlex
@@ -73,6 +74,9 @@ def test_every_command_is_understood(page, command, monkeypatch):
     if arguments[0] == "-c":
         compile(arguments[1], page, "exec")
         return
+    if arguments[0] == "-m":
+        assert importlib.util.find_spec(arguments[1]), f"{page}: {command}"
+        return
     script = ROOT / arguments[0]
     assert script.is_file(), f"{page}: {command}"
     if script.suffix == ".py":
@@ -104,6 +108,7 @@ def test_every_file_that_is_named_exists():
         "pN_",
         "runs/",
         "tests/test_method",
+        "web/dist",
     )
     for page in PAGES:
         for name in re.findall(pattern, page.read_text()):

@@ -71,9 +71,10 @@ def test_the_version_is_the_same_everywhere():
     assert f'date-released: "{latest[2]}"' in (ROOT / "CITATION.cff").read_text()
 
 
-def test_the_files_of_the_workflow_exist():
-    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
-    named = re.findall(r"\b(?:tests/)?\w+\.(?:py|sh|txt)\b", workflow)
+@pytest.mark.parametrize("name", ["ci.yml", "pages.yml"])
+def test_the_files_of_the_workflows_exist(name):
+    workflow = (ROOT / ".github/workflows" / name).read_text()
+    named = re.findall(r"\b(?:\w+/)?\w+\.(?:py|sh|txt)\b", workflow)
     assert len(named) > 5
     for name in named:
         assert (ROOT / name).is_file(), name

@@ -141,6 +141,7 @@ def test_the_card_says_what_was_done_and_no_folder_of_that_machine(released):
         "A run with the seed 7.",
     ):
         assert text in card
+    assert card.startswith("---\ndatasets:\n- celeba\n")  # the header for the Hub
     assert "secret" not in card
 
 

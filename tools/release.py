@@ -34,6 +34,7 @@ from models.autoencoder import Autoencoder
 from models.dann import DannDeep
 from models.latent_unet import LatentUnet
 from models.nets import NETS
+from tools.hub import with_header
 from zeroshot.loading import load_clip
 
 CAPTIONED = ("text_to_image", "scene_classifier", "clip")  # networks that learn from captions
@@ -350,7 +351,7 @@ def main(args: Release) -> None:
 
 
 def card_text(args: Release, card: dict[str, str], rows: list[str]) -> str:
-    """The card as markdown: the notes, a table of facts, a table of results."""
+    """The card as markdown: a header for the Hub, the notes, a table of facts, one of results."""
     lines = [f"# {args.name}\n"]
     lines += [f"{paragraph}\n" for paragraph in args.note]
     lines += ["| | |", "| --- | --- |"]
@@ -362,7 +363,7 @@ def card_text(args: Release, card: dict[str, str], rows: list[str]) -> str:
             "| --- | --- | --- | --- | --- |",
             *rows,
         ]
-    return "\n".join(lines) + "\n"
+    return with_header("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,196 @@
+"""tools/export.py: the exported networks are those of PyTorch, and their description is right."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.checkpoints import load_net
+from common.cli import UserError
+from common.files import ROOT
+from common.rng import ImageNoise
+from diffusion.schedule import Schedule, spaced_steps
+from models.autoencoder import Autoencoder
+from models.context_unet import ContextUnet
+from models.dann import DannDeep
+from models.ddim_unet import DdimUnet
+from models.gan import Generator
+from models.latent_unet import LatentUnet
+from tests.conftest import save_net
+from tests.golden import fill
+from tools import export
+from tools.export import Export
+
+
+def missing_package() -> str:
+    """The first package of the extra `export` that is not installed; empty if all are."""
+    for package in export.PACKAGES:
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError:
+            return package
+    return ""
+
+
+needs_onnx = pytest.mark.skipif(
+    bool(missing_package()), reason=f"no {missing_package()}: pip install '.[export]'"
+)
+SCHEDULE = {"steps": 40, "kind": "cosine", "prediction": "v", "counted_to": 1_000}
+LEVELS = {"sigma_min": 0.02, "sigma_max": 50.0, "sigma_data": 1.0, "parametrization": "edm"}
+
+
+def small_unet() -> DdimUnet:
+    return DdimUnet(3, 28, 8, multipliers=(1, 2), attention=(7,), blocks=1, patch=2)
+
+
+def small_latent_unet() -> LatentUnet:
+    unet = {"in_channels": 4, "size": 16, "width": 8, "multipliers": (1,), "attention": (16,)}
+    autoencoder = {"encoder_width": 8, "decoder_width": 8}
+    return LatentUnet(unet | {"blocks": 1, "n_attributes": 3}, autoencoder)
+
+
+NETS = {
+    "generator": lambda: Generator(8, 4),
+    "dann": lambda: DannDeep(width=8, hidden=0),
+    "context_unet": lambda: ContextUnet(3, 8, 10),
+    "latent_unet": small_latent_unet,
+}
+
+
+@pytest.mark.parametrize("package", export.PACKAGES)
+def test_a_missing_package_is_one_line_that_says_what_installs_it(
+    package, tmp_path, monkeypatch, error_of
+):
+    for name in export.PACKAGES:  # those before it may be missing here, too
+        monkeypatch.setitem(sys.modules, name, torch)
+    monkeypatch.setitem(sys.modules, package, None)
+    words = (tmp_path / "net.safetensors", "--output-dir", tmp_path / "out")
+    error = error_of(Export, export.main, *words)
+    assert f"the package {package} is missing" in error
+    assert "pip install '.[export]'" in error
+    assert not list(tmp_path.iterdir())
+
+
+def write(tmp_path: Path, net: torch.nn.Module, **config: object) -> Export:
+    """A checkpoint `net.safetensors` and the command that exports it."""
+    file = save_net(net, tmp_path / "net.safetensors", **config)
+    return Export(file, output_dir=tmp_path / "out")
+
+
+def run_onnx(file: Path, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    onnxruntime = importlib.import_module("onnxruntime")
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    return torch.from_numpy(output)
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", NETS)
+def test_a_file_maps_batches_of_any_size_as_pytorch_does(name, tmp_path, capsys):
+    net = fill(NETS[name]())
+    args = write(tmp_path, net)
+    export.main(args)
+    assert "largest difference from PyTorch" in capsys.readouterr().out
+    about = json.loads((args.output_dir / "net.json").read_text())
+    loaded, _ = load_net(args.checkpoint, export.NETS)
+    for part in export.parts_of(loaded, "net"):
+        inputs = export.draw_inputs(part.module, 5)
+        shapes = {argument: list(value.shape[1:]) for argument, value in inputs.items()}
+        assert about["files"][f"{part.file}.onnx"] == {"inputs": shapes, "output": part.output}
+        with torch.inference_mode():
+            expected = part.module(**inputs)
+        found = run_onnx(args.output_dir / f"{part.file}.onnx", inputs)
+        assert found.shape == expected.shape
+        assert expected.std() > 0.01
+        scale = max(1.0, expected.abs().max().item())
+        assert (found - expected).abs().max() <= scale * export.LARGEST_DIFFERENCE
+
+
+@needs_onnx
+def test_numbers_that_float16_holds_are_stored_so_and_others_are_not(tmp_path):
+    onnx = importlib.import_module("onnx")
+    torch.manual_seed(0)
+    net = Generator(8, 8).eval()
+    full = export.to_onnx(export.Part("net", net, "images"))
+    assert export.halve_what_is_exact(full) == 0
+    halves = Generator(8, 8).eval()
+    halves.load_state_dict({key: value.half().float() for key, value in net.state_dict().items()})
+    model = export.to_onnx(export.Part("net", halves, "images"))
+    before = model.ByteSize()
+    assert export.halve_what_is_exact(model) == 5  # the weights of the convolutions
+    assert model.ByteSize() < 0.6 * before
+    onnx.checker.check_model(model)
+    assert export.largest_difference(model.SerializeToString(), halves) < 1e-5
+
+
+@needs_onnx
+def test_no_line_or_folder_of_this_machine_is_in_a_file(tmp_path):
+    content = export.to_onnx(export.Part("net", Generator(4, 4).eval(), "images"))
+    assert str(ROOT).encode() not in content.SerializeToString()
+    assert b"stack_trace" not in content.SerializeToString()
+
+
+@needs_onnx
+def test_nothing_is_written_if_the_results_differ(tmp_path, monkeypatch):
+    args = write(tmp_path, Generator(8, 4))
+    monkeypatch.setattr(export, "largest_difference", lambda content, module: float("nan"))
+    with pytest.raises(UserError, match=r"largest difference from PyTorch nan, more than 0\.0001"):
+        export.main(args)
+    assert not list(args.output_dir.iterdir())
+
+
+def test_the_steps_of_the_sampler_are_described(tmp_path):
+    args = write(tmp_path, small_unet(), schedule=SCHEDULE)
+    net, config = load_net(args.checkpoint, export.NETS)
+    schedule = Schedule.from_config(SCHEDULE)
+    sampling = export.describe(net, config, [], args)["sampling"]
+    assert sampling["timesteps"] == 40
+    assert sampling["prediction"] == "v"
+    rows = sampling["steps"]
+    steps = spaced_steps(40, 12, "beta")
+    assert [row["t"] for row in rows] == steps
+    assert [row["alpha_bar"] for row in rows] == [schedule.alpha_bar[t] for t in steps]
+    following = [row["alpha_bar"] for row in rows[1:]]
+    assert [row["previous_alpha_bar"] for row in rows] == [*following, 1.0]
+    assert rows[0]["time"] == 999  # the last of 1,000 steps, counted from 0
+    args.steps = 41
+    with pytest.raises(UserError, match="--steps 41: the network was trained with 40 steps"):
+        export.describe(net, config, [], args)
+
+
+def test_the_noises_are_those_that_the_scripts_draw(tmp_path, monkeypatch):
+    args = write(tmp_path, Generator(8, 4))
+    args.noises = 3
+    monkeypatch.setattr(export, "require_packages", lambda: None)
+    monkeypatch.setattr(export, "export_part", lambda part: (b"", ""))
+    export.main(args)
+    about = json.loads((args.output_dir / "net.json").read_text())["noises"]
+    assert about == {"file": "net_noises.bin", "seed": 0, "shape": [3, 8]}
+    found = np.fromfile(args.output_dir / "net_noises.bin", "<f4").reshape(3, 8)
+    assert np.array_equal(found, ImageNoise(0, range(3), (8,))().numpy())
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "message"),
+    [
+        (small_latent_unet, {"noise_levels": LEVELS}, "is a score-based model"),
+        (Autoencoder, {}, "contains the network 'autoencoder', expected"),
+    ],
+)
+def test_networks_that_are_not_exported_are_refused(make, config, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "require_packages", lambda: None)
+    with pytest.raises(UserError, match=message):
+        export.main(write(tmp_path, make(), **config))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_classifier_has_no_noises(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "require_packages", lambda: None)
+    args = write(tmp_path, DannDeep(width=8, hidden=0))
+    args.noises = 2
+    with pytest.raises(UserError, match=r"--noises 2: .* makes no images from noise"):
+        export.main(args)
