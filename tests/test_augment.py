@@ -8,11 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.augment import (
+    add_neighbours,
     augment_digits,
     augment_faces,
     crop_and_flip,
     diff_augment,
     of_3x3,
+    tint,
     turn_zoom_and_shift,
 )
 from common.rng import make_rng
@@ -33,6 +35,43 @@ def test_digits_keep_their_shape_and_depend_on_the_rng():
 def test_a_strength_of_0_changes_nothing():
     images = torch.rand(16, 3, 28, 28) * 2 - 1
     assert augment_digits(images, make_rng(0), 0.0) is images
+
+
+def test_neighbours_cover_the_edges_and_nothing_else():
+    """Every column is the image's own, or one of another image: at most 9 at each side."""
+    numbers = torch.arange(16.0)[:, None] * 100 + torch.arange(28.0)  # image and column
+    images = numbers[:, None, None, :].expand(16, 3, 28, 28)
+    found = add_neighbours(images, make_rng(0), 0.5)
+    assert torch.equal(found, found[:, :1, :1].expand_as(found))  # whole columns move
+    columns = found[:, 0, 0]
+    own = columns == numbers
+    assert own[:, 9:19].all()
+    covered = (~own).sum(1)
+    assert (covered == 0).any()
+    assert covered.max() > 9  # both sides
+    right = columns[:, 19:][~own[:, 19:]] % 100  # from the other digit's left edge on
+    assert right.min() == 5
+    left = columns[:, :9][~own[:, :9]] % 100
+    assert left.max() == 22
+    every = add_neighbours(images, make_rng(0), 1.0)[:, 0, 0]
+    assert ((every != numbers)[:, :3].sum() + (every != numbers)[:, -3:].sum()) > 70
+    assert add_neighbours(images, make_rng(0), 0.0) is images
+
+
+def test_tinted_channels_have_contrasts_of_their_own():
+    grey = torch.rand(200, 1, 28, 28).expand(200, 3, 28, 28) * 2 - 1
+    found = tint(grey, make_rng(0), 0.5)
+    changed = (found != grey).flatten(1).any(1)
+    assert 70 < changed.sum() < 130
+    assert torch.equal(found[~changed], grey[~changed])
+    centred = grey[:, 0].flatten(1) - grey[:, 0].flatten(1).mean(1, keepdim=True)
+    slopes = (found.flatten(2) * centred[:, None]).sum(2) / centred.square().sum(1)[:, None]
+    slopes = slopes[changed]  # of each channel: (changed, 3)
+    assert 0.05 < slopes.abs().min() < 0.2
+    assert 0.9 < slopes.abs().max() < 1.05
+    assert 0.03 < (slopes < 0).float().mean() < 0.2
+    assert (slopes.max(1).values - slopes.min(1).values).min() > 0.005
+    assert tint(grey, make_rng(0), 0.0) is grey
 
 
 def test_turned_digits_stay_in_range_and_what_comes_in_is_black():

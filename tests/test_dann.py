@@ -28,6 +28,7 @@ from common.cli import UserError
 from common.device import make_accelerator
 from common.files import ROOT
 from common.run import Run
+from common.target_losses import confusion_loss, infomax_loss
 from models.dann import NETS, DannCNN, DannDeep
 from p3_dann import (
     ClassPrior,
@@ -165,6 +166,22 @@ def test_the_domain_loss_has_the_weights_of_the_prior(prior_and_frequencies):
         losses = dann_losses(net, images, labels, 1.0, args, prior)
     expected = -((weights * domains[:5, 0]).sum() + domains[5:, 1].sum()) / 10
     torch.testing.assert_close(losses["domain_loss"], expected)
+
+
+def test_infomax_and_confusion_read_the_target_only():
+    """Their values are those of the target's scores, each only if it is asked for."""
+    net = DomainAdversarial(DannDeep(width=4).eval())
+    images = torch.randn(9, 3, 28, 28)
+    labels = torch.arange(5)
+    with torch.inference_mode():
+        log_p, _ = net(images, 1.0)
+        for options in ({}, {"infomax": True}, {"mcc": True}, {"infomax": True, "mcc": True}):
+            args = Recipe(output_dir=Path(), forward="joint", **options)
+            losses = dann_losses(net, images, labels, 1.0, args, ClassPrior())
+            assert ("infomax_loss" in losses) == ("infomax" in options)
+            assert ("confusion_loss" in losses) == ("mcc" in options)
+    torch.testing.assert_close(losses["infomax_loss"], infomax_loss(log_p[5:]))
+    torch.testing.assert_close(losses["confusion_loss"], confusion_loss(log_p[5:]))
 
 
 def test_lambda_is_a_function_of_progress_only():
@@ -314,8 +331,11 @@ def command_of(args: Train) -> list[str]:
     """The words after `python` that train with these arguments."""
     words = [str(ROOT / "p3_dann.py"), "train"]
     for name, value in vars(args).items():
-        if value is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words += [flag] if value else []
+        elif value is not None:
+            words += [flag, str(value)]
     return words
 
 
