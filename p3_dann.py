@@ -64,7 +64,7 @@ from common.run import Run
 from common.target_losses import confusion_loss, infomax_loss
 from common.training import update_ema, warmup_cosine
 from metrics.unlabelled import CRITERIA, Selection, all_criteria, selected_epoch
-from models.dann import NETS, DannNet
+from models.dann import NETS, DannCNN, DannDeep, DannNet
 from models.network import Network
 
 METHODS = {
@@ -137,6 +137,8 @@ class Recipe:
     """Share of source images with another digit at a side, as house numbers have."""
     tint: float | None = None
     """Share of images whose channels get contrasts of their own, so that colour matters less."""
+    grey: bool = False
+    """Let the deep network see the mean of the channels only, so that colour cannot matter."""
     forward: Literal["joint", "separate"] | None = None
     """Whether BatchNorm sees both domains in one batch or each on its own."""
     infomax: bool = False
@@ -183,6 +185,8 @@ class Train(Recipe):
         is_domain("--target", self.target)
         if self.method == "dann":
             two_domains(self.source, [self.target])
+        if self.grey and self.net != "deep":
+            raise UserError(f"--grey: is for --net deep, not {self.net}")
         is_seed("--seed", self.seed)
 
 
@@ -205,6 +209,8 @@ class Table(Recipe):
         each_once("--targets", self.targets)
         two_domains(self.source, self.targets, "--targets")
         each_once("--nets", self.nets)
+        if self.grey and self.nets != ("deep",):
+            raise UserError("--grey: is for --nets deep alone")
         each_once("--seeds", self.seeds)
         for seed in self.seeds:
             is_seed("--seeds", seed)
@@ -386,7 +392,7 @@ def train(args: Train) -> dict[str, Any]:
     labels = labels_of(data.labelled).to(device)
 
     torch.manual_seed(derive_seed(args.seed, "init"))
-    bare_net = place(NETS[args.net](), device)
+    bare_net = place(make_net(args), device)
     assert bare_net.domain_classifier is not None
     bare_net.domain_classifier.requires_grad_(args.method == "dann")
     trained = [p for p in bare_net.parameters() if p.requires_grad]
@@ -452,6 +458,13 @@ def train(args: Train) -> dict[str, Any]:
     if run.is_main:
         finish(run, args, chosen, data.validation)
     return run.result or {}
+
+
+def make_net(args: Train) -> DannNet:
+    """The network of --net, with random weights."""
+    if args.net == "deep":
+        return DannDeep(grey=args.grey)
+    return DannCNN()
 
 
 class Settings(NamedTuple):

@@ -478,7 +478,9 @@ ARGUMENTS = {
     "generator": GENERATOR,
     "projection": GENERATOR,
     "cnn": arguments_of({"classes": TEN}),
-    "deep": arguments_of({"classes": TEN, "width": WIDTH, "hidden": whole(0, 65_536)}),
+    "deep": arguments_of(
+        {"classes": TEN, "width": WIDTH, "hidden": whole(0, 65_536), "grey": yes_or_no}
+    ),
     "adaptation": arguments_of(
         {
             "backbone": one_of(*get_args(BackboneName)),

@@ -94,13 +94,19 @@ class DannDeep(DannNet):
     anything is learned. Pooling comes before normalisation and ReLU, which makes both cheaper.
     """
 
-    def __init__(self, classes: int = 10, width: int = 32, hidden: int | None = None) -> None:
+    def __init__(
+        self, classes: int = 10, width: int = 32, hidden: int | None = None, grey: bool = False
+    ) -> None:
         """`hidden` is the width of the domain classifier, 16 `width` by default.
 
-        0 leaves it out, as the released files do: only training needs it.
+        0 leaves it out, as the released files do: only training needs it. With `grey` the network
+        sees the mean of the three channels only, so that colour cannot matter.
         """
         super().__init__()
         self.config = {"net": "deep", "arguments": {"classes": classes, "width": width}}
+        self.grey = grey
+        if grey:
+            self.config["arguments"]["grey"] = True
         if hidden is None:
             hidden = 16 * width
         else:
@@ -133,6 +139,8 @@ class DannDeep(DannNet):
 
     def features(self, images: Tensor) -> Tensor:
         """Images (batch, 3, 28, 28) in [-1, 1] → features (batch, 8 width)."""
+        if self.grey:
+            images = images.mean(1, keepdim=True).expand_as(images)
         x = self.feature(images).flatten(1)  # (batch, 3 width, 3, 3) → (batch, 27 width)
         return self.bottleneck(x)
 

@@ -168,6 +168,18 @@ def test_the_domain_loss_has_the_weights_of_the_prior(prior_and_frequencies):
     torch.testing.assert_close(losses["domain_loss"], expected)
 
 
+def test_a_grey_network_does_not_see_colour():
+    net = DannDeep(width=4, grey=True).eval()
+    images = torch.rand(3, 3, 28, 28) * 2 - 1
+    moved = torch.rand(3, 1, 28, 28) / 10
+    recoloured = images + torch.cat([moved, -moved, torch.zeros_like(moved)], 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(net(recoloured), net(images), atol=1e-4, rtol=1e-4)
+        net.grey = False
+        assert (net(recoloured) - net(images)).abs().max() > 0.01
+    assert net.config["arguments"] == {"classes": 10, "width": 4, "grey": True}
+
+
 def test_infomax_and_confusion_read_the_target_only():
     """Their values are those of the target's scores, each only if it is asked for."""
     net = DomainAdversarial(DannDeep(width=4).eval())
