@@ -61,3 +61,23 @@ python p3_textual_inversion.py train "$data/textual_inversion/input.json" \
 python experiments/inversion.py --model "$out/text-to-image/model.safetensors" \
     --words "$out/words/words.safetensors" --clip "$out/clip-scenes/model.safetensors" \
     --classifier "$out/scene-classifier/model.safetensors" --output-dir "$out/words-scores"
+
+# 6. The reports' networks beside ours, each with the same number of images and seed 0: 2 million
+# digits for the three U-Nets, 1 million faces for the GANs of the larger networks.
+for net in context attention ddim; do
+    python p2_ddpm_train.py --data-dir "$data" --domains mnistm --net $net --timesteps 400 \
+        --output-dir "$out/nets/$net" --epochs 20 --images-per-epoch 100000 --batch-size 256 $gpu
+    python p2_ddpm_infer.py --checkpoint "$out/nets/$net/model.safetensors" --guidance 1 \
+        --output-dir "$out/nets/$net-digits" --device cuda
+    python evaluate.py digits "$out/nets/$net-digits" --data-dir "$data" --domain mnistm \
+        --classifier checkpoints/digit_classifier_mnistm.safetensors --output-dir "$out/nets/$net-score"
+done
+for options in "" "--net projection" "--spectral" "--net projection --spectral"; do
+    name=wgangp$(tr -d ' -' <<< "$options")
+    # shellcheck disable=SC2086  # several words
+    python p1_wgangp.py train --data-dir "$data" --output-dir "$out/nets/$name" --epochs 143 \
+        --n-critic 1 --lr 2e-4 --drift 0.001 --augment translation $options $gpu
+    python p1_wgangp.py sample --checkpoint "$out/nets/$name/model.safetensors" --num-images 2000 \
+        --output-dir "$out/nets/$name-faces" --device cuda
+    python evaluate.py kid "$out/nets/$name-faces" "$data/face/val" --output-dir "$out/nets/$name-kid"
+done
