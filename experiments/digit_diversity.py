@@ -9,7 +9,7 @@ A measure is of use if it sees that both poor sets are poor. Writes table.csv, t
 spread.png, where each digit's images lie in the two main directions of each kind of features; and
 nearest.png, generated digits of the first folder above the real ones that are nearest to them.
 
-    python experiments/digit_diversity.py runs/mnistm --domain mnistm \
+    python experiments/digit_diversity.py --folders runs/mnistm --domain mnistm \
         --output-dir runs/p2/diversity --classifiers CLASSIFIER Classifier.pth
 """
 
@@ -18,11 +18,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from tyro.conf import Positional, arg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.classification import accuracy
@@ -44,7 +43,7 @@ BATCH = 100
 class Compare:
     """Measure the diversity of each folder with several kinds of features."""
 
-    folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER")]
+    folders: tuple[Path, ...]
     """Folders with 28x28 images DIGIT_NAME.png, as p2_ddpm_infer.py writes them."""
     classifiers: tuple[Path, ...]
     """Files of evaluate.py train-classifier or the course's Classifier.pth."""
@@ -62,7 +61,7 @@ class Compare:
     """Where to compute."""
 
     def __post_init__(self) -> None:
-        each_once("FOLDER", self.folders)
+        each_once("--folders", self.folders)
         each_once("--classifiers", self.classifiers)
         is_domain("--domain", self.domain)
         at_least("--few", self.few, 1)

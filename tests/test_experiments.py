@@ -17,8 +17,10 @@ from PIL import Image
 import p2_ddpm_train
 from benchmarks import ddpm_sampling, startup
 from common.cli import UserError
+from common.data import labels_of, load_digits
+from common.figures import save_image
 from common.files import ROOT
-from experiments import digit_samplers, face_samplers
+from experiments import digit_diversity, digit_samplers, face_samplers
 from metrics.features import Embedding, random_features
 from models.context_unet import ContextUnet
 from models.ddim_unet import DdimUnet
@@ -240,3 +242,54 @@ def test_the_start_benchmark_compares_with_import_torch(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("import torch")
     assert any(line.startswith("p1_dcgan.py") for line in lines)
+
+
+# Diversity by kind of features
+
+
+def test_a_poor_set_has_little_diversity_with_every_kind(
+    tmp_path, data_dir, classifier, monkeypatch, capsys
+):
+    """Repeated digits are found poor; real ones as diverse as others, and the files are written."""
+    monkeypatch.setattr(digit_diversity, "efficientnet_features", random_embedding)
+    real = load_digits(data_dir, "mnistm", "val")
+    folder = tmp_path / "generated"
+    folder.mkdir()
+    for number, (image, label) in enumerate(zip(real.pixels, labels_of(real), strict=True)):
+        save_image(image, folder / f"{label}_{number:03}.png")
+    args = digit_diversity.Compare(
+        folders=(folder,),
+        classifiers=(classifier,),
+        output_dir=tmp_path / "out",
+        data_dir=data_dir,
+        few=1,
+    )
+    table = digit_diversity.main(args)
+    assert table[0] == ["digits", "accuracy, %", "classifier", "EfficientNet", "pixels"]
+    names = [row[0] for row in table[1:]]
+    assert names == [
+        "generated",
+        "real, nearest to the mean",
+        "real, 1 of each repeated",
+        "real",
+    ]
+    assert [float(cell) for cell in table[1][2:]] == pytest.approx([100, 100, 100], abs=0.1)
+    assert [float(cell) for cell in table[3][2:]] == pytest.approx([0, 0, 0], abs=0.1)
+    for name in ("table.csv", "table.md", "table.png", "spread.png", "nearest.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+def test_a_folder_without_some_digits_is_named(tmp_path, data_dir, classifier):
+    folder = tmp_path / "generated"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (28, 28)).save(folder / f"1_{number}.png")
+    with pytest.raises(UserError, match="generated: needs two images of each digit"):
+        digit_diversity.main(
+            digit_diversity.Compare(
+                folders=(folder,),
+                classifiers=(classifier,),
+                output_dir=tmp_path / "out",
+                data_dir=data_dir,
+            )
+        )
