@@ -241,4 +241,4 @@ def main(args: Train | Sample) -> Any:
 
 
 if __name__ == "__main__":
-    run_cli(Train | Sample, main)
+    run_cli(Train | Sample, main, shared=Train | Sample)

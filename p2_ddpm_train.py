@@ -547,4 +547,4 @@ def main(args: Train) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_cli(Train, main)
+    run_cli(Train, main, shared=Train)

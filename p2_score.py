@@ -43,6 +43,7 @@ from common.faces import (
 )
 from common.figures import read_grids, save_gif, save_grid, save_image
 from common.files import make_output_dir
+from common.processes import my_share
 from common.progress import show_progress
 from common.quarters import QUARTERS, add_quarters, end_epoch
 from common.reverse_process import draw_way, evenly_chosen
@@ -620,11 +621,10 @@ def sample(args: Sample) -> None:
     if args.plots_dir is not None:
         make_output_dir(args.plots_dir, "--plots-dir")
     describe(model, plan)
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
 
-    # Under torchrun, each process takes every n-th batch, so that batches stay the same.
     started = time.monotonic()
-    starts = range(0, args.num_images, args.batch_size)
-    mine = starts[accelerator.process_index :: accelerator.num_processes]
+    mine = my_share(range(0, args.num_images, args.batch_size), accelerator)
     for start in show_progress(mine, len(mine), f"{args.sampler}, batches"):
         numbers = range(start, min(start + args.batch_size, args.num_images))
         states = sample_faces(model, numbers, plan, args.seed, args.snr)
@@ -695,4 +695,4 @@ def main(args: Train | Sample | Table) -> Any:
 
 
 if __name__ == "__main__":
-    run_cli(Train | Sample | Table, main)
+    run_cli(Train | Sample | Table, main, shared=Train | Sample)

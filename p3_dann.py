@@ -572,13 +572,15 @@ def finish(run: Run, args: Train, chosen: Network, validation: dict[str, Images]
 
 
 def predict(args: Predict) -> None:
-    """Write the class of every image of a folder as csv."""
+    """Write the class of every image of a folder as csv; processes share the batches."""
     accelerator = make_accelerator(args.device, "fp32")
     make_output_dir(args.output_csv.parent, "--output-csv", alone=False)
     net, _ = load_net(args.checkpoint, NETS)
     net.to(accelerator.device)
     images = load_folder(args.image_dir, DIGIT_SIZE)
-    labels = classify(net, images.pixels, accelerator).tolist()
+    labels = classify(net, images.pixels, accelerator, shared=True).tolist()
+    if not accelerator.is_main_process:
+        return
     rows = [[name, str(label)] for name, label in zip(images.names, labels, strict=True)]
     save_csv([["image_name", "label"], *sorted(rows)], args.output_csv)
     print(f"{len(labels):,} images labelled: {args.output_csv}")
@@ -691,4 +693,4 @@ def main(args: Train | Predict | Embed | Table) -> Any:
 
 
 if __name__ == "__main__":
-    run_cli(Train | Predict | Embed | Table, main)
+    run_cli(Train | Predict | Embed | Table, main, shared=Train | Predict | Table)

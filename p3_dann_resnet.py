@@ -688,7 +688,7 @@ def chosen_by_each(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def predict(args: Predict) -> None:
-    """Write the class of every image of a folder as csv."""
+    """Write the class of every image of a folder as csv; processes share the batches."""
     accelerator = make_accelerator(args.device, "fp32")
     make_output_dir(args.output_csv.parent, "--output-csv", alone=False)
     net, config = load_net(args.checkpoint, NETS, needs=NEEDS)
@@ -701,7 +701,10 @@ def predict(args: Predict) -> None:
     else:
         images = load_folder(args.image_dir, DIGIT_SIZE)
         pixels = resize(images.pixels, net.size)
-    p, _ = probabilities(net, Inputs(net, pixels.to(accelerator.device), "none"), accelerator)
+    inputs = Inputs(net, pixels.to(accelerator.device), "none")
+    p, _ = probabilities(net, inputs, accelerator, shared=True)
+    if not accelerator.is_main_process:
+        return
     rows = []
     for name, number in zip(images.names, p.argmax(1).tolist(), strict=True):
         rows.append([name, config["class_names"][number]])
@@ -827,4 +830,4 @@ def main(args: Train | Predict | Embed | Table) -> Any:
 
 
 if __name__ == "__main__":
-    run_cli(Train | Predict | Embed | Table, main)
+    run_cli(Train | Predict | Embed | Table, main, shared=Train | Predict | Table)

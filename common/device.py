@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Net = TypeVar("Net", bound=nn.Module)
+# How long the processes of torchrun wait for one another. PyTorch's 10 minutes are too short where
+# the first one draws or evaluates alone. torchrun itself ends all when one fails.
+PATIENCE = timedelta(hours=12)
 
 
 def make_accelerator(device: Device = "auto", precision: Precision = "auto") -> Accelerator:
@@ -25,7 +29,7 @@ def make_accelerator(device: Device = "auto", precision: Precision = "auto") -> 
     the CPU. Precision "auto" is bf16 where the hardware is fast at it (`has_fast_bf16`), else
     fp32. Raises UserError for a device that is not there.
     """
-    from accelerate import Accelerator  # takes more than a second to import
+    from accelerate import Accelerator, InitProcessGroupKwargs  # takes more than a second to import
     from accelerate.state import AcceleratorState
 
     chosen = choose_device(device)
@@ -35,7 +39,10 @@ def make_accelerator(device: Device = "auto", precision: Precision = "auto") -> 
     # first Accelerator unless they are reset.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     mixed_precision = "bf16" if precision == "bf16" else "no"
-    return Accelerator(cpu=chosen == "cpu", mixed_precision=mixed_precision)
+    waiting = InitProcessGroupKwargs(timeout=PATIENCE)
+    return Accelerator(
+        cpu=chosen == "cpu", mixed_precision=mixed_precision, kwargs_handlers=[waiting]
+    )
 
 
 def choose_device(device: Device) -> str:

@@ -9,12 +9,18 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common.processes import is_first_process
+
 
 def show_progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
     """Yield the items beside a progress bar on a terminal.
 
     Elsewhere a line with the time left is printed to stderr after 10 seconds and then each minute.
+    Of the processes of torchrun only the first one shows its progress.
     """
+    if not is_first_process():
+        yield from items
+        return
     start = time.monotonic()
     next_report = 10.0
     for done, item in enumerate(tqdm(items, what, total, leave=False, disable=None), 1):

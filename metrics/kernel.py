@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.processes import is_first_process
 from common.rng import make_rng
 from metrics.features import EFFICIENTNET, PUBLISHED, RANDOM
 
@@ -86,9 +87,10 @@ def size_of_subsets(wanted: int, counts: dict[str, int]) -> int:
     name = min(counts, key=lambda key: counts[key])
     if wanted <= counts[name]:
         return wanted
-    print(
-        f"note: --subset-size {wanted:,}: {name} has {counts[name]:,} images, "
-        f"so the subsets have {counts[name]:,}",
-        file=sys.stderr,
-    )
+    if is_first_process():
+        print(
+            f"note: --subset-size {wanted:,}: {name} has {counts[name]:,} images, "
+            f"so the subsets have {counts[name]:,}",
+            file=sys.stderr,
+        )
     return counts[name]
