@@ -64,6 +64,7 @@ from common.files import atomic_write, make_output_dir
 from common.json_files import read_object
 from common.rng import derive_seed, make_rng, seed_dropout
 from common.run import Run, environment
+from common.trackers import Tracker
 from common.training import update_ema, warmup_cosine
 from inversion.concepts import read_concepts
 from metrics.attributes import (
@@ -249,6 +250,8 @@ class TrainClassifier:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         is_domain("--domain", self.domain)
@@ -330,6 +333,8 @@ class TrainAttributes:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         each_once("--attributes", self.attributes)
@@ -692,7 +697,7 @@ def claim_result(folder: Path, name: str) -> Path:
 
 def train_classifier(args: TrainClassifier) -> dict[str, Any]:
     """Train one classifier; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     run = Run(args, accelerator)
     if run.result is not None:
@@ -765,7 +770,7 @@ def finish_classifier(
 
 def train_attributes(args: TrainAttributes) -> dict[str, Any]:
     """Train one classifier; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     run = Run(args, accelerator)
     if run.result is not None:

@@ -38,6 +38,7 @@ from common.processes import my_share
 from common.progress import show_progress
 from common.rng import derive_seed, make_rng
 from common.run import Run
+from common.trackers import Tracker
 from common.training import update_ema, warmup_cosine
 from metrics.features import find_efficientnet, load_efficientnet
 from models.autoencoder import FACTOR, Autoencoder, PatchCritic
@@ -93,6 +94,8 @@ class Train:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         in_range("--size", self.size, 16, 1_024)
@@ -137,7 +140,7 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 def train(args: Train) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     run = Run(args, accelerator)
     if run.result is not None:

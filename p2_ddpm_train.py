@@ -59,6 +59,7 @@ from common.figures import read_grids, save_gif, save_grid
 from common.quarters import add_quarters, end_epoch, quarter_of
 from common.rng import ImageNoise, derive_seed, make_rng, seed_dropout
 from common.run import Run
+from common.trackers import Tracker
 from common.training import update_ema, warmup_cosine
 from diffusion.guidance import predict_eps
 from diffusion.noise_levels import NoiseLevels
@@ -148,6 +149,8 @@ class Train:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         each_once("--domains", self.domains)
@@ -218,7 +221,7 @@ def make_schedule(args: Train) -> Schedule:
 
 def train(args: Train) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     counts = images_of_a_step(args, accelerator.num_processes)
     schedule = make_schedule(args)

@@ -49,6 +49,7 @@ from common.quarters import QUARTERS, add_quarters, end_epoch
 from common.reverse_process import draw_way, evenly_chosen
 from common.rng import ImageNoise, derive_seed, make_rng, seed_dropout
 from common.run import Run
+from common.trackers import Tracker
 from common.training import update_ema, warmup_cosine
 from diffusion.noise_levels import (
     NoiseLevels,
@@ -136,6 +137,8 @@ class Train:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         in_range("--size", self.size, 8, 1_024)
@@ -253,7 +256,7 @@ class Table(Sampling):
 
 def train(args: Train) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     run = Run(args, accelerator)
     if run.result is not None:

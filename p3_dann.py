@@ -61,6 +61,7 @@ from common.figures import mean_and_sd, save_csv, save_curves, save_table, save_
 from common.files import make_output_dir
 from common.rng import derive_seed, make_rng
 from common.run import Run
+from common.trackers import Tracker
 from common.training import update_ema, warmup_cosine
 from metrics.unlabelled import CRITERIA, Selection, all_criteria, selected_epoch
 from models.dann import NETS, DannNet
@@ -112,6 +113,8 @@ class Recipe:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
     source: str = "mnistm"
     """Labelled domain."""
     epochs: int | None = None
@@ -357,7 +360,7 @@ def train(args: Train) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
     settings = settings_of(args)
     args = replace(args, **settings._asdict())
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device, rank = accelerator.device, accelerator.process_index
     run = Run(args, accelerator)
     if run.result is not None:

@@ -58,6 +58,7 @@ from common.figures import mean_and_sd, save_csv, save_curves, save_table, save_
 from common.files import make_output_dir
 from common.rng import derive_seed, make_rng
 from common.run import Run
+from common.trackers import Tracker
 from common.training import update_ema
 from metrics.features import EFFICIENTNET_PACKAGE, find_efficientnet, load_efficientnet
 from metrics.unlabelled import CRITERIA, Selection, all_criteria, selected_epoch
@@ -146,6 +147,8 @@ class Recipe:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         both_or_none(self.source_dir, self.target_dir)
@@ -470,7 +473,7 @@ def parameter_groups(net: AdaptationNet, is_pretrained: bool) -> list[dict[str, 
 
 def train(args: Train) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     rank = accelerator.process_index
     run = Run(args, accelerator)

@@ -45,6 +45,7 @@ from common.processes import my_share
 from common.progress import show_progress
 from common.rng import make_rng
 from common.run import Run
+from common.trackers import Tracker
 from inversion.concepts import (
     Concept,
     Kind,
@@ -119,6 +120,8 @@ class Train:
     """Where to compute."""
     precision: Precision = "auto"
     """The frozen U-Net of Stable Diffusion in bf16 where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         if not is_word(self.token):
@@ -219,12 +222,13 @@ def learn(
 ) -> Tensor:
     """Learn one word; returns its vectors (vectors, width). A finished run is read again."""
     net, schedule = loaded.net, loaded.schedule
-    accelerator = make_accelerator(args.device, "fp32")
+    folder = args.output_dir / concept.name
+    accelerator = make_accelerator(args.device, "fp32", args.log_with, folder)
     if accelerator.num_processes > 1:
         raise UserError("a word is learned in one process")
     # What INPUT.json says is an argument of the run too: another file must not continue this run.
     chosen = {"token": concept.word, "kind": (kind,), "init": (init,)}
-    run = Run(replace(args, output_dir=args.output_dir / concept.name, **chosen), accelerator)
+    run = Run(replace(args, output_dir=folder, **chosen), accelerator)
     if run.result is not None:
         return read_words(run.dir / "word.safetensors")[concept.word]
     tokenizer = Tokenizer(net.length, {concept.word: args.vectors})

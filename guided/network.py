@@ -26,6 +26,7 @@ from common.figures import save_grid
 from common.quarters import add_quarters, end_epoch, quarter_of
 from common.rng import ImageNoise, derive_seed, make_rng, seed_dropout
 from common.run import Run
+from common.trackers import Tracker
 from common.training import update_ema, warmup_cosine
 from diffusion.guidance import attribute_eps
 from diffusion.samplers import clamp_x0, ddim_step, step_pairs
@@ -75,6 +76,8 @@ class Train:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         each_once("--attributes", self.attributes)
@@ -94,7 +97,7 @@ class Train:
 
 def train(args: Train) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     run = Run(args, accelerator)
     if run.result is not None:

@@ -24,6 +24,7 @@ from common.device import Device, Precision, make_accelerator, place
 from common.figures import save_curves
 from common.rng import derive_seed, make_rng
 from common.run import Run
+from common.trackers import Tracker
 from common.training import update_ema, warmup_cosine
 from models.scene_classifier import SceneClassifier
 from preparation.synthetic import scenes
@@ -75,6 +76,8 @@ class TrainScenes:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         at_least("--epochs", self.epochs, 1)
@@ -134,7 +137,7 @@ def load_scenes(folder: Path, cache_dir: Path | None) -> tuple[Tensor, dict[str,
 
 def train_scenes(args: TrainScenes) -> dict[str, Any]:
     """Train one classifier; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     run = Run(args, accelerator)
     if run.result is not None:
