@@ -112,7 +112,7 @@ def keep_files_in(folder: Path, names: Sequence[str]) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     if "mlflow" in names:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        import mlflow
+        import mlflow  # pyright: ignore[reportMissingImports]
 
         if "MLFLOW_TRACKING_URI" not in os.environ:
             mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")

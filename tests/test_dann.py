@@ -314,7 +314,7 @@ def command_of(args: Train) -> list[str]:
     """The words after `python` that train with these arguments."""
     words = [str(ROOT / "p3_dann.py"), "train"]
     for name, value in vars(args).items():
-        if value is not None:
+        if value is not None and value != ():
             words += [f"--{name.replace('_', '-')}", str(value)]
     return words
 
