@@ -56,6 +56,7 @@ from common.faces import (
     refuse_other_autoencoder,
 )
 from common.figures import read_grids, save_gif, save_grid
+from common.progress import show_progress
 from common.quarters import add_quarters, end_epoch, quarter_of
 from common.rng import ImageNoise, derive_seed, make_rng, seed_dropout
 from common.run import Run
@@ -534,7 +535,8 @@ def draw_samples(
     steps = spaced_steps(schedule.T, min(25, schedule.T))
     x = ImageNoise(0, range(count), shape, device)()
     with run.accelerator.autocast():
-        for t, previous in step_pairs(steps):
+        pairs = step_pairs(steps)
+        for t, previous in show_progress(pairs, len(steps), "samples, steps"):
             eps = predict_eps(ema, schedule, x, t, labels)
             x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), clamp_of(ema))
             x = ddim_step(schedule, x0, eps, t, previous)

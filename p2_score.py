@@ -419,7 +419,9 @@ def draw_samples(run: Run, ema: FaceNet, levels: NoiseLevels, epoch: int) -> Non
     if not run.is_main:
         return
     model = Model(ema.eval(), levels, run.accelerator)
-    states = sample_faces(model, range(FIRST), make_plan(model, "ancestral", 50), seed=0)
+    plan = make_plan(model, "ancestral", 50)
+    states = sample_faces(model, range(FIRST), plan, seed=0)
+    states = show_progress(states, plan.states, "samples, steps")
     file = run.dir / "samples" / f"epoch_{epoch:04d}.png"
     save_grid(final_pixels(model, states), file, columns=8)
 
@@ -672,6 +674,7 @@ def draw_denoising(model: Model, plan: Plan, folder: Path, args: Sampling) -> No
     denoised = []
     columns = []
     states = sample_faces(model, range(10), plan, args.seed, args.snr)
+    states = show_progress(states, plan.states, "plots, steps")
     for number, (sigma, x, clean) in enumerate(states):
         if number not in shown:
             continue

@@ -298,7 +298,8 @@ def encode_folder(folder: Path, loaded: Loaded, flip: bool) -> Latents:
         pixels = torch.cat([pixels, pixels.flip(3)])
     means = []
     deviations = []
-    for image in normalise(pixels)[:, None]:  # one at a time: (1, 3, size, size)
+    images = normalise(pixels)[:, None]  # one at a time: (1, 3, size, size)
+    for image in show_progress(images, len(images), f"encoding {folder}"):
         mean, deviation = loaded.net.encode(image.to(loaded.device))
         means.append(mean)
         deviations.append(deviation)

@@ -142,7 +142,9 @@ class Inputs:
     def _view(self, rng: torch.Generator) -> Tensor:
         """The output of the frozen stages for one version of every image."""
         self.net.eval()
-        return torch.cat([self._lower(some, rng).half() for some in self.pixels.split(50)])
+        batches = self.pixels.split(50)
+        shown = show_progress(batches, len(batches), "frozen stages, batches")
+        return torch.cat([self._lower(some, rng).half() for some in shown])
 
     def _lower(self, pixels: Tensor, rng: torch.Generator) -> Tensor:
         """Augment images, cut them to the network's size, and pass them through frozen stages."""

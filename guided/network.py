@@ -23,6 +23,7 @@ from common.data import draw_batch, to_uint8
 from common.device import Device, Precision, make_accelerator, place
 from common.faces import FaceModel, FaceNet, FaceStates, load_face_model, load_labelled
 from common.figures import save_grid
+from common.progress import show_progress
 from common.quarters import add_quarters, end_epoch, quarter_of
 from common.rng import ImageNoise, derive_seed, make_rng, seed_dropout
 from common.run import Run
@@ -267,7 +268,8 @@ def draw_samples(
     x = ImageNoise(0, range(8), ema.shape, device)().repeat(len(names), 1, 1, 1)
     steps = spaced_steps(schedule.T, min(25, schedule.T), start.sampling["spacing"])
     with run.accelerator.autocast():
-        for t, previous in step_pairs(steps):
+        pairs = step_pairs(steps)
+        for t, previous in show_progress(pairs, len(steps), "samples, steps"):
             eps = attribute_eps(ema, schedule, x, t, asked)
             x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), start.sampling["clamp"])
             x = ddim_step(schedule, x0, eps, t, previous)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.processes import is_first_process
+from common.progress import show_progress
 from common.rng import make_rng
 from metrics.features import EFFICIENTNET, PUBLISHED, RANDOM
 
@@ -72,7 +73,7 @@ def kernel_distance(
     """
     rng = make_rng(seed, "subsets")
     values = []
-    for _ in range(subsets):
+    for _ in show_progress(range(subsets), subsets, "subsets"):
         rows_x = torch.randperm(len(x), generator=rng)[:subset_size]
         rows_y = torch.randperm(len(y), generator=rng)[:subset_size]
         values.append(1_000 * squared_mmd(x[rows_x], y[rows_y]))

@@ -22,6 +22,7 @@ from common.cli import UserError, above, at_least, below, is_seed
 from common.data import decode_cached, draw_batch, normalise
 from common.device import Device, Precision, make_accelerator, place
 from common.figures import save_curves
+from common.progress import show_progress
 from common.rng import derive_seed, make_rng
 from common.run import Run
 from common.trackers import Tracker
@@ -226,7 +227,8 @@ def see(net: SceneClassifier, pixels: Tensor, device: torch.device) -> dict[str,
     """The most probable value of each trait, int64 (n,), for images uint8 (n, 3, 64, 64)."""
     net.eval().to(device)
     found: dict[str, list[Tensor]] = {trait: [] for trait in TRAITS}
-    for some in pixels.split(200):
+    batches = pixels.split(200)
+    for some in show_progress(batches, len(batches), "classifier, batches"):
         logits = net(normalise(some.to(device)).contiguous(memory_format=torch.channels_last))
         for trait, values in logits.items():
             found[trait].append(values.argmax(1).cpu())
