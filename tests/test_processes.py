@@ -8,6 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from common import cli
+from common import cli, progress
 from common.files import ROOT
 from common.processes import gather_shares, my_share, work_alone
 from diffusion.schedule import Schedule
@@ -261,3 +262,23 @@ def test_all_end_when_one_process_fails(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0
     assert done.stderr.count("error: a broken image") == 1
+
+
+# Progress
+
+
+def test_the_first_process_alone_shows_progress(monkeypatch, capsys):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
+
+    def items() -> Iterator[int]:
+        for clock.now in (4.0, 8.0, 12.0, 16.0):
+            yield 7
+
+    shown = []
+    for rank in (0, 1):
+        clock.now = 0.0
+        monkeypatch.setenv("RANK", str(rank))
+        assert list(progress.show_progress(items(), 4, "faces")) == [7] * 4
+        shown.append(capsys.readouterr().err)
+    assert shown == ["faces: 3/4, about 00:04 left\n", ""]
