@@ -1057,7 +1057,9 @@ def test_every_command_is_understood(real, monkeypatch, profile):
     calls += real(PROFILE=profile, ONLY="digits", CLASSIFIER="Classifier.pth").calls
     read = []
     monkeypatch.setattr(
-        common.cli, "run_cli", lambda commands, main: read.append(common.cli.parse(commands))
+        common.cli,
+        "run_cli",
+        lambda commands, main, shared=(): read.append(common.cli.parse(commands)),
     )
     for script, *arguments in calls:
         monkeypatch.setattr(sys, "argv", [script, *arguments])
