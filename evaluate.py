@@ -64,6 +64,7 @@ from common.files import atomic_write, make_output_dir
 from common.json_files import read_object
 from common.rng import derive_seed, make_rng, seed_dropout
 from common.run import Run, environment
+from common.trackers import Tracker
 from common.training import update_ema, warmup_cosine
 from inversion.concepts import read_concepts
 from metrics.attributes import (
@@ -249,6 +250,8 @@ class TrainClassifier:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         is_domain("--domain", self.domain)
@@ -330,6 +333,8 @@ class TrainAttributes:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         each_once("--attributes", self.attributes)
@@ -406,9 +411,9 @@ def score_fid(args: Fid, accelerator: Accelerator) -> Score:
     embedding = None
     if any(source.files is not None for source in sources.values()):
         embedding = open_embedding(args.features, args.weights, accelerator.device)
-    measured = measure(sources, embedding, args.batch_size)
+    measured = measure(sources, embedding, args.batch_size, accelerator)
     real = measured["real"]
-    if args.save_stats is not None:
+    if args.save_stats is not None and accelerator.is_main_process:
         save_statistics(args.save_stats, real)
     distances: dict[str, float] = {}
     for name in ("generated", "floor"):
@@ -442,7 +447,7 @@ def score_kid(args: Kid, accelerator: Accelerator) -> Score:
     features = {}
     for name, some in files.items():
         embed = embed_real_images if name == "real" else embed_images
-        features[name] = embed(sources[name].path, some, embedding, args.batch_size)
+        features[name] = embed(sources[name].path, some, embedding, args.batch_size, accelerator)
     counts = {str(sources[name].path): len(some) for name, some in features.items()}
     size = size_of_subsets(args.subset_size, counts)
     found: dict[str, KernelDistance] = {}
@@ -504,13 +509,13 @@ def describe(source: Source) -> str:
     return f"{count} images of {source.path}"
 
 
-def score_faces(args: Faces) -> Score:
+def score_faces(args: Faces, accelerator: Accelerator) -> Score:
     """The rate of images with exactly one face, and that of real images beside it."""
-    rate = face_rate(args.images, args.num_workers)
+    rate = face_rate(args.images, args.num_workers, accelerator)
     text = f"exactly one face in {describe_rate(args.images, rate)}"
     real_rate = None
     if args.real is not None:
-        real_rate = face_rate(args.real, args.num_workers)
+        real_rate = face_rate(args.real, args.num_workers, accelerator)
         text += f", in {describe_rate(args.real, real_rate)}"
     return Score({"metric": "exactly one face", **rate, "real": real_rate}, text)
 
@@ -537,7 +542,7 @@ def score_digits(args: Digits, accelerator: Accelerator) -> Score:
     text = f"{title} of {args.images} ({network})"
     if real is not None:
         text += beside_real(found, real, args.domain)
-    if args.output_dir is not None:
+    if args.output_dir is not None and accelerator.is_main_process:
         save_confusion(found["confusion"], args.output_dir / "confusion.png", title)
     result = {"metric": "accuracy", "net": network, **found}
     return Score(result, f"{text}\n{table_of(found['digits'])}")
@@ -573,7 +578,7 @@ def score_attributes(args: Attributes, accelerator: Accelerator) -> Score:
         real = load_measuring(args.data_dir, net, config)
         source = f"the measuring ones of {args.data_dir}"
     found = evaluate_attributes(net, images, config["measured"], real, accelerator, args.seed)
-    if args.output_dir is not None:
+    if args.output_dir is not None and accelerator.is_main_process:
         title = f"{len(images.pixels):,} images of {args.images}"
         save_table(generated_table(found), args.output_dir / "attributes", title)
     text = f"{real_text(found['real'], source)}\n\n{generated_text(found, args.images)}"
@@ -599,7 +604,7 @@ def score_inversion(args: Inversion, accelerator: Accelerator) -> Score:
     clip = load_clip("ViT-B-32", "openai", args.clip, "--clip")
     clip.net.to(accelerator.device)
     sources = args.sources or args.input_json.parent
-    scores = score_concepts(args.images, concepts, sources, clip, args.count)
+    scores = score_concepts(args.images, concepts, sources, clip, args.count, accelerator)
     found = summary(scores)
     rows = table_of_scores(scores)
     lines = [" | ".join(row) for row in rows]
@@ -607,14 +612,17 @@ def score_inversion(args: Inversion, accelerator: Accelerator) -> Score:
         f"image score {found['image']:.2f}, text score {found['text']:.2f} of {clip.name}; "
         f"{found['passed']} of {found['with_baseline']} prompts with a baseline pass"
     )
-    if args.output_dir is not None:
+    if args.output_dir is not None and accelerator.is_main_process:
         save_table(rows, args.output_dir / "table", f"scores of {clip.name}")
     result = {"metric": "CLIP", "clip": clip.name, "scores": [asdict(score) for score in scores]}
     return Score({**result, **found}, "\n".join(lines))
 
 
 def evaluate(args: Fid | Kid | Faces | Digits | Attributes | Mse | Inversion) -> dict[str, Any]:
-    """Compute a score, print it and write result.json; returns what is in there."""
+    """Compute a score, print it and write result.json; returns what is in there.
+
+    Processes share the images, and each computes the same score; the first one prints and writes.
+    """
     started = time.monotonic()
     name = type(args).__name__.lower()
     file = None
@@ -631,7 +639,7 @@ def evaluate(args: Fid | Kid | Faces | Digits | Attributes | Mse | Inversion) ->
             score = score_kid(args, accelerator)
         case Faces():
             accelerator = make_accelerator("cpu", "fp32")
-            score = score_faces(args)
+            score = score_faces(args, accelerator)
         case Digits():
             accelerator = make_accelerator(args.device, "fp32")
             score = score_digits(args, accelerator)
@@ -644,12 +652,13 @@ def evaluate(args: Fid | Kid | Faces | Digits | Attributes | Mse | Inversion) ->
         case Inversion():
             accelerator = make_accelerator(args.device, "fp32")
             score = score_inversion(args, accelerator)
-    print(score.text)
+    if accelerator.is_main_process:
+        print(score.text)
     result = {"score": name, **score.result}
     result["seconds"] = round(time.monotonic() - started, 1)
     result["arguments"] = asdict(args)
     result |= environment(accelerator)
-    if file is not None:
+    if file is not None and accelerator.is_main_process:
         atomic_write(file, json.dumps(result, indent=1, default=str) + "\n")
     return result
 
@@ -688,7 +697,7 @@ def claim_result(folder: Path, name: str) -> Path:
 
 def train_classifier(args: TrainClassifier) -> dict[str, Any]:
     """Train one classifier; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     run = Run(args, accelerator)
     if run.result is not None:
@@ -761,7 +770,7 @@ def finish_classifier(
 
 def train_attributes(args: TrainAttributes) -> dict[str, Any]:
     """Train one classifier; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     run = Run(args, accelerator)
     if run.result is not None:
@@ -848,8 +857,9 @@ def finish_attributes(
     run.finish(measured)
 
 
-Scores = Fid | Kid | Faces | Digits | Attributes | Mse | Inversion
-Command = Scores | TrainClassifier | TrainAttributes | TrainScenes
+Trainings = TrainClassifier | TrainAttributes | TrainScenes
+Shared = Fid | Kid | Faces | Digits | Attributes | Inversion | Trainings  # by several processes
+Command = Shared | Mse
 
 
 def main(args: Command) -> dict[str, Any]:
@@ -866,4 +876,4 @@ def main(args: Command) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_cli(Command, main)
+    run_cli(Command, main, shared=Shared)

@@ -31,6 +31,7 @@ from common.device import Device, Precision, make_accelerator, place
 from common.gan import Sample, end_epoch, finish, sample
 from common.rng import derive_seed, make_rng
 from common.run import Run
+from common.trackers import Tracker
 from common.training import update_ema
 from models.gan import GENERATORS, Critic, Norm
 
@@ -79,6 +80,8 @@ class Train:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         at_least("--epochs", self.epochs, 1)
@@ -113,7 +116,7 @@ def gradient_penalty(
 
 def train(args: Train) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     run = Run(args, accelerator)
     if run.result is not None:
@@ -219,4 +222,4 @@ def main(args: Train | Sample) -> Any:
 
 
 if __name__ == "__main__":
-    run_cli(Train | Sample, main)
+    run_cli(Train | Sample, main, shared=Train | Sample)

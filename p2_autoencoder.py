@@ -34,8 +34,11 @@ from common.device import Device, Precision, make_accelerator, place
 from common.faces import AT_A_TIME, load_autoencoder, load_faces, mirror_some
 from common.figures import save_curves, save_grid, save_image
 from common.files import make_output_dir
+from common.processes import my_share
+from common.progress import show_progress
 from common.rng import derive_seed, make_rng
 from common.run import Run
+from common.trackers import Tracker
 from common.training import update_ema, warmup_cosine
 from metrics.features import find_efficientnet, load_efficientnet
 from models.autoencoder import FACTOR, Autoencoder, PatchCritic
@@ -91,6 +94,8 @@ class Train:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         in_range("--size", self.size, 16, 1_024)
@@ -135,7 +140,7 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 def train(args: Train) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     run = Run(args, accelerator)
     if run.result is not None:
@@ -298,19 +303,24 @@ def end_epoch(run: Run, ema: Autoencoder, pixels: Tensor, row: dict[str, Any]) -
 
 @torch.inference_mode()
 def reconstruct(args: Reconstruct) -> None:
-    """Write the decoded images."""
-    device = make_accelerator(args.device, "fp32").device
+    """Write the decoded images; processes share the batches."""
+    accelerator = make_accelerator(args.device, "fp32")
+    device = accelerator.device
     net = place(load_autoencoder(args.checkpoint, "--checkpoint"), device).eval()
     size = net.config["arguments"]["size"]
     images = load_folder(args.image_dir, (size, size))
     names = [Path(name).with_suffix(".png").name for name in images.names]
     make_output_dir(args.output_dir, only=names)
-    for start in range(0, len(names), AT_A_TIME):
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
+    mine = my_share(range(0, len(names), AT_A_TIME), accelerator)
+    for start in show_progress(mine, len(mine), "images, batches"):
         batch = normalise(images.pixels[start : start + AT_A_TIME]).to(device)
         decoded = to_uint8(net.decode(net.encode(batch))).cpu()
         for name, image in zip(names[start : start + AT_A_TIME], decoded, strict=True):
             save_image(image, args.output_dir / name)
-    print(f"{len(names):,} images: {args.output_dir}")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        print(f"{len(names):,} images: {args.output_dir}")
 
 
 def main(args: Train | Reconstruct) -> Any:
@@ -323,4 +333,4 @@ def main(args: Train | Reconstruct) -> Any:
 
 
 if __name__ == "__main__":
-    run_cli(Train | Reconstruct, main)
+    run_cli(Train | Reconstruct, main, shared=Train | Reconstruct)

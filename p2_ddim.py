@@ -31,6 +31,7 @@ from common.device import Device, Precision, make_accelerator, peak_memory, plac
 from common.figures import save_image, save_labelled
 from common.files import make_output_dir
 from common.noises import find_noises, load_noise, problem_of_noise
+from common.processes import my_share
 from common.progress import show_progress
 from common.rng import ImageNoise
 from diffusion.guidance import predict_eps
@@ -155,21 +156,23 @@ def ddim(
     return x
 
 
-def in_batches_that_fit(model: Model, noises: Tensor, eta: float, args: Options) -> Tensor:
-    """Sample all noises (n, 3, height, width), in batches that are halved where memory is short.
+def in_batches_that_fit(
+    model: Model, noises: Tensor, numbers: range, eta: float, args: Options
+) -> Tensor:
+    """Sample the noises (n, 3, height, width) with these numbers.
 
-    Raises UserError if not even one image fits.
+    Batches are halved where memory is short. Raises UserError if not even one image fits.
     """
     images = []
-    start = 0
+    start = numbers.start
     batch_size = args.batch_size
     clamp = model.conventions.clamp
-    while start < len(noises):
-        batch = noises[start : start + batch_size].to(model.accelerator.device)
+    while start < numbers.stop:
+        some = range(start, min(start + batch_size, numbers.stop))
+        batch = noises[some.start : some.stop].to(model.accelerator.device)
         batch = batch.contiguous(memory_format=torch.channels_last)
-        numbers = range(start, start + len(batch))
-        draw = ImageNoise(args.seed, numbers, batch.shape[1:], batch.device)
-        what = f"noises {start + 1} to {start + len(batch)} of {len(noises)}"
+        draw = ImageNoise(args.seed, some, batch.shape[1:], batch.device)
+        what = f"noises {start + 1} to {some.stop} of {len(noises)}"
         try:
             with model.accelerator.autocast():
                 images.append(ddim(model, batch, draw, eta, clamp, what).cpu())
@@ -321,17 +324,27 @@ def slerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
 
 
 def generate(args: Generate) -> None:
-    """Write one image per noise; print the seconds an image took and the peak memory."""
+    """Write one image per noise; print the seconds an image took and the peak memory.
+
+    Processes share the batches.
+    """
     names, noises = read_noises(args.noise_dir)
     model = load_model(args, tuple(noises.shape[-2:]))
+    accelerator = model.accelerator
     make_output_dir(args.output_dir)
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
     started = time.monotonic()
-    images = in_batches_that_fit(model, noises, args.eta, args)
-    pixels = to_pixels(images, model.conventions.save_range)
-    for name, image in zip(names, pixels, strict=True):
-        save_image(image, args.output_dir / f"{name}.png")
+    for start in my_share(range(0, len(names), args.batch_size), accelerator):
+        numbers = range(start, min(start + args.batch_size, len(names)))
+        images = in_batches_that_fit(model, noises, numbers, args.eta, args)
+        pixels = to_pixels(images, model.conventions.save_range)
+        for number, image in zip(numbers, pixels, strict=True):
+            save_image(image, args.output_dir / f"{names[number]}.png")
+    accelerator.wait_for_everyone()
     seconds = (time.monotonic() - started) / len(names)
-    peak = peak_memory(model.accelerator.device) / 2**10
+    if not accelerator.is_main_process:
+        return
+    peak = peak_memory(accelerator.device) / 2**10
     print(
         f"{len(names)} images: {args.output_dir} "
         f"({seconds:.1f} s an image, peak memory {peak:.1f} GiB)"
@@ -345,7 +358,7 @@ def eta_grid(args: EtaGrid) -> None:
     make_output_dir(args.output_dir)
     columns = []
     for eta in ETAS:
-        images = in_batches_that_fit(model, noises[:4], eta, args)
+        images = in_batches_that_fit(model, noises, range(4), eta, args)
         pixels = to_pixels(images, model.conventions.save_range)
         columns.append(pixels)  # (4 noises, 3, height, width)
     grid = torch.stack(columns, dim=1)  # (4 noises, 5 values of η, 3, height, width)
@@ -378,7 +391,7 @@ def draw_way(
     usual = noises[0].numel() ** 0.5
     listed = ", ".join(f"{norm:.0f}" for norm in norms)
     print(f"{name}: |noise| = {listed}; standard normal noise has {usual:.0f}")
-    images = in_batches_that_fit(model, noises, 0.0, args)
+    images = in_batches_that_fit(model, noises, range(len(noises)), 0.0, args)
     pixels = to_pixels(images, model.conventions.save_range)
     save_labelled(pixels, args.output_dir / f"{name}.png", [name], [f"{a:g}" for a in alphas])
 
@@ -395,4 +408,4 @@ def main(args: Generate | EtaGrid | Interpolate) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(Generate | EtaGrid | Interpolate, main)
+    run_cli(Generate | EtaGrid | Interpolate, main, shared=Generate)

@@ -32,6 +32,7 @@ from common.device import Device, Precision, make_accelerator, place
 from common.faces import FACE_NETS, face_names
 from common.figures import save_image, save_labelled
 from common.files import make_output_dir
+from common.processes import my_share
 from common.progress import show_progress
 from common.reverse_process import Digits, State, draw_digits, draw_faces
 from common.rng import ImageNoise
@@ -378,18 +379,19 @@ def in_batches(per_class: int, batch_size: int) -> list[tuple[list[int], list[in
     return batches
 
 
-def write_digits(model: Model, domain: str, per_class: int, folder: Path, args: Generate) -> None:
-    """Write the images of one domain under the graders' names."""
-    total = 10 * per_class
-    done = 0
-    for digits, numbers in in_batches(per_class, args.batch_size):
-        what = f"{domain}, digits {done + 1:,} to {done + len(digits):,} of {total:,}"
+def write_digits(model: Model, folders: dict[str, Path], per_class: int, args: Generate) -> None:
+    """Write the images of each domain under the graders' names; processes share the batches."""
+    batches = []
+    for domain in folders:
+        for digits, numbers in in_batches(per_class, args.batch_size):
+            batches.append((domain, digits, numbers))
+    total = len(batches)
+    for batch in my_share(range(total), model.accelerator):
+        domain, digits, numbers = batches[batch]
         states = sample_digits(model, domain, digits, numbers, args.guidance, args)
-        pixels = final_pixels(states, model.steps, what)
-        done += len(digits)
+        pixels = final_pixels(states, model.steps, f"{domain}, batch {batch + 1:,} of {total:,}")
         for digit, number, image in zip(digits, numbers, pixels, strict=True):
-            save_image(image, folder / file_name(digit, number))
-    print(f"{domain}: {total:,} digits: {folder}")
+            save_image(image, folders[domain] / file_name(digit, number))
 
 
 def file_name(digit: int, number: int) -> str:
@@ -420,11 +422,10 @@ def draw_guidance_sweep(model: Model, domain: str, folder: Path, args: Generate)
 
 
 def write_faces(model: Model, folder: Path, names: Sequence[str], args: Generate) -> None:
-    """Write the faces under their names; several processes take turns at the batches."""
+    """Write the faces under their names; processes share the batches."""
     accelerator = model.accelerator
     total = len(names)
-    starts = range(0, total, args.batch_size)
-    for start in starts[accelerator.process_index :: accelerator.num_processes]:
+    for start in my_share(range(0, total, args.batch_size), accelerator):
         numbers = range(start, min(start + args.batch_size, total))
         what = f"faces {start + 1:,} to {numbers.stop:,} of {total:,}, steps"
         states = sample_faces(model, numbers, args)
@@ -477,8 +478,13 @@ def main(args: Generate) -> None:
         make_output_dir(folder, only=names)
     if args.plots_dir is not None:
         make_output_dir(args.plots_dir, "--plots-dir")
+    model.accelerator.wait_for_everyone()  # all have looked before the first one writes
+    write_digits(model, folders, per_class, args)
+    model.accelerator.wait_for_everyone()
+    if not model.accelerator.is_main_process:
+        return
     for domain, folder in folders.items():
-        write_digits(model, domain, per_class, folder, args)
+        print(f"{domain}: {10 * per_class:,} digits: {folder}")
         if args.plots_dir is not None:
             draw_plots(model, domain, args.plots_dir, args)
 
@@ -494,4 +500,4 @@ def refuse_plots_among_images(plots_dir: Path, folders: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(Generate, main)
+    run_cli(Generate, main, shared=Generate)

@@ -56,9 +56,11 @@ from common.faces import (
     refuse_other_autoencoder,
 )
 from common.figures import read_grids, save_gif, save_grid
+from common.progress import show_progress
 from common.quarters import add_quarters, end_epoch, quarter_of
 from common.rng import ImageNoise, derive_seed, make_rng, seed_dropout
 from common.run import Run
+from common.trackers import Tracker
 from common.training import update_ema, warmup_cosine
 from diffusion.guidance import predict_eps
 from diffusion.noise_levels import NoiseLevels
@@ -148,6 +150,8 @@ class Train:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         each_once("--domains", self.domains)
@@ -218,7 +222,7 @@ def make_schedule(args: Train) -> Schedule:
 
 def train(args: Train) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     counts = images_of_a_step(args, accelerator.num_processes)
     schedule = make_schedule(args)
@@ -531,7 +535,8 @@ def draw_samples(
     steps = spaced_steps(schedule.T, min(25, schedule.T))
     x = ImageNoise(0, range(count), shape, device)()
     with run.accelerator.autocast():
-        for t, previous in step_pairs(steps):
+        pairs = step_pairs(steps)
+        for t, previous in show_progress(pairs, len(steps), "samples, steps"):
             eps = predict_eps(ema, schedule, x, t, labels)
             x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), clamp_of(ema))
             x = ddim_step(schedule, x0, eps, t, previous)
@@ -547,4 +552,4 @@ def main(args: Train) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_cli(Train, main)
+    run_cli(Train, main, shared=Train)

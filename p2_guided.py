@@ -59,6 +59,7 @@ from common.faces import (
 )
 from common.figures import save_image, save_labelled
 from common.files import atomic_write, make_output_dir
+from common.processes import my_share
 from common.progress import show_progress
 from common.reverse_process import State
 from common.rng import ImageNoise
@@ -422,7 +423,7 @@ def refuse_without_attributes(model: Model, args: Sampling) -> None:
 
 
 def sample(args: Sample) -> None:
-    """Write the images and what was asked of each; several processes take turns at the batches."""
+    """Write the images and what was asked of each; processes share the batches."""
     model = load_model(args)
     accelerator = model.accelerator
     asked = read_request(args.attributes)
@@ -450,10 +451,8 @@ def write_faces(
     real: RealRows | None,
     names: Sequence[str],
 ) -> None:
-    """Write the faces `numbers` under their names; several processes take turns at the batches."""
-    accelerator = model.accelerator
-    starts = range(0, len(numbers), args.batch_size)
-    mine = starts[accelerator.process_index :: accelerator.num_processes]
+    """Write the faces `numbers` under their names; processes share the batches."""
+    mine = my_share(range(0, len(numbers), args.batch_size), model.accelerator)
     for start in show_progress(mine, len(mine), "faces, batches"):
         some = numbers[start : start + args.batch_size]
         request = make_request(model, asked, some, args, real)
@@ -475,8 +474,6 @@ def last_pixels(model: Model, request: Request, numbers: Sequence[int], args: Sa
 def grid(args: Grid) -> None:
     """Draw attributes.png, and scales.png where there is a strength to vary."""
     model = load_model(args)
-    if not model.accelerator.is_main_process:
-        return
     asked = read_request(args.attributes) or all_known(model, args)
     real = check_request(model, asked, args)
     make_output_dir(args.output_dir)
@@ -544,4 +541,4 @@ def main(args: Train | TrainClassifier | Sample | Grid) -> Any:
 
 
 if __name__ == "__main__":
-    run_cli(Train | TrainClassifier | Sample | Grid, main)
+    run_cli(Train | TrainClassifier | Sample | Grid, main, shared=Train | TrainClassifier | Sample)

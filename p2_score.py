@@ -43,11 +43,13 @@ from common.faces import (
 )
 from common.figures import read_grids, save_gif, save_grid, save_image
 from common.files import make_output_dir
+from common.processes import my_share
 from common.progress import show_progress
 from common.quarters import QUARTERS, add_quarters, end_epoch
 from common.reverse_process import draw_way, evenly_chosen
 from common.rng import ImageNoise, derive_seed, make_rng, seed_dropout
 from common.run import Run
+from common.trackers import Tracker
 from common.training import update_ema, warmup_cosine
 from diffusion.noise_levels import (
     NoiseLevels,
@@ -135,6 +137,8 @@ class Train:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         in_range("--size", self.size, 8, 1_024)
@@ -252,7 +256,7 @@ class Table(Sampling):
 
 def train(args: Train) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     run = Run(args, accelerator)
     if run.result is not None:
@@ -415,7 +419,9 @@ def draw_samples(run: Run, ema: FaceNet, levels: NoiseLevels, epoch: int) -> Non
     if not run.is_main:
         return
     model = Model(ema.eval(), levels, run.accelerator)
-    states = sample_faces(model, range(FIRST), make_plan(model, "ancestral", 50), seed=0)
+    plan = make_plan(model, "ancestral", 50)
+    states = sample_faces(model, range(FIRST), plan, seed=0)
+    states = show_progress(states, plan.states, "samples, steps")
     file = run.dir / "samples" / f"epoch_{epoch:04d}.png"
     save_grid(final_pixels(model, states), file, columns=8)
 
@@ -620,11 +626,10 @@ def sample(args: Sample) -> None:
     if args.plots_dir is not None:
         make_output_dir(args.plots_dir, "--plots-dir")
     describe(model, plan)
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
 
-    # Under torchrun, each process takes every n-th batch, so that batches stay the same.
     started = time.monotonic()
-    starts = range(0, args.num_images, args.batch_size)
-    mine = starts[accelerator.process_index :: accelerator.num_processes]
+    mine = my_share(range(0, args.num_images, args.batch_size), accelerator)
     for start in show_progress(mine, len(mine), f"{args.sampler}, batches"):
         numbers = range(start, min(start + args.batch_size, args.num_images))
         states = sample_faces(model, numbers, plan, args.seed, args.snr)
@@ -669,6 +674,7 @@ def draw_denoising(model: Model, plan: Plan, folder: Path, args: Sampling) -> No
     denoised = []
     columns = []
     states = sample_faces(model, range(10), plan, args.seed, args.snr)
+    states = show_progress(states, plan.states, "plots, steps")
     for number, (sigma, x, clean) in enumerate(states):
         if number not in shown:
             continue
@@ -695,4 +701,4 @@ def main(args: Train | Sample | Table) -> Any:
 
 
 if __name__ == "__main__":
-    run_cli(Train | Sample | Table, main)
+    run_cli(Train | Sample | Table, main, shared=Train | Sample)

@@ -33,7 +33,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from common.cache import read_cached, write_cached
 from common.cli import UserError, in_range, is_seed, run_cli
@@ -41,6 +40,8 @@ from common.data import decode_image
 from common.device import Device, Precision, make_accelerator
 from common.figures import save_table
 from common.files import atomic_write, make_output_dir
+from common.processes import gather_shares, my_share
+from common.progress import show_progress
 from common.run import environment
 from zeroshot.evidence import measure, write_evidence
 from zeroshot.loading import OPENAI, Clip, find_labelled, load_clip
@@ -103,7 +104,10 @@ class Zeroshot:
 def encode_images(
     clip: Clip, paths: list[Path], accelerator: Accelerator, args: Zeroshot
 ) -> Tensor:
-    """Unit vectors of image files, float32 (n, features). Raises UserError for a broken file."""
+    """Unit vectors of image files, float32 (n, features). Raises UserError for a broken file.
+
+    Processes share the batches, and each gets all vectors.
+    """
 
     def read(path: Path) -> Tensor:
         array = decode_image(path).transpose(1, 2, 0)  # (3, height, width) → (height, width, 3)
@@ -112,14 +116,16 @@ def encode_images(
     features = []
     started = time.monotonic()
     with ThreadPoolExecutor(args.num_workers) as pool:
-        starts = range(0, len(paths), args.batch_size)
-        for start in tqdm(starts, "images", disable=None, leave=False):
+        mine = my_share(range(0, len(paths), args.batch_size), accelerator)
+        for start in show_progress(mine, len(mine), "images, batches"):
             batch = paths[start : start + args.batch_size]
             images = torch.stack(list(pool.map(read, batch))).to(accelerator.device)
             with accelerator.autocast():
                 features.append(clip.net.encode_image(images).float().cpu())
+    features = gather_shares(features, accelerator)
     rate = len(paths) / (time.monotonic() - started)
-    print(f"{len(paths):,} images encoded, {rate:,.0f} images/s")
+    if accelerator.is_main_process:
+        print(f"{len(paths):,} images encoded, {rate:,.0f} images/s")
     return F.normalize(torch.cat(features), dim=-1)
 
 
@@ -127,19 +133,24 @@ def encode_images(
 def encode_texts(
     clip: Clip, texts: list[str], accelerator: Accelerator, args: Zeroshot
 ) -> dict[str, Tensor]:
-    """The unit vector (features,) of each text. They are cached beside the output."""
+    """The unit vector (features,) of each text. They are cached beside the output.
+
+    Processes share the batches, and each gets all vectors.
+    """
     key = text_cache_key(clip, texts, accelerator.mixed_precision)
     cache = args.output_dir.parent / "cache" / f"texts-{key}.safetensors"
     features = read_cached(cache, key, (len(texts), None), torch.float32)
     if features is None:
         parts = []
-        starts = range(0, len(texts), args.batch_size)
-        for start in tqdm(starts, "prompts", disable=None, leave=False):
+        mine = my_share(range(0, len(texts), args.batch_size), accelerator)
+        for start in show_progress(mine, len(mine), "prompts, batches"):
             tokens = clip.tokenizer(texts[start : start + args.batch_size])
             with accelerator.autocast():
                 parts.append(clip.net.encode_text(tokens.to(accelerator.device)).float().cpu())
-        features = F.normalize(torch.cat(parts), dim=-1)
-        write_cached(cache, key, features)
+        # Nobody has written the cache before all have looked for it: they meet here.
+        features = F.normalize(torch.cat(gather_shares(parts, accelerator)), dim=-1)
+        if accelerator.is_main_process:
+            write_cached(cache, key, features)
     return dict(zip(texts, features, strict=True))
 
 
@@ -174,12 +185,13 @@ def class_vectors(
 
 
 def zeroshot(args: Zeroshot) -> dict[str, Any]:
-    """Classify, write tables, predictions and plots; returns the content of result.json."""
+    """Classify, write tables, predictions and plots; returns the content of result.json.
+
+    Processes share the images and prompts; the first one does the rest.
+    """
     found = find_labelled(args.data_dir, args.split)
     accelerator = make_accelerator(args.device, args.precision)
     started = time.monotonic()
-    if accelerator.num_processes > 1:
-        raise UserError("zero-shot classification runs in one process")
     if (make_output_dir(args.output_dir) / "config.json").exists():
         raise UserError(
             f"--output-dir {args.output_dir}: holds a training run; choose a folder of its own"
@@ -203,6 +215,8 @@ def zeroshot(args: Zeroshot) -> dict[str, Any]:
                 texts.update(prompts_of(name, templates, spelling))
     images = encode_images(clip, found.paths, accelerator, args)  # (n, features)
     features = encode_texts(clip, sorted(texts), accelerator, args)
+    if not accelerator.is_main_process:
+        return {}
     labels = torch.from_numpy(found.labels)
 
     rows = [HEADER, REPORTED]
@@ -266,4 +280,4 @@ if __name__ == "__main__":
     commands_and_help = {"zeroshot", "pretrain", "--help", "-h"}
     if not commands_and_help & set(sys.argv[1:2]):
         sys.argv.insert(1, "zeroshot")  # the command if none is named
-    run_cli(Zeroshot | Pretrain, main)
+    run_cli(Zeroshot | Pretrain, main, shared=Zeroshot | Pretrain)

@@ -62,6 +62,7 @@ from common.files import make_output_dir
 from common.rng import derive_seed, make_rng
 from common.run import Run
 from common.target_losses import confusion_loss, infomax_loss
+from common.trackers import Tracker
 from common.training import update_ema, warmup_cosine
 from metrics.unlabelled import CRITERIA, Selection, all_criteria, selected_epoch
 from models.dann import NETS, DannCNN, DannDeep, DannNet
@@ -117,6 +118,8 @@ class Recipe:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
     source: str = "mnistm"
     """Labelled domain."""
     epochs: int | None = None
@@ -382,7 +385,7 @@ def train(args: Train) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
     settings = settings_of(args)
     args = replace(args, **settings._asdict())
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device, rank = accelerator.device, accelerator.process_index
     run = Run(args, accelerator)
     if run.result is not None:
@@ -611,13 +614,15 @@ def finish(run: Run, args: Train, chosen: Network, validation: dict[str, Images]
 
 
 def predict(args: Predict) -> None:
-    """Write the class of every image of a folder as csv."""
+    """Write the class of every image of a folder as csv; processes share the batches."""
     accelerator = make_accelerator(args.device, "fp32")
     make_output_dir(args.output_csv.parent, "--output-csv", alone=False)
     net, _ = load_net(args.checkpoint, NETS)
     net.to(accelerator.device)
     images = load_folder(args.image_dir, DIGIT_SIZE)
-    labels = classify(net, images.pixels, accelerator).tolist()
+    labels = classify(net, images.pixels, accelerator, shared=True).tolist()
+    if not accelerator.is_main_process:
+        return
     rows = [[name, str(label)] for name, label in zip(images.names, labels, strict=True)]
     save_csv([["image_name", "label"], *sorted(rows)], args.output_csv)
     print(f"{len(labels):,} images labelled: {args.output_csv}")
@@ -730,4 +735,4 @@ def main(args: Train | Predict | Embed | Table) -> Any:
 
 
 if __name__ == "__main__":
-    run_cli(Train | Predict | Embed | Table, main)
+    run_cli(Train | Predict | Embed | Table, main, shared=Train | Predict | Table)

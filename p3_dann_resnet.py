@@ -59,6 +59,7 @@ from common.files import make_output_dir
 from common.rng import derive_seed, make_rng
 from common.run import Run
 from common.target_losses import confusion_loss, infomax_loss
+from common.trackers import Tracker
 from common.training import update_ema
 from metrics.features import EFFICIENTNET_PACKAGE, find_efficientnet, load_efficientnet
 from metrics.unlabelled import CRITERIA, Selection, all_criteria, selected_epoch
@@ -147,6 +148,8 @@ class Recipe:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         both_or_none(self.source_dir, self.target_dir)
@@ -446,7 +449,7 @@ def parameter_groups(net: AdaptationNet, is_pretrained: bool) -> list[dict[str, 
 
 def train(args: Train) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     rank = accelerator.process_index
     run = Run(args, accelerator)
@@ -664,7 +667,7 @@ def chosen_by_each(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def predict(args: Predict) -> None:
-    """Write the class of every image of a folder as csv."""
+    """Write the class of every image of a folder as csv; processes share the batches."""
     accelerator = make_accelerator(args.device, "fp32")
     make_output_dir(args.output_csv.parent, "--output-csv", alone=False)
     net, config = load_net(args.checkpoint, NETS, needs=NEEDS)
@@ -677,7 +680,10 @@ def predict(args: Predict) -> None:
     else:
         images = load_folder(args.image_dir, DIGIT_SIZE)
         pixels = resize(images.pixels, net.size)
-    p, _ = probabilities(net, Inputs(net, pixels.to(accelerator.device), "none"), accelerator)
+    inputs = Inputs(net, pixels.to(accelerator.device), "none")
+    p, _ = probabilities(net, inputs, accelerator, shared=True)
+    if not accelerator.is_main_process:
+        return
     rows = []
     for name, number in zip(images.names, p.argmax(1).tolist(), strict=True):
         rows.append([name, config["class_names"][number]])
@@ -803,4 +809,4 @@ def main(args: Train | Predict | Embed | Table) -> Any:
 
 
 if __name__ == "__main__":
-    run_cli(Train | Predict | Embed | Table, main)
+    run_cli(Train | Predict | Embed | Table, main, shared=Train | Predict | Table)

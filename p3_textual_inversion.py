@@ -28,7 +28,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,11 @@ from common.device import Device, Precision, make_accelerator, peak_memory
 from common.figures import save_curves, save_image
 from common.files import atomic_write, make_output_dir
 from common.json_files import read_json
+from common.processes import my_share
+from common.progress import show_progress
 from common.rng import make_rng
 from common.run import Run
+from common.trackers import Tracker
 from inversion.concepts import (
     Concept,
     Kind,
@@ -64,6 +67,9 @@ from inversion.models import (
 from inversion.sampling import Sampling, Solver, sample
 from inversion.tokens import Tokenizer
 from inversion.train_model import TrainModel, train_model
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 SMALL_MODEL = Path(__file__).parent / "checkpoints" / "text_to_image.safetensors"
 # Where `generate` looks for learned words: beside MODEL, then in checkpoints/.
@@ -114,6 +120,8 @@ class Train:
     """Where to compute."""
     precision: Precision = "auto"
     """The frozen U-Net of Stable Diffusion in bf16 where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         if not is_word(self.token):
@@ -214,12 +222,13 @@ def learn(
 ) -> Tensor:
     """Learn one word; returns its vectors (vectors, width). A finished run is read again."""
     net, schedule = loaded.net, loaded.schedule
-    accelerator = make_accelerator(args.device, "fp32")
+    folder = args.output_dir / concept.name
+    accelerator = make_accelerator(args.device, "fp32", args.log_with, folder)
     if accelerator.num_processes > 1:
         raise UserError("a word is learned in one process")
     # What INPUT.json says is an argument of the run too: another file must not continue this run.
     chosen = {"token": concept.word, "kind": (kind,), "init": (init,)}
-    run = Run(replace(args, output_dir=args.output_dir / concept.name, **chosen), accelerator)
+    run = Run(replace(args, output_dir=folder, **chosen), accelerator)
     if run.result is not None:
         return read_words(run.dir / "word.safetensors")[concept.word]
     tokenizer = Tokenizer(net.length, {concept.word: args.vectors})
@@ -289,7 +298,8 @@ def encode_folder(folder: Path, loaded: Loaded, flip: bool) -> Latents:
         pixels = torch.cat([pixels, pixels.flip(3)])
     means = []
     deviations = []
-    for image in normalise(pixels)[:, None]:  # one at a time: (1, 3, size, size)
+    images = normalise(pixels)[:, None]  # one at a time: (1, 3, size, size)
+    for image in show_progress(images, len(images), f"encoding {folder}"):
         mean, deviation = loaded.net.encode(image.to(loaded.device))
         means.append(mean)
         deviations.append(deviation)
@@ -421,33 +431,65 @@ class Job(NamedTuple):
 
 
 def generate(args: Generate) -> None:
-    """Draw the images that are not there yet."""
+    """Draw the images that are not there yet; processes share the batches."""
     concepts = read_concepts(args.input_json)
+    accelerator = make_accelerator(args.device, "fp32")
     loaded = load_model(args.model, args.device, args.precision)
     words = find_words(args, concepts, loaded)
     sampling = Sampling(args.steps, default_guidance(args.guidance, loaded), args.solver)
-    jobs = prepare_folders(args, concepts, words, sampling)
+    jobs = prepare_folders(args, concepts, words, sampling, accelerator)
     missing = sum(len(job.missing) for job in jobs)
     if not missing:
-        print(f"{args.output_dir}: already finished, nothing to do")
+        if accelerator.is_main_process:
+            print(f"{args.output_dir}: already finished, nothing to do")
         return
     batch_size = args.batch_size or default_batch_size(loaded)
-    print(f"{missing:,} images of {len(jobs)} prompts, {args.steps} steps, {batch_size} at a time")
-    seconds = missing * args.steps * seconds_of_a_call(loaded, 2 * batch_size) / batch_size
-    print_estimate("sampling", seconds, loaded)
+    if accelerator.is_main_process:
+        print(
+            f"{missing:,} images of {len(jobs)} prompts, {args.steps} steps, {batch_size} at a time"
+        )
+        seconds = missing * args.steps * seconds_of_a_call(loaded, 2 * batch_size) / batch_size
+        print_estimate("sampling", seconds / accelerator.num_processes, loaded)
 
+    started = time.monotonic()
     tokenizer = Tokenizer(loaded.net.length, {word: len(rows) for word, rows in words.items()})
+    for job in jobs:
+        if tokenizer.is_too_long(job.prompt) and accelerator.is_main_process:
+            print(f"warning: the end of {job.prompt[:60]!r}… is cut off: it has too many tokens")
+    draw_missing(args, jobs, words, tokenizer, loaded, sampling, batch_size, accelerator)
+    accelerator.wait_for_everyone()
+    seconds = (time.monotonic() - started) / missing
+    peak = peak_memory(loaded.device) / 2**10
+    if accelerator.is_main_process:
+        print(
+            f"{missing:,} images: {args.output_dir} "
+            f"({seconds:.1f} s an image, peak memory {peak:.1f} GiB)"
+        )
+
+
+def draw_missing(
+    args: Generate,
+    jobs: Sequence[Job],
+    words: dict[str, Tensor],
+    tokenizer: Tokenizer,
+    loaded: Loaded,
+    sampling: Sampling,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> None:
+    """Draw this process's share of the missing images, fewer at a time where memory is short."""
     rows = torch.cat(list(words.values())).to(loaded.device)
     empty = encode_prompts(loaded, tokenizer, [""], rows)
-    started = time.monotonic()
-    bar = tqdm(total=missing, unit="image", disable=None, leave=False)
+    batches = []
     for job in jobs:
-        if tokenizer.is_too_long(job.prompt):
-            print(f"warning: the end of {job.prompt[:60]!r}… is cut off: it has too many tokens")
+        starts = range(0, len(job.missing), batch_size)
+        batches += [(job, job.missing[first : first + batch_size]) for first in starts]
+    mine = my_share(batches, accelerator)
+    for job, numbers in show_progress(mine, len(mine), "images, batches"):
         states = encode_prompts(loaded, tokenizer, [job.prompt], rows)
         first = 0
-        while first < len(job.missing):
-            some = job.missing[first : first + batch_size]
+        while first < len(numbers):
+            some = numbers[first : first + batch_size]
             several = states.expand(len(some), -1, -1)
             try:
                 images = sample(
@@ -464,14 +506,6 @@ def generate(args: Generate) -> None:
             for number, image in zip(some, to_uint8(images), strict=True):
                 save_image(image, job.path(number))
             first += len(some)
-            bar.update(len(some))
-    bar.close()
-    seconds = (time.monotonic() - started) / missing
-    peak = peak_memory(loaded.device) / 2**10
-    print(
-        f"{missing:,} images: {args.output_dir} "
-        f"({seconds:.1f} s an image, peak memory {peak:.1f} GiB)"
-    )
 
 
 def default_guidance(given: float | None, loaded: Loaded) -> float:
@@ -531,7 +565,11 @@ def how_to_learn(args: Generate, concepts: Sequence[Concept], word: str, loaded:
 
 
 def prepare_folders(
-    args: Generate, concepts: Sequence[Concept], words: dict[str, Tensor], sampling: Sampling
+    args: Generate,
+    concepts: Sequence[Concept],
+    words: dict[str, Tensor],
+    sampling: Sampling,
+    accelerator: Accelerator,
 ) -> list[Job]:
     """Make the folders; returns the prompts of which images are missing.
 
@@ -560,7 +598,10 @@ def prepare_folders(
                 raise UserError(f"OUT {folder}: holds images of unknown settings; remove it first")
             if missing:
                 jobs.append(Job(prompt, folder, stem, missing))
-    atomic_write(file, json.dumps(settings, indent=1) + "\n")
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
+    if accelerator.is_main_process:
+        atomic_write(file, json.dumps(settings, indent=1) + "\n")
+    accelerator.wait_for_everyone()  # no image is there before its settings
     return jobs
 
 
@@ -615,4 +656,4 @@ def main(args: Train | Generate | TrainModel) -> Any:
 
 
 if __name__ == "__main__":
-    run_cli(Train | Generate | TrainModel, main)
+    run_cli(Train | Generate | TrainModel, main, shared=Train | Generate | TrainModel)

@@ -46,6 +46,7 @@ from common.cli import UserError, at_least, each_once, in_range, is_domain, is_s
 from common.data import list_images
 from common.files import make_output_dir
 from common.noises import find_noises
+from common.progress import show_progress
 from metrics.faces import count_faces
 from preparation import archive, inspection, layout, own_digits, own_faces, public
 from preparation.synthetic import object_domains
@@ -290,7 +291,7 @@ def in_splits(counts: tuple[int, int]) -> dict[str, int]:
 def print_face_rate(folder: Path) -> None:
     """Print in how many of the first 200 images exactly one face is found."""
     paths = list_images(folder)[:200]
-    found = [count_faces(path) for path in paths]
+    found = [count_faces(path) for path in show_progress(paths, len(paths), "faces found")]
     rate = found.count(1) / len(found)
     print(f"face: exactly one face found in {rate:.1%} of {len(paths)} (dlib's HOG detector)")
 

@@ -25,12 +25,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+from tqdm import tqdm
 from tyro.conf import Positional, arg
 
 from common.cli import UserError, at_least, run_cli
@@ -41,6 +42,7 @@ from common.profiles import Step, read_profiles
 POSIX = os.name == "posix"
 POLL_SECONDS = 0.1  # how soon a signal is passed on
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+SILENT_SECONDS = 60  # after which a step that prints nothing is named
 PAGE_SECONDS = 60  # between two writings of the page while the steps run
 
 
@@ -338,11 +340,12 @@ class Processes:
         """Remember a signal; `wait` passes it on."""
         self.received.append(number)
 
-    def wait(self, parts: Sequence[Future[list[Result]]]) -> None:
-        """Wait for all parts; pass on the signals that come meanwhile."""
+    def wait(self, parts: Sequence[Future[list[Result]]], look: Callable[[], None]) -> None:
+        """Wait for all parts; pass on the signals that come meanwhile, and `look` at times."""
         pending = set(parts)
         while pending:
             _, pending = wait(pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+            look()
             for number in self.received[self.passed_on :]:
                 self.pass_on(number)
                 self.passed_on += 1
@@ -360,13 +363,71 @@ class Processes:
 
 
 PRINTING = threading.Lock()
+CLEAR_LINE = "\r\x1b[K"
+last_said: dict[str, float] = {}  # when something was said with each prefix
 
 
 def say(text: str, prefix: str = "", error: bool = False) -> None:
     """Print a line; beside other parts all lines go to stdout, each after the name of its part."""
     file = sys.stderr if error and not prefix else sys.stdout
+    clear = CLEAR_LINE if prefix and sys.stdout.isatty() else ""  # the line of `RunningSteps`
     with PRINTING:
-        print(prefix + text, file=file, flush=True)
+        print(clear + prefix + text, file=file, flush=True)
+    last_said[prefix] = time.monotonic()
+
+
+class Running(NamedTuple):
+    """A step that runs: what its lines begin with, and when it started."""
+
+    prefix: str
+    start: float
+
+
+class RunningSteps:
+    """Shows that the steps live, with the time that each one has taken.
+
+    Steps side by side share a line at the end of a terminal; a single step writes there itself.
+    Where there is no terminal, a step that has printed nothing for a minute gets a line.
+    """
+
+    def __init__(self) -> None:
+        self.steps: dict[str, Running] = {}
+        self.last_rewritten = 0.0
+
+    @contextlib.contextmanager
+    def noted(self, step: str, prefix: str) -> Iterator[None]:
+        """While this is open, the step runs."""
+        self.steps[step] = Running(prefix, time.monotonic())
+        try:
+            yield
+        finally:
+            del self.steps[step]
+
+    def show(self) -> None:
+        """Show what there is to show now; called several times a second."""
+        now = time.monotonic()
+        steps = self.steps.copy()  # other threads start and end steps
+        if not sys.stdout.isatty():
+            for name, (prefix, start) in steps.items():
+                if now - max(start, last_said.get(prefix, 0.0)) > SILENT_SECONDS:
+                    say(f"… {name}: {tqdm.format_interval(now - start)} so far", prefix)
+            return
+        if now - self.last_rewritten > 1:
+            words = [
+                f"{name} {tqdm.format_interval(now - start)}"
+                for name, (prefix, start) in steps.items()
+                if prefix
+            ]
+            if words:
+                width = shutil.get_terminal_size().columns - 1
+                with PRINTING:
+                    print(CLEAR_LINE + ", ".join(words)[:width], end="", flush=True)
+                self.last_rewritten = now
+
+    def hide(self) -> None:
+        """Take the line off the terminal, if there was one."""
+        if self.last_rewritten:
+            print(CLEAR_LINE, end="", flush=True)
 
 
 # ---------------------------------------------------------------------------------------- the run
@@ -391,6 +452,7 @@ class Runner:
         self.places = Places(plan)
         self.everything_again = False  # the data is new
         self.results: list[Result] = []
+        self.running = RunningSteps()
         self.pages = ThreadPoolExecutor(1)
         self.last_page = time.monotonic()
         self.page_lock = threading.Lock()
@@ -411,7 +473,8 @@ class Runner:
             for part in parts:
                 prefix = f"{part} | " if together else ""
                 futures.append(pool.submit(self.run_part, part, prefix, environment))
-            self.processes.wait(futures)
+            self.processes.wait(futures, self.running.show)
+        self.running.hide()
         for future in futures:
             self.results += future.result()
         if self.processes.stopping:
@@ -478,7 +541,8 @@ class Runner:
         self.forget(step)
         start = time.monotonic()
         say(f"+ {as_text(command)}", prefix)
-        status = self.processes.run(command, prefix, environment)
+        with self.running.noted(step.name, prefix):
+            status = self.processes.run(command, prefix, environment)
         if status is None:
             return None
         seconds = round(time.monotonic() - start)

@@ -12,10 +12,12 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.names import is_folder_name
+from common.processes import is_first_process, work_alone
 
 # Messages of Python and tyro about a value of the wrong type, and what is said in their place.
 PLAIN_WORDS = (
@@ -28,6 +30,7 @@ PLAIN_WORDS = (
 )
 LARGEST_COUNT = 10**9
 LONGEST_MESSAGE = 1_000  # characters
+SECONDS_FOR_THE_FIRST = 3.0  # process of torchrun, to report a mistake before the others do
 LARGEST_SEED = 2**32 - 1  # scikit-learn takes no larger one
 
 
@@ -56,7 +59,7 @@ def note_once(text: str, kind: str | None = None) -> None:
     It goes to stdout, so that a mistake after it is still a single line on stderr.
     """
     kind = kind or text
-    if kind not in _said:
+    if kind not in _said and is_first_process():
         _said.add(kind)
         print(f"note: {printable(text)}")
 
@@ -65,12 +68,14 @@ class IncompleteError(UserError):
     """The work is done but for what the message names."""
 
 
-def run_cli(commands: Any, main: Callable[[Any], Any]) -> None:
+def run_cli(commands: Any, main: Callable[[Any], Any], shared: Any = ()) -> None:
     """Read the command line into `commands` and call `main` with the result.
 
-    `commands` is a dataclass, or a union of dataclasses, which become sub-commands. A mistake is
-    printed to stderr as one line. Exit status: 0, 1 for work that is partly done, 2 after a
-    mistake, 130 after Ctrl-C.
+    `commands` is a dataclass, or a union of dataclasses, which become sub-commands. `shared` are
+    those whose work the processes of torchrun share; the first process runs any other one alone.
+
+    A mistake is printed to stderr as one line. Exit status: 0, 1 for work that is partly done, 2
+    after a mistake, 130 after Ctrl-C.
     """
     from common.locks import command_locks
 
@@ -79,12 +84,18 @@ def run_cli(commands: Any, main: Callable[[Any], Any]) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         refuse_empty_values(sys.argv[1:])
+        args = parse(commands)
+        if not isinstance(args, shared):
+            work_alone()
         with command_locks():
-            main(parse(commands))
+            main(args)
     except BrokenPipeError:  # the reader of the output, such as head, has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError) as error:  # an OSError (a full disk, for example) names its file
+        if not is_first_process():
+            # The first process reports a mistake of all; meanwhile torchrun ends the others.
+            time.sleep(SECONDS_FOR_THE_FIRST)
         print(f"error: {printable(str(error))[:LONGEST_MESSAGE]}", file=sys.stderr)
         sys.exit(1 if isinstance(error, IncompleteError) else 2)
     except KeyboardInterrupt:

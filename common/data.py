@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from common.cache import read_cached, write_cached
 from common.cli import UserError, note_once
 from common.names import is_folder_name, is_hidden, natural_order
+from common.progress import show_progress
 from common.rng import make_rng
 
 if TYPE_CHECKING:
@@ -230,7 +231,10 @@ def decode_images(
     # Threads that decode tiny images only wait for Python's global lock.
     workers = None if first.size > 3 * 32 * 32 else 1
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(decode_some, range(0, len(paths), chunk)))
+        starts = range(0, len(paths), chunk)
+        what = f"reading {paths[0].parent}, times {chunk} images"
+        for _ in show_progress(pool.map(decode_some, starts), len(starts), what):
+            pass
     return torch.from_numpy(pixels)
 
 

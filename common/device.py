@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from common.cli import UserError
+from common.trackers import Tracker, refuse_missing_packages
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -16,18 +20,28 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Net = TypeVar("Net", bound=nn.Module)
+# How long the processes of torchrun wait for one another. PyTorch's 10 minutes are too short where
+# the first one draws or evaluates alone. torchrun itself ends all when one fails.
+PATIENCE = timedelta(hours=12)
 
 
-def make_accelerator(device: Device = "auto", precision: Precision = "auto") -> Accelerator:
+def make_accelerator(
+    device: Device = "auto",
+    precision: Precision = "auto",
+    log_with: Sequence[Tracker] = (),
+    folder: Path | None = None,
+) -> Accelerator:
     """Set up device, precision and data parallelism with Hugging Face Accelerate.
 
     The same script then runs alone or under torchrun. Device "auto" is CUDA, else Apple's MPS, else
     the CPU. Precision "auto" is bf16 where the hardware is fast at it (`has_fast_bf16`), else
-    fp32. Raises UserError for a device that is not there.
+    fp32. A training names the trackers of --log-with and its run directory, and `Run` starts them.
+    Raises UserError for a device or a tracker's package that is not there.
     """
-    from accelerate import Accelerator  # takes more than a second to import
+    from accelerate import Accelerator, InitProcessGroupKwargs  # takes more than a second to import
     from accelerate.state import AcceleratorState
 
+    refuse_missing_packages(log_with)
     chosen = choose_device(device)
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(chosen) else "fp32"
@@ -35,7 +49,14 @@ def make_accelerator(device: Device = "auto", precision: Precision = "auto") -> 
     # first Accelerator unless they are reset.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     mixed_precision = "bf16" if precision == "bf16" else "no"
-    return Accelerator(cpu=chosen == "cpu", mixed_precision=mixed_precision)
+    waiting = InitProcessGroupKwargs(timeout=PATIENCE)
+    return Accelerator(
+        cpu=chosen == "cpu",
+        mixed_precision=mixed_precision,
+        log_with=list(log_with) or None,  # pyright: ignore[reportArgumentType]
+        project_dir=folder,
+        kwargs_handlers=[waiting],
+    )
 
 
 def choose_device(device: Device) -> str:

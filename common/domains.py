@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from common.augment import crop_and_flip, turn_zoom_and_shift
 from common.class_folders import find_domain, load_domain, match_classes, split_by_class
 from common.data import Images, load_digits, normalise, take
+from common.processes import gather_shares, my_share
+from common.progress import show_progress
 from common.rng import make_rng
 from models.adaptation import AdaptationNet
 
@@ -140,7 +142,9 @@ class Inputs:
     def _view(self, rng: torch.Generator) -> Tensor:
         """The output of the frozen stages for one version of every image."""
         self.net.eval()
-        return torch.cat([self._lower(some, rng).half() for some in self.pixels.split(50)])
+        batches = self.pixels.split(50)
+        shown = show_progress(batches, len(batches), "frozen stages, batches")
+        return torch.cat([self._lower(some, rng).half() for some in shown])
 
     def _lower(self, pixels: Tensor, rng: torch.Generator) -> Tensor:
         """Augment images, cut them to the network's size, and pass them through frozen stages."""
@@ -158,20 +162,24 @@ class Inputs:
 
 @torch.inference_mode()
 def probabilities(
-    net: AdaptationNet, inputs: Inputs, accelerator: Accelerator
+    net: AdaptationNet, inputs: Inputs, accelerator: Accelerator, shared: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The class probabilities of images without augmentation, and what the domain classifier reads.
 
-    Both are float32 on the CPU, (n, classes) and (n, d).
+    Both are float32 on the CPU, (n, classes) and (n, d). With `shared`, which all processes must
+    then call, each process computes its share of the batches, and gets the results of all.
     """
     net.eval()
     device = accelerator.device
     rng = make_rng(0, device=device)  # images that are not augmented need none
     found = []
     read = []
-    for rows in torch.arange(len(inputs), device=device).split(100):
+    sharing = accelerator if shared else None
+    batches = torch.arange(len(inputs), device=device).split(100)
+    mine = my_share(batches, sharing)
+    for rows in show_progress(mine, len(mine), "images, batches"):
         with accelerator.autocast():
             scores, features = net.upper(inputs.draw(rows, rng))
         found.append(scores.float().softmax(1).cpu())
         read.append(features.float().cpu())
-    return torch.cat(found), torch.cat(read)
+    return torch.cat(gather_shares(found, sharing)), torch.cat(gather_shares(read, sharing))

@@ -15,6 +15,7 @@ from common.checkpoints import digest_of, load_net
 from common.cli import UserError
 from common.data import SUFFIXES, Fit, Images, list_images, load_folder, normalise
 from common.names import is_hidden
+from common.progress import show_progress
 from diffusion.schedule import Schedule
 from models.autoencoder import Autoencoder
 from models.ddim_unet import DdimUnet
@@ -241,8 +242,9 @@ def mirror_some(images: Tensor, rng: torch.Generator) -> Tensor:
 @torch.inference_mode()
 def encode_all(net: LatentUnet, pixels: Tensor) -> Tensor:
     """Latents (n, *net.shape) of images uint8 (n, 3, height, width)."""
-    latents = [net.encode(normalise(some)) for some in pixels.split(AT_A_TIME)]
-    return torch.cat(latents)
+    batches = pixels.split(AT_A_TIME)
+    shown = show_progress(batches, len(batches), "encoding, batches")
+    return torch.cat([net.encode(normalise(some)) for some in shown])
 
 
 def face_names(count: int) -> list[str]:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from common.checkpoints import load_net
 from common.cli import UserError, at_least, is_seed
-from common.data import to_uint8
+from common.data import decode_images, to_uint8
 from common.device import Device, make_accelerator
 from common.figures import read_grids, save_curves, save_gif, save_grid, save_image
 from common.files import make_output_dir
+from common.processes import my_share
+from common.progress import show_progress
 from common.rng import ImageNoise
 from common.run import Run
 from models.gan import GENERATORS, Generator, ProjectionGenerator
@@ -57,11 +59,12 @@ class Sample:
 
 @torch.inference_mode()
 def sample(args: Sample) -> None:
-    """Generate the images in float64.
+    """Generate the images in float64; processes share the batches.
 
     Another batch size adds numbers in another order. In float64 that never changes a rounded pixel.
     """
-    device = make_accelerator(args.device, "fp32").device
+    accelerator = make_accelerator(args.device, "fp32")
+    device = accelerator.device
     if device.type == "mps":  # has no float64
         device = torch.device("cpu")
     net, _ = load_net(args.checkpoint, GENERATORS)
@@ -71,18 +74,21 @@ def sample(args: Sample) -> None:
     make_output_dir(args.output_dir, only=names)
     if args.grid is not None:
         make_output_dir(args.grid.parent, "--grid", alone=False)
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
 
-    first = []
-    for start in range(0, args.num_images, args.batch_size):
+    mine = my_share(range(0, args.num_images, args.batch_size), accelerator)
+    for start in show_progress(mine, len(mine), "faces, batches"):
         numbers = range(start, min(start + args.batch_size, args.num_images))
         latents = ImageNoise(args.seed, numbers, (net.latent,))()
         pixels = to_uint8(generator(latents.to(device, torch.float64))).cpu()
         for number, image in zip(numbers, pixels, strict=True):
             save_image(image, args.output_dir / names[number])
-            if number < FIRST:
-                first.append(image)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
     if args.grid is not None:
-        save_grid(torch.stack(first), args.grid, columns=8)
+        first = [args.output_dir / name for name in names[:FIRST]]
+        save_grid(decode_images(first), args.grid, columns=8)
     print(f"{args.num_images:,} faces: {args.output_dir}")
 
 

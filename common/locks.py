@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.cli import UserError
+from common.processes import is_first_process
 
 PATIENCE = 10.0  # seconds that the workers of a process that was killed may take to end
 POLL = 0.1  # seconds
@@ -40,7 +41,7 @@ def claim(folder: Path, flag: str) -> None:
 
     Of the processes of torchrun only the first one locks.
     """
-    if _held is None or os.name != "posix" or int(os.environ.get("RANK", "0")) > 0:
+    if _held is None or os.name != "posix" or not is_first_process():
         return
     import fcntl
 

@@ -2,7 +2,7 @@
 
 A run directory contains config.json (arguments, versions, git commit, hardware), metrics.jsonl,
 log.txt, figures/, samples/, last.pt (all that a bitwise resume needs), model.safetensors (all that
-inference needs) and result.json (written last: the run is finished).
+inference needs) and result.json (written last: the run is finished). Trackers write into it too.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from common.checkpoints import save_net
 from common.cli import UserError
 from common.files import ROOT, atomic_write, make_output_dir
 from common.json_files import FileError, parse_json, read_object
+from common.trackers import Trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 PACKAGES = ("torch", "torchvision", "accelerate", "numpy", "pillow", "scikit-learn")
 # Options that may differ when a run is continued, because no result depends on them.
-FREE_ARGUMENTS = {"output_dir", "num_workers"}
+FREE_ARGUMENTS = {"output_dir", "num_workers", "log_with"}
 
 
 class Run:
@@ -63,6 +64,7 @@ class Run:
         self.stopping = False  # all processes agreed to stop
         self.sums: dict[str, Tensor] = {}  # of this epoch's losses so far
         self.rows: list[dict[str, Any]] = []  # those in metrics.jsonl
+        self.trackers: Trackers | None = None  # those of --log-with, in the first process
         self.latest: dict[str, Tensor] = {}  # the last step's losses, for the progress bar
         accelerator.wait_for_everyone()  # all have looked before the first one writes
 
@@ -136,7 +138,7 @@ class Run:
         """Load last.pt into `parts` (networks, optimizers); returns the number of steps done.
 
         Also writes metrics.jsonl again with the rows that last.pt has, and config.json for a new
-        run.
+        run, and starts the trackers.
         """
         path = self.dir / "last.pt"
         state: dict[str, Any] = {"step": 0, "seconds": 0.0, "sums": {}, "rows": []}
@@ -166,6 +168,9 @@ class Run:
                 atomic_write(self.config_file, json.dumps(config, indent=1) + "\n")
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             atomic_write(self.dir / "metrics.jsonl", lines)
+            if self.accelerator.log_with:
+                self.trackers = Trackers(self.accelerator, self.dir, self.arguments)
+                self.trackers.update(self.rows)
         return state["step"]
 
     def save_state(self, step: int, parts: dict[str, Any]) -> None:
@@ -253,6 +258,8 @@ class Run:
         line = json.dumps(row | dict.fromkeys(lost))
         self.rows.append(json.loads(line))
         self._append("metrics.jsonl", line)
+        if self.trackers is not None:
+            self.trackers.update(self.rows)
 
     def log_row(self, row: dict[str, Any]) -> None:
         """Log a row of metrics in words, without its "step"."""
@@ -340,6 +347,8 @@ class Run:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            if self.trackers is not None:
+                self.trackers.finish()
 
     def _watched_steps(self, first: int, last: int, images_per_step: int) -> Iterator[int]:
         if first > last:

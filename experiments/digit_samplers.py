@@ -38,6 +38,7 @@ from common.device import Device, Precision, make_accelerator
 from common.figures import save_table
 from common.files import atomic_write, make_output_dir
 from common.json_files import read_object
+from common.progress import show_progress
 from common.run import environment
 from diffusion.schedule import Spacing
 from metrics.digits import NETS, evaluate_digits
@@ -186,7 +187,7 @@ def generate(model: Model, domain: str, per_class: int, options: Generate) -> Ge
     hook = model.net.register_forward_pre_hook(count)
     start = time.perf_counter()
     pixels = []
-    for digits, numbers in batches:
+    for digits, numbers in show_progress(batches, len(batches), "digits, batches"):
         pixels.append(last_of(sample(digits, numbers)).pixels)
     seconds = time.perf_counter() - start
     hook.remove()

@@ -23,6 +23,7 @@ from common.faces import face_names, load_faces
 from common.figures import save_image, save_labelled, save_table
 from common.files import atomic_write, make_output_dir
 from common.json_files import read_json, read_object
+from common.progress import show_progress
 from common.rng import make_rng
 from metrics.features import EFFICIENTNET_PACKAGE, MissingPackageError
 
@@ -94,7 +95,8 @@ def write_reference(
 
 def write_missing(pixels: torch.Tensor, folder: Path) -> None:
     """Write the images, uint8 (n, 3, height, width), that the folder does not have."""
-    for file, image in zip(face_names(len(pixels)), pixels, strict=True):
+    names = show_progress(face_names(len(pixels)), len(pixels), f"{folder}, images")
+    for file, image in zip(names, pixels, strict=True):
         if not (folder / file).exists():
             save_image(image, folder / file)
 

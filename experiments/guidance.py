@@ -46,6 +46,7 @@ from common.device import Device, Precision
 from common.figures import pyplot
 from common.files import ROOT, atomic_write
 from common.json_files import read_json, read_object
+from common.progress import show_progress
 from common.rng import make_rng
 from experiments.face_rows import (
     Lines,
@@ -254,7 +255,8 @@ def own_hit_rate(args: Table, names: Sequence[str], folder: Path) -> float:
     asked_of = read_object(folder / ASKED_FILE)
     device = model.accelerator.device
     logits = []
-    for some in images.pixels.split(args.batch_size):
+    batches = images.pixels.split(args.batch_size)
+    for some in show_progress(batches, len(batches), "guiding classifier, batches"):
         x = model.net.encode(normalise(some.to(device)))
         t = torch.ones(len(x), device=device)
         logits.append(model.classifier(x, model.schedule.time(t, model.classifier)))

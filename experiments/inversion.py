@@ -39,6 +39,7 @@ from common.data import to_uint8
 from common.device import Device
 from common.figures import save_grid, save_image, save_labelled, save_table
 from common.files import atomic_write, make_output_dir
+from common.progress import show_progress
 from inversion.concepts import read_words
 from inversion.models import Loaded, encode_prompts, load_model
 from inversion.sampling import Sampling, sample
@@ -166,7 +167,8 @@ def images_of_row(
     if row == "drawn":
         return [drawn(concept, prompt, args) for prompt in range(len(scenes.PROMPTS[concept]))]
     prompts = prompts_of(row, concept)
-    return [images_of(prompt, args.count, args, loaded, words) for prompt in prompts]
+    shown = show_progress(prompts, len(prompts), f"{row}, prompts")
+    return [images_of(prompt, args.count, args, loaded, words) for prompt in shown]
 
 
 def images_of(
@@ -191,7 +193,8 @@ def draw_progress(concept: int, args: Compare, loaded: Loaded, words: dict[str, 
     prompts = prompts_of("learned", concept)
     pictures = []
     rows = []
-    for name, vectors in sorted(read_words(file, "--words").items()):
+    snapshots = sorted(read_words(file, "--words").items())
+    for name, vectors in show_progress(snapshots, len(snapshots), "snapshots"):
         rows.append(f"step {int(name.removeprefix('step_'))}")
         then = words | {word: vectors}
         pictures += [images_of(prompt, 2, args, loaded, then) for prompt in prompts]

@@ -33,6 +33,7 @@ from common.figures import save_curves
 from common.quarters import QUARTERS
 from common.rng import derive_seed, make_rng, seed_dropout
 from common.run import Run
+from common.trackers import Tracker
 from common.training import update_ema, warmup_cosine
 from diffusion.schedule import Schedule
 from models.latent_unet import LatentUnet
@@ -82,6 +83,8 @@ class TrainClassifier:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         each_once("--attributes", self.attributes)
@@ -99,7 +102,7 @@ class TrainClassifier:
 
 def train_classifier(args: TrainClassifier) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     run = Run(args, accelerator)
     if run.result is not None:

@@ -23,9 +23,11 @@ from common.data import draw_batch, to_uint8
 from common.device import Device, Precision, make_accelerator, place
 from common.faces import FaceModel, FaceNet, FaceStates, load_face_model, load_labelled
 from common.figures import save_grid
+from common.progress import show_progress
 from common.quarters import add_quarters, end_epoch, quarter_of
 from common.rng import ImageNoise, derive_seed, make_rng, seed_dropout
 from common.run import Run
+from common.trackers import Tracker
 from common.training import update_ema, warmup_cosine
 from diffusion.guidance import attribute_eps
 from diffusion.samplers import clamp_x0, ddim_step, step_pairs
@@ -75,6 +77,8 @@ class Train:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         each_once("--attributes", self.attributes)
@@ -94,7 +98,7 @@ class Train:
 
 def train(args: Train) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     run = Run(args, accelerator)
     if run.result is not None:
@@ -264,7 +268,8 @@ def draw_samples(
     x = ImageNoise(0, range(8), ema.shape, device)().repeat(len(names), 1, 1, 1)
     steps = spaced_steps(schedule.T, min(25, schedule.T), start.sampling["spacing"])
     with run.accelerator.autocast():
-        for t, previous in step_pairs(steps):
+        pairs = step_pairs(steps)
+        for t, previous in show_progress(pairs, len(steps), "samples, steps"):
             eps = attribute_eps(ema, schedule, x, t, asked)
             x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), start.sampling["clamp"])
             x = ddim_step(schedule, x0, eps, t, previous)

@@ -25,6 +25,7 @@ from common.figures import save_grid
 from common.quarters import add_quarters, end_epoch, quarter_of
 from common.rng import derive_seed, make_rng
 from common.run import Run
+from common.trackers import Tracker
 from common.training import update_ema, warmup_cosine
 from diffusion.schedule import Schedule
 from inversion.models import image_errors
@@ -82,6 +83,8 @@ class TrainModel:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         in_range("--patch", self.patch, 1, 64)
@@ -106,7 +109,7 @@ class TrainModel:
 
 def train_model(args: TrainModel) -> dict[str, Any]:
     """Train one run; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     run = Run(args, accelerator)
     if run.result is not None:

@@ -22,7 +22,7 @@ from common.asked import ASKED_FILE
 from common.attributes import attributes_of, split_of
 from common.augment import augment_faces
 from common.checkpoints import load_net
-from common.classification import normalised_batches
+from common.classification import in_batches
 from common.cli import UserError
 from common.data import decode_cached, decode_images, list_images
 from common.json_files import FileError, parse_json, text_of
@@ -272,16 +272,18 @@ class Look(NamedTuple):
 
 
 @torch.inference_mode()
-def look_at(net: AttributeClassifier, pixels: Tensor, accelerator: Accelerator) -> Look:
-    """What `net` sees in uint8 images (n, 3, height, width)."""
+def look_at(
+    net: AttributeClassifier, pixels: Tensor, accelerator: Accelerator, shared: bool = False
+) -> Look:
+    """What `net` sees in uint8 images (n, 3, height, width). `shared` is that of `in_batches`."""
+
+    def look(batch: Tensor) -> tuple[Tensor, Tensor]:
+        features = net.features(batch)
+        return net.head(features) > 0, features
+
     net.eval()
-    seen = []
-    features = []
-    for batch in normalised_batches(pixels, accelerator.device):
-        some = net.features(batch)
-        seen.append((net.head(some) > 0).cpu())
-        features.append(some.cpu().double())
-    return Look(torch.cat(seen).numpy(), torch.cat(features).numpy())
+    seen, features = in_batches(look, pixels, accelerator, shared)
+    return Look(seen.numpy(), features.double().numpy())
 
 
 def measure_real(
@@ -328,15 +330,15 @@ def evaluate_attributes(
 
     The latter is what the checkpoint says was `measured`. With `real` faces it is measured again,
     and there are side effects and diversity. Attributes that are not measurable, or were not asked
-    both ways, are not part of the means.
+    both ways, are not part of the means. Processes share the batches, and each gets all results.
     """
     attributes = net.attributes
     effects = None
     diverse = None
     asked = images.values.numpy()
-    look = look_at(net, images.pixels, accelerator)
+    look = look_at(net, images.pixels, accelerator, shared=True)
     if real is not None:
-        real_look = look_at(net, real.pixels, accelerator)
+        real_look = look_at(net, real.pixels, accelerator, shared=True)
         measured = measure_real(attributes, real.values, real_look, seed)
         effects = side_effects(attributes, asked, look.seen, real_look.seen)
         labels = real.values.numpy()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.checkpoints import load_net
-from common.classification import accuracy, classify, normalised_batches
+from common.classification import accuracy, classify, in_batches
 from common.cli import UserError
 from common.data import DIGIT_SIZE, Images, decode_image, decode_images, labels_of, size_of
 from common.figures import pyplot, save_figure
@@ -71,10 +71,12 @@ def read_digits(folder: Path) -> Images:
 
 @torch.inference_mode()
 def features_of(net: nn.Module, pixels: Tensor, accelerator: Accelerator) -> np.ndarray:
-    """What the last layer of `net` reads of uint8 images (n, 3, 28, 28): float64 (n, features)."""
-    batches = normalised_batches(pixels, accelerator.device)
-    parts = [net.features(batch).cpu().double() for batch in batches]
-    return torch.cat(parts).numpy()
+    """What the last layer of `net` reads of uint8 images (n, 3, 28, 28): float64 (n, features).
+
+    Processes share the batches.
+    """
+    (features,) = in_batches(lambda batch: (net.features(batch),), pixels, accelerator, shared=True)
+    return features.double().numpy()
 
 
 def vendi_score(features: np.ndarray, bandwidth: float) -> float:
@@ -150,11 +152,12 @@ def evaluate_digits(
 ) -> dict[str, Any]:
     """Accuracy in %, overall and by digit, and the confusion matrix (10, 10).
 
-    With `real` images, also their accuracy, and the diversity beside theirs.
+    With `real` images, also their accuracy, and the diversity beside theirs. Processes share the
+    batches, and each gets all results.
     """
     from sklearn.metrics import confusion_matrix
 
-    seen = classify(net, images.pixels, accelerator)
+    seen = classify(net, images.pixels, accelerator, shared=True)
     matrix = confusion_matrix(labels_of(images), seen, labels=range(10))
     digits = []  # the position is the digit
     for digit in range(10):
@@ -168,9 +171,12 @@ def evaluate_digits(
             row["diversity"] = value
     compared = [row["diversity"] for row in digits if row["diversity"] is not None]
     share, deviation = mean_diversity(compared)
+    real_accuracy = None
+    if real is not None:
+        real_accuracy = accuracy(net, real, accelerator, shared=True)
     return {
         "accuracy": 100 * float(matrix.trace() / matrix.sum()),
-        "real_accuracy": None if real is None else accuracy(net, real, accelerator),
+        "real_accuracy": real_accuracy,
         "diversity_percent_of_real": share,
         "real_diversity_sd": deviation,
         "images": len(images.names),

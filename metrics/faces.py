@@ -5,13 +5,17 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.cli import UserError
 from common.data import decode_image, list_images
+from common.processes import gather_shares, my_share
 from common.progress import show_progress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 LOCAL = threading.local()  # each thread's own face detector
 
@@ -37,16 +41,19 @@ def count_faces(path: Path) -> int | None:
     return len(face_detector()(np.ascontiguousarray(image), 1))
 
 
-def face_rate(folder: Path, workers: int) -> dict[str, Any]:
+def face_rate(folder: Path, workers: int, accelerator: Accelerator | None = None) -> dict[str, Any]:
     """How many images of a folder (and its sub-folders) show no, one and several faces.
 
     "one_face_percent" is the rate of images with exactly one. Unreadable files are listed and are
-    not part of it. Raises UserError if no file can be read.
+    not part of it. The processes of `accelerator` share the images, and each gets all results.
+    Raises UserError if no file can be read.
     """
     paths = list_images(folder, recursive=True)
+    mine = my_share(paths, accelerator)
     with ThreadPoolExecutor(workers) as pool:
-        counts = pool.map(count_faces, paths)
-        found = list(show_progress(counts, len(paths), f"{folder}, images"))
+        counts = pool.map(count_faces, mine)
+        found = list(show_progress(counts, len(mine), f"{folder}, images"))
+    found = gather_shares(found, accelerator)
     readable = [count for count in found if count is not None]
     unreadable = [str(path) for path, count in zip(paths, found, strict=True) if count is None]
     if not readable:

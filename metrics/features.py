@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from unittest import mock
 
 import torch
@@ -23,7 +23,11 @@ from torch.nn import functional as F
 from common.checkpoints import load_weights, refuse_damaged
 from common.cli import UserError
 from common.data import decode_images, normalise
+from common.processes import gather_shares, is_first_process, my_share
 from common.progress import show_progress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Features = Literal["inception", "efficientnet", "random"]
 
@@ -62,20 +66,33 @@ def open_embedding(features: Features, weights: Path | None, device: torch.devic
 
 
 @torch.inference_mode()
-def embed_images(folder: Path, files: list[Path], embedding: Embedding, batch_size: int) -> Tensor:
+def embed_images(
+    folder: Path,
+    files: list[Path],
+    embedding: Embedding,
+    batch_size: int,
+    accelerator: Accelerator | None = None,
+) -> Tensor:
     """Features of the images of a folder, float64 (n, d) on the CPU.
 
-    Raises UserError for a single image, and one that names a broken image or one of another size.
+    The processes of `accelerator` share the batches, and each gets all features. Raises
+    UserError for a single image, and one that names a broken image or one of another size.
     """
     if len(files) < 2:
         raise UserError(f"{folder}: has one image, but a distance needs at least 2")
     batches = decode_images(files).split(batch_size)
-    shown = show_progress(batches, len(batches), f"{folder}, batches")
-    return torch.cat([embedding.embed(batch).cpu().double() for batch in shown])
+    mine = my_share(batches, accelerator)
+    shown = show_progress(mine, len(mine), f"{folder}, batches")
+    features = [embedding.embed(batch).cpu().double() for batch in shown]
+    return torch.cat(gather_shares(features, accelerator))
 
 
 def embed_real_images(
-    folder: Path, files: list[Path], embedding: Embedding, batch_size: int
+    folder: Path,
+    files: list[Path],
+    embedding: Embedding,
+    batch_size: int,
+    accelerator: Accelerator | None = None,
 ) -> Tensor:
     """`embed_images` of the set that others are compared with; the latest one is kept.
 
@@ -85,7 +102,7 @@ def embed_real_images(
     sizes = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
     key = (embedding.name, batch_size, tuple(files), tuple(sizes))
     if key not in KEPT:
-        features = embed_images(folder, files, embedding, batch_size)
+        features = embed_images(folder, files, embedding, batch_size, accelerator)
         KEPT.clear()
         KEPT[key] = features
     return KEPT[key]
@@ -131,7 +148,7 @@ def inception_features(weights: Path | None, device: torch.device) -> Embedding:
     path = find_weights() if weights is None else weights
     net = load_inception(path).to(device)
     name = f"inception-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
-    if name != PUBLISHED:
+    if name != PUBLISHED and is_first_process():
         print(
             f"warning: {path}: not the published weights, so the distance is not FID",
             file=sys.stderr,

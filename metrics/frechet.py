@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +18,12 @@ from common.cli import LARGEST_COUNT, UserError
 from common.data import list_images
 from common.files import atomic_write
 from common.names import is_label
+from common.processes import is_first_process
 from common.rng import make_rng
 from metrics.features import EFFICIENTNET, PUBLISHED, RANDOM, Embedding, embed_images
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 PUBLISHED_FEATURES = 2048
 LARGEST_STATISTIC = 1e30  # beyond it, products of them are infinite
@@ -105,7 +109,7 @@ def draw_floor(folder: Path, generated: Source, seed: int) -> Source:
     found = list_images(folder, recursive=True)
     order = torch.randperm(len(found), generator=make_rng(seed, "floor"))
     files = [found[row] for row in order[: generated.count]]
-    if len(files) < generated.count:
+    if len(files) < generated.count and is_first_process():
         print(
             f"warning: --floor {folder}: has {len(files):,} images, not {generated.count:,}",
             file=sys.stderr,
@@ -174,11 +178,13 @@ def save_statistics(path: Path, kept: Statistics) -> None:
     atomic_write(path, lambda file: np.savez(file, **arrays))
 
 
-def measure_images(source: Source, embedding: Embedding, batch_size: int) -> Statistics:
+def measure_images(
+    source: Source, embedding: Embedding, batch_size: int, accelerator: Accelerator | None
+) -> Statistics:
     """Statistics of images, all of one size. Raises UserError that names a broken or odd one."""
     assert source.files is not None
-    features = embed_images(source.path, source.files, embedding, batch_size)
-    if len(features) < features.shape[1]:
+    features = embed_images(source.path, source.files, embedding, batch_size, accelerator)
+    if len(features) < features.shape[1] and is_first_process():
         print(
             f"warning: {source.path}: {len(features):,} images are fewer than the "
             f"{features.shape[1]:,} features; compare only distances of equally many images",
@@ -190,12 +196,15 @@ def measure_images(source: Source, embedding: Embedding, batch_size: int) -> Sta
 
 
 def measure(
-    sources: dict[str, Source], embedding: Embedding | None, batch_size: int
+    sources: dict[str, Source],
+    embedding: Embedding | None,
+    batch_size: int,
+    accelerator: Accelerator | None = None,
 ) -> dict[str, Statistics]:
     """Statistics of all sources, one of which is "real", under the same keys.
 
-    `embedding` computes the features; it may be None if all sources are statistics already. Raises
-    UserError for statistics of other features.
+    `embedding` computes the features; it may be None if all sources are statistics already. The
+    processes of `accelerator` share the images. Raises UserError for statistics of other features.
     """
     measured = {}  # those that are statistics already
     for key, source in sources.items():
@@ -210,7 +219,7 @@ def measure(
             )
     for key, source in sources.items():
         if embedding is not None and key not in measured:
-            measured[key] = measure_images(source, embedding, batch_size)
+            measured[key] = measure_images(source, embedding, batch_size, accelerator)
     size = len(measured["real"].mean)
     for key, statistics in measured.items():
         if len(statistics.mean) != size:

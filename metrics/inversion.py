@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,8 +20,13 @@ from torch.nn import functional as F
 
 from common.cli import UserError
 from common.data import decode_image, list_images
+from common.processes import gather_shares, my_share
+from common.progress import show_progress
 from inversion.concepts import Concept
 from zeroshot.loading import Clip
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 COUNTED = {".png", ".jpg", ".jpeg", ".bmp", ".gif"}  # the grader reads all of these
 BEST = 5
@@ -63,12 +68,18 @@ def best_five(image_scores: np.ndarray, text_scores: np.ndarray) -> tuple[float,
 
 
 def score_concepts(
-    out: Path, concepts: Sequence[Concept], sources: Path, clip: Clip, count: int
+    out: Path,
+    concepts: Sequence[Concept],
+    sources: Path,
+    clip: Clip,
+    count: int,
+    accelerator: Accelerator | None = None,
 ) -> list[PromptScore]:
     """The scores of OUT/<concept>/<prompt>/, with the concepts' images in SOURCES/<concept>/.
 
-    Raises UserError for a folder that has not exactly `count` images, for broken images, and for a
-    concept whose prompts are not given in known words.
+    The processes of `accelerator` share the images, and each gets all scores. Raises UserError for
+    a folder that has not exactly `count` images, for broken images, and for a concept whose prompts
+    are not given in known words.
     """
     folders = {}
     for concept in concepts:
@@ -82,10 +93,10 @@ def score_concepts(
             folders[concept.name, number] = drawings_in(folder, count)
     scores = []
     for concept in concepts:
-        source_features = image_features(clip, list_images(sources / concept.name))
+        source_features = image_features(clip, list_images(sources / concept.name), accelerator)
         for number, prompt in enumerate(concept.plain_prompts):
             paths = folders[concept.name, number]
-            image_scores, text_scores = scores_of(clip, paths, source_features, prompt)
+            image_scores, text_scores = scores_of(clip, paths, source_features, prompt, accelerator)
             image, text = best_five(image_scores, text_scores)
             scores.append(
                 PromptScore(
@@ -102,13 +113,17 @@ def score_concepts(
 
 
 def scores_of(
-    clip: Clip, paths: Sequence[Path], source_features: Tensor, prompt: str
+    clip: Clip,
+    paths: Sequence[Path],
+    source_features: Tensor,
+    prompt: str,
+    accelerator: Accelerator | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Image scores and text scores (n,) of drawings.
 
     `source_features` are the unit vectors (m, features) of the concept's images.
     """
-    features = image_features(clip, paths)
+    features = image_features(clip, paths, accelerator)
     image_scores = 100 * (features @ source_features.T).mean(1)
     text_scores = 100 * (features @ text_features(clip, prompt))
     return image_scores.numpy(), text_scores.numpy()
@@ -125,15 +140,19 @@ def drawings_in(folder: Path, count: int) -> list[Path]:
 
 
 @torch.inference_mode()
-def image_features(clip: Clip, paths: Sequence[Path]) -> Tensor:
-    """Unit vectors (n, features) of image files."""
+def image_features(
+    clip: Clip, paths: Sequence[Path], accelerator: Accelerator | None = None
+) -> Tensor:
+    """Unit vectors (n, features) of image files; the processes of `accelerator` share them."""
     device = next(clip.net.parameters()).device
     features = []
-    for path in paths:
+    mine = my_share(paths, accelerator)
+    what = f"{paths[0].parent}, images"
+    for path in show_progress(mine, len(mine), what):
         pixels = decode_image(path).transpose(1, 2, 0)  # (height, width, 3)
         image = clip.preprocess(Image.fromarray(pixels))[None].to(device)
         features.append(clip.net.encode_image(image).float().cpu())
-    return F.normalize(torch.cat(features), dim=1)
+    return F.normalize(torch.cat(gather_shares(features, accelerator)), dim=1)
 
 
 @torch.inference_mode()

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.processes import is_first_process
+from common.progress import show_progress
 from common.rng import make_rng
 from metrics.features import EFFICIENTNET, PUBLISHED, RANDOM
 
@@ -71,7 +73,7 @@ def kernel_distance(
     """
     rng = make_rng(seed, "subsets")
     values = []
-    for _ in range(subsets):
+    for _ in show_progress(range(subsets), subsets, "subsets"):
         rows_x = torch.randperm(len(x), generator=rng)[:subset_size]
         rows_y = torch.randperm(len(y), generator=rng)[:subset_size]
         values.append(1_000 * squared_mmd(x[rows_x], y[rows_y]))
@@ -86,9 +88,10 @@ def size_of_subsets(wanted: int, counts: dict[str, int]) -> int:
     name = min(counts, key=lambda key: counts[key])
     if wanted <= counts[name]:
         return wanted
-    print(
-        f"note: --subset-size {wanted:,}: {name} has {counts[name]:,} images, "
-        f"so the subsets have {counts[name]:,}",
-        file=sys.stderr,
-    )
+    if is_first_process():
+        print(
+            f"note: --subset-size {wanted:,}: {name} has {counts[name]:,} images, "
+            f"so the subsets have {counts[name]:,}",
+            file=sys.stderr,
+        )
     return counts[name]

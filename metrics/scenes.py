@@ -22,8 +22,10 @@ from common.cli import UserError, above, at_least, below, is_seed
 from common.data import decode_cached, draw_batch, normalise
 from common.device import Device, Precision, make_accelerator, place
 from common.figures import save_curves
+from common.progress import show_progress
 from common.rng import derive_seed, make_rng
 from common.run import Run
+from common.trackers import Tracker
 from common.training import update_ema, warmup_cosine
 from models.scene_classifier import SceneClassifier
 from preparation.synthetic import scenes
@@ -75,6 +77,8 @@ class TrainScenes:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         at_least("--epochs", self.epochs, 1)
@@ -134,7 +138,7 @@ def load_scenes(folder: Path, cache_dir: Path | None) -> tuple[Tensor, dict[str,
 
 def train_scenes(args: TrainScenes) -> dict[str, Any]:
     """Train one classifier; returns the content of result.json (on the main process)."""
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     device = accelerator.device
     run = Run(args, accelerator)
     if run.result is not None:
@@ -223,7 +227,8 @@ def see(net: SceneClassifier, pixels: Tensor, device: torch.device) -> dict[str,
     """The most probable value of each trait, int64 (n,), for images uint8 (n, 3, 64, 64)."""
     net.eval().to(device)
     found: dict[str, list[Tensor]] = {trait: [] for trait in TRAITS}
-    for some in pixels.split(200):
+    batches = pixels.split(200)
+    for some in show_progress(batches, len(batches), "classifier, batches"):
         logits = net(normalise(some.to(device)).contiguous(memory_format=torch.channels_last))
         for trait, values in logits.items():
             found[trait].append(values.argmax(1).cpu())

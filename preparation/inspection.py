@@ -22,6 +22,7 @@ from common.data import DIGIT_SIZE, FORMATS, list_images, read_labels
 from common.json_files import read_object
 from common.names import is_hidden
 from common.noises import find_noises, load_noise, problem_of_noise
+from common.progress import show_progress
 from inversion.concepts import read_concepts
 
 CSV_NAMES = ("train.csv", "val.csv", "test.csv")
@@ -128,7 +129,8 @@ def inspect_files(
     """
     names = [path.relative_to(folder).as_posix() for path in paths]
     with ThreadPoolExecutor() as pool:
-        looks = list(pool.map(look_at, paths, chunksize=256))
+        looked = pool.map(look_at, paths, chunksize=256)
+        looks = list(show_progress(looked, len(paths), f"{folder}, images"))
     broken = []
     odd = []
     whole = []

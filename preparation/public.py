@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from common.cli import UserError
 from common.data import FORMATS, decode_image, list_images
+from common.progress import show_progress
 from preparation import mnist
 from preparation.archive import first_line
 from preparation.layout import image_name, save_image, write_attributes, write_labels
@@ -109,8 +109,8 @@ def fill_digits(folder: Path, splits: Sequence[tuple[Iterable[np.ndarray], Seque
     (folder / "data").mkdir()
     first = 0
     for split, (images, labels) in zip(SPLITS, splits, strict=True):
-        bar = tqdm(images, f"{folder.name} {split}", len(labels), leave=False, disable=None)
-        for number, image in enumerate(bar, first):
+        shown = show_progress(images, len(labels), f"{folder.name} {split}, images")
+        for number, image in enumerate(shown, first):
             save_image(image, folder / "data" / image_name(number))
         write_labels(folder, split, first, labels)
         first += len(labels)
@@ -128,7 +128,8 @@ def fill_faces(
     `values` are the attributes (len(files), len(names)), 1 or -1.
     """
     rows = []
-    for number, path in enumerate(tqdm(files[: sum(counts)], "face", leave=False, disable=None)):
+    chosen = files[: sum(counts)]
+    for number, path in enumerate(show_progress(chosen, len(chosen), "face, images")):
         split = "train" if number < counts[0] else "val"
         target = folder / split / image_name(number)
         target.parent.mkdir(exist_ok=True)

@@ -11,10 +11,9 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm
-
 from common.cli import UserError
 from common.names import LONGEST_NAME, is_hidden, is_label
+from common.progress import show_progress
 
 # Limits. The course's archives stay far below them.
 MOST_ENTRIES = 2_000_000
@@ -51,7 +50,7 @@ def extract(archive: Path, folder: Path) -> None:
             entries = check_entries(archive, file)
             check_space(archive, entries, folder.parent)
             folder.mkdir()
-            for entry in tqdm(entries, f"unpacking {archive.name}", leave=False, disable=None):
+            for entry in show_progress(entries, len(entries), f"unpacking {archive.name}"):
                 extract_entry(archive, file, entry, folder)
     except ZIP_ERRORS as error:
         raise UserError(f"{archive}: not a whole zip file, or unreadable ({error})") from None

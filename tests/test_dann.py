@@ -346,7 +346,7 @@ def command_of(args: Train) -> list[str]:
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             words += [flag] if value else []
-        elif value is not None:
+        elif value is not None and value != ():
             words += [flag, str(value)]
     return words
 

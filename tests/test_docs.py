@@ -4,6 +4,7 @@ import importlib.util
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,8 +40,9 @@ def words_of(command: str) -> list[str]:
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
     if words[0] == "torchrun":
-        assert words[1] == "--nproc_per_node"
-        words = ["python", *words[3:]]
+        assert "--nproc_per_node" in words
+        script = next(number for number, word in enumerate(words) if word.endswith(".py"))
+        words = ["python", *words[script:]]
     return words
 
 
@@ -57,7 +59,9 @@ def parse_only(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyPat
     """What a script's own command line makes of the arguments; its main is not run."""
     parsed = []
     monkeypatch.setattr(
-        common.cli, "run_cli", lambda commands, main: parsed.append(common.cli.parse(commands))
+        common.cli,
+        "run_cli",
+        lambda commands, main, shared=(): parsed.append(common.cli.parse(commands)),
     )
     monkeypatch.setattr(sys, "argv", [script.name, *arguments])
     runpy.run_path(str(script), run_name="__main__")
@@ -93,6 +97,14 @@ def test_every_link_and_picture_exists(page):
     for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
         if not target.startswith("https://"):
             assert (page.parent / target).exists(), target
+
+
+def test_the_slurm_script_is_whole_and_its_command_is_understood(monkeypatch):
+    file = ROOT / "docs" / "slurm.sh"
+    subprocess.run(["bash", "-n", file], check=True)
+    (command,) = re.findall(r"^srun (torchrun .*)", file.read_text().replace("\\\n", " "), re.M)
+    script, *arguments = words_of(command)[1:]
+    assert parse_only(ROOT / script, arguments, monkeypatch)
 
 
 def test_every_file_that_is_named_exists():

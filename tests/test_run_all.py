@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tyro
@@ -584,6 +585,45 @@ def test_a_signal_reaches_the_running_steps_and_their_workers(project, run, numb
     assert [name for name, result in ended.table().items() if result == "done"] == expected
 
 
+def test_a_silent_step_is_named_each_minute(monkeypatch, capsys):
+    clock = SimpleNamespace(now=1_000.0)
+    monkeypatch.setattr(run_all.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(run_all, "last_said", {})
+    steps = run_all.RunningSteps()
+    with steps.noted("faces-train", "faces | "), steps.noted("digits-train", "digits | "):
+        for clock.now in (1_030.0, 1_059.0):
+            steps.show()
+        run_all.say("epoch 1", "digits | ")
+        for clock.now in (1_065.0, 1_100.0, 1_118.0, 1_130.0, 1_150.0):
+            steps.show()
+    clock.now = 2_000.0
+    steps.show()
+    steps.hide()
+    assert capsys.readouterr().out.splitlines() == [
+        "digits | epoch 1",
+        "faces | … faces-train: 01:05 so far",
+        "faces | … faces-train: 02:10 so far",
+        "digits | … digits-train: 02:10 so far",
+    ]
+
+
+def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    steps = run_all.RunningSteps()
+    steps.show()
+    with steps.noted("faces-train", "faces | "), steps.noted("digits-train", "digits | "):
+        steps.show()
+        steps.show()  # within the same second
+        run_all.say("epoch 1", "digits | ")
+    steps.hide()
+    assert capsys.readouterr().out.split(run_all.CLEAR_LINE) == [
+        "",
+        "faces-train 00:00, digits-train 00:00",
+        "digits | epoch 1\n",
+        "",
+    ]
+
+
 @needs_posix
 def test_a_step_that_a_signal_ends_has_failed(project, run):
     """Not this program was asked to stop: the other part goes on."""
@@ -1017,7 +1057,9 @@ def test_every_command_is_understood(real, monkeypatch, profile):
     calls += real(PROFILE=profile, ONLY="digits", CLASSIFIER="Classifier.pth").calls
     read = []
     monkeypatch.setattr(
-        common.cli, "run_cli", lambda commands, main: read.append(common.cli.parse(commands))
+        common.cli,
+        "run_cli",
+        lambda commands, main, shared=(): read.append(common.cli.parse(commands)),
     )
     for script, *arguments in calls:
         monkeypatch.setattr(sys, "argv", [script, *arguments])

@@ -11,8 +11,10 @@ import runpy
 import socket
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from common import cli
 from common.files import ROOT
 
 TIMEOUT = 180  # seconds
@@ -22,12 +24,20 @@ CONTEXT.set_forkserver_preload(["torch", "accelerate", "tyro", "matplotlib.pyplo
 
 def run_with_two_processes(script: str, *words: object) -> str:
     """Run a script of this project; returns what the first process printed. Fails if one fails."""
+    return run_all_with_two_processes([[script, *words]])
+
+
+def run_all_with_two_processes(commands: Sequence[Sequence[object]]) -> str:
+    """Run several scripts, each with its arguments, one after the other in the same two processes.
+
+    They need not start again for each, which would take most of the time.
+    """
     port = free_port()
-    arguments = [str(word) for word in words]
+    texts = [[str(word) for word in command] for command in commands]
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"{rank}.txt" for rank in range(2)]
         processes = [
-            CONTEXT.Process(target=run_one, args=(rank, port, script, arguments, log))
+            CONTEXT.Process(target=run_one, args=(rank, port, texts, log))
             for rank, log in enumerate(logs)
         ]
         for process in processes:
@@ -49,8 +59,8 @@ def free_port() -> int:
         return some.getsockname()[1]
 
 
-def run_one(rank: int, port: int, script: str, arguments: list[str], log: Path) -> None:
-    """Run the script as the process `rank` of two; it prints to `log`."""
+def run_one(rank: int, port: int, commands: list[list[str]], log: Path) -> None:
+    """Run the scripts as the process `rank` of two; they print to `log`."""
     handle = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -59,5 +69,10 @@ def run_one(rank: int, port: int, script: str, arguments: list[str], log: Path) 
         os.environ[name] = str(value)
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     os.environ["MASTER_PORT"] = str(port)
-    sys.argv = [script, *arguments]
-    runpy.run_path(str(ROOT / script), run_name="__main__")
+    leave = cli.leave_process_group
+    for number, command in enumerate(commands, 1):
+        script = command[0]
+        sys.argv = command
+        # The last command ends the process.
+        cli.leave_process_group = leave if number == len(commands) else lambda: None
+        runpy.run_path(str(ROOT / script), run_name="__main__")

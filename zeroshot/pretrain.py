@@ -22,6 +22,7 @@ from common.device import Device, Precision, make_accelerator
 from common.figures import save_curves
 from common.rng import derive_seed, make_rng
 from common.run import Run
+from common.trackers import Tracker
 from common.training import warmup_cosine
 from zeroshot.loading import find_labelled, rows_of_tokens
 from zeroshot.prompts import cifar_templates, prompts_of
@@ -66,6 +67,8 @@ class Pretrain:
     """Where to compute."""
     precision: Precision = "auto"
     """bf16 autocast where the hardware is fast at it, or fp32."""
+    log_with: tuple[Tracker, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb or mlflow."""
 
     def __post_init__(self) -> None:
         at_least("--epochs", self.epochs, 1)
@@ -96,7 +99,7 @@ def pretrain(args: Pretrain) -> dict[str, Any]:
     import open_clip
 
     check_vision(args.vision)
-    accelerator = make_accelerator(args.device, args.precision)
+    accelerator = make_accelerator(args.device, args.precision, args.log_with, args.output_dir)
     if accelerator.num_processes > 1:
         raise UserError("pretrain runs in one process: its loss compares all images of a batch")
     device = accelerator.device

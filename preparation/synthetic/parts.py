@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+from common.progress import show_progress
 from preparation import layout
 from preparation.synthetic import digits, faces, looks, object_domains, objects, scenes
 
@@ -104,17 +104,9 @@ def draw_split(split: Split, count: int, run_map: Map) -> list[Any]:
     split.folder.mkdir(exist_ok=True)
     starts = range(0, count, CHUNK)
     chunks = [(split, range(start, min(start + CHUNK, count))) for start in starts]
-    bar = tqdm(
-        run_map(draw_chunk, chunks),
-        f"{split.part} {split.name}",
-        total=len(chunks),
-        leave=False,
-        disable=None,  # shown on a terminal only
-        unit_scale=CHUNK,
-        unit="image",
-    )
+    what = f"{split.part} {split.name}, times {CHUNK} images"
     known = []
-    for some in bar:
+    for some in show_progress(run_map(draw_chunk, chunks), len(chunks), what):
         known += some
     return known
 
