@@ -64,11 +64,17 @@ def show(file, width=None):
 JOIN = """
 import sys
 from pathlib import Path
-from common.data import decode_images, list_images
-from common.figures import save_grid
+from PIL import Image
+
 folder, picture, columns = sys.argv[1:]
-files = list_images(Path(folder), recursive=True)
-save_grid(decode_images(files), Path(picture), int(columns))
+images = [Image.open(file) for file in sorted(Path(folder).rglob("*.png"))]
+width, height = images[0].size
+rows = len(images) // int(columns)
+joined = Image.new("RGB", (int(columns) * width, rows * height))
+for number, image in enumerate(images):
+    row, column = divmod(number, int(columns))
+    joined.paste(image, (column * width, row * height))
+joined.save(picture)
 """
 
 

@@ -69,11 +69,13 @@ def pictures_of(notebook: dict) -> list[np.ndarray]:
 
 def commands() -> list[str]:
     """The commands of all cells: what `run` is given."""
-    found = []
-    for node in ast.walk(ast.parse(tour.SOURCE.read_text())):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "run":
-            found.append(ast.literal_eval(node.args[0]))
-    return found
+    calls = [node for node in ast.walk(ast.parse(tour.SOURCE.read_text())) if is_run(node)]
+    return [ast.literal_eval(call.args[0]) for call in calls]
+
+
+def is_run(node: ast.AST) -> bool:
+    """Whether a piece of code calls `run`."""
+    return isinstance(node, ast.Call) and getattr(node.func, "id", "") == "run"
 
 
 # The notebook that is in the repository
@@ -207,7 +209,7 @@ def test_a_command_that_fails_stops_the_notebook_with_its_message(monkeypatch):
     monkeypatch.chdir(ROOT)
     cells = {}
     exec(code_of(0) + "\n" + code_of(1), cells)
-    with pytest.raises(RuntimeError, match="^error: --count 0: "):
+    with pytest.raises(RuntimeError, match=r"^error: --count 0: "):
         cells["run"]("prepare_data.py noises --output-dir nowhere --count 0")
 
 
