@@ -82,7 +82,7 @@ def show_folder(folder, columns):
     """Show all images of a folder, and of the folders in it, as one picture."""
     picture = f"{folder}.png"
     python("-c", JOIN, folder, picture, str(columns))
-    show(picture)
+    show(picture, width=128 * columns)
 
 
 # %% [markdown]
@@ -171,10 +171,10 @@ show("output-tour/dann/tsne_domain.png", width=500)
 # This diffusion model also reads attributes, each there, not there or unknown. Guidance moves
 # every step away from what it would draw without them ([docs/guided.md](guided.md)).
 #
-# Both rows start from the same ten noises, and the strength is 4. Each face of the first row
-# smiles, and each of the second has blond hair. Look also at what changes although it was not
-# asked, such as skin and background. The attributes are labels of CelebA: they say what an
-# annotator saw in a photo.
+# Both rows start from the same ten noises, and the strength is 4. The faces of the first row smile,
+# and those of the second have blond hair. Look also at what changes although it was not asked, such
+# as skin and background. The attributes are labels of CelebA: they say what an annotator saw in a
+# photo.
 
 # %%
 run("""

@@ -69,13 +69,12 @@ def pictures_of(notebook: dict) -> list[np.ndarray]:
 
 def commands() -> list[str]:
     """The commands of all cells: what `run` is given."""
-    calls = [node for node in ast.walk(ast.parse(tour.SOURCE.read_text())) if is_run(node)]
-    return [ast.literal_eval(call.args[0]) for call in calls]
-
-
-def is_run(node: ast.AST) -> bool:
-    """Whether a piece of code calls `run`."""
-    return isinstance(node, ast.Call) and getattr(node.func, "id", "") == "run"
+    found = []
+    for node in ast.walk(ast.parse(tour.SOURCE.read_text())):
+        match node:
+            case ast.Call(func=ast.Name(id="run"), args=[ast.Constant(value=str(command))]):
+                found.append(command)
+    return found
 
 
 # The notebook that is in the repository

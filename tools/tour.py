@@ -85,11 +85,11 @@ def strip(notebook: Any) -> None:
 
 def main(args: Tour) -> None:
     """Make the notebook."""
-    import nbformat
-
     notebook = read_source()
     execute(notebook, SOURCE.parent)
     strip(notebook)
+    import nbformat  # which nbclient needs too
+
     text = nbformat.writes(notebook)
     atomic_write(args.output, text + "\n")
     print(f"{len(notebook.cells)} cells, {len(text) / 1e6:.2f} MB: {args.output}")
