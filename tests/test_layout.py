@@ -25,7 +25,8 @@ def packages() -> list[Path]:
     folders = set()
     for file in ROOT.glob("*/**/*.py"):
         folder = file.relative_to(ROOT).parent
-        if not folder.parts[0].startswith("."):  # .venv
+        is_ours = not folder.parts[0].startswith(".")  # as .venv does
+        if is_ours and folder.name != "docs":  # tour.py is a notebook
             folders.add(folder)
     return sorted(folders)
 
