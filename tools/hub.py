@@ -203,7 +203,10 @@ def main(args: Folder) -> None:
         decode_image(args.figure)  # raises UserError for a broken one
         contents["example.png"] = args.figure.read_bytes()
         contents["README.md"] = with_figure(card)
-    make_output_dir(args.output_dir, only=list(contents))
+    make_output_dir(args.output_dir)
+    strays = {path.name for path in args.output_dir.iterdir()} - set(contents)
+    if strays:  # upload_folder would take them too
+        raise UserError(f"--output-dir {args.output_dir}: contains {min(strays)}; remove it first")
     for name, content in contents.items():
         atomic_write(args.output_dir / name, content)
     if args.update_card:
