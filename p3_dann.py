@@ -87,8 +87,6 @@ RECIPES = {
         "lambda_max": 0.7,
         "prior": 1.0,
         "augmentation": 0.85,
-        "neighbours": 0.0,
-        "tint": 0.0,
         "forward": "joint",
     },
     "cnn": {
@@ -97,8 +95,6 @@ RECIPES = {
         "lambda_max": 1.0,
         "prior": 0.5,
         "augmentation": 0.0,
-        "neighbours": 0.0,
-        "tint": 0.0,
         "forward": "joint",
     },
 }
@@ -136,9 +132,9 @@ class Recipe:
     """How far source images are weighted by the target's predicted class frequencies, 0 to 1."""
     augmentation: float | None = None
     """Strength of the augmentation, the same for both domains; 0 switches it off."""
-    neighbours: float | None = None
+    neighbours: float = 0.0
     """Share of source images with another digit at a side, as house numbers have."""
-    tint: float | None = None
+    tint: float = 0.0
     """Share of images whose channels get contrasts of their own, so that colour matters less."""
     grey: bool = False
     """Let the deep network see the mean of the channels only, so that colour cannot matter."""
@@ -188,6 +184,11 @@ class Train(Recipe):
         is_domain("--target", self.target)
         if self.method == "dann":
             two_domains(self.source, [self.target])
+        if self.method != "dann" and (self.mcc or self.infomax):
+            flag = "--mcc" if self.mcc else "--infomax"
+            raise UserError(f"{flag}: goes with --method dann, not {self.method}")
+        if self.method == "target" and self.neighbours > 0:
+            raise UserError(f"--neighbours {self.neighbours:g}: is for images of the source")
         if self.grey and self.net != "deep":
             raise UserError(f"--grey: is for --net deep, not {self.net}")
         is_seed("--seed", self.seed)
@@ -420,14 +421,14 @@ def train(args: Train) -> dict[str, Any]:
 
         # The batch: labelled images first, then unlabelled ones of the target.
         rows = draw_batch(len(pixels), step, args.batch_size, accelerator, args.seed, "labelled")
-        images = add_neighbours(normalise(pixels[rows]), rng, settings.neighbours)
+        images = add_neighbours(normalise(pixels[rows]), rng, args.neighbours)
         if args.method == "dann":
             target = data.target_pixels
             key = (args.seed, "unlabelled")
             target_rows = draw_batch(len(target), step, args.batch_size, accelerator, *key)
             images = torch.cat([images, normalise(target[target_rows])])
         images = augment_digits(images, rng, settings.augmentation)
-        images = tint(images, rng, settings.tint)
+        images = tint(images, rng, args.tint)
         images = images.contiguous(memory_format=torch.channels_last)
 
         losses = dann_losses(net, images, labels[rows], lambd, args, prior)
@@ -478,8 +479,6 @@ class Settings(NamedTuple):
     lambda_max: float
     prior: float
     augmentation: float
-    neighbours: float
-    tint: float
     forward: Literal["joint", "separate"]
 
 
@@ -716,7 +715,9 @@ def train_seeds(args: Table, net: str, method: str, target: str) -> list[dict[st
         folder = args.output_dir / f"{scenario}-{net}-{method}-seed{seed}"
         choice = {"target": scenario, "method": method, "net": net, "seed": seed}
         if method != "dann":
-            choice["select"] = "last"
+            choice |= {"select": "last", "mcc": False, "infomax": False}
+        if method == "target":
+            choice["neighbours"] = 0.0
         results.append(train(Train(output_dir=folder, **shared | choice)))
     return results
 

@@ -179,19 +179,23 @@ class Import:
     """Name of the digits, digits/DOMAIN; mnist, svhn or usps if the files are theirs."""
     val: float = 0.2
     """Share of the images for val, where the source has one split."""
-    smallest: int = 40
-    """Width in pixels of the smallest face that is taken."""
-    several: Literal["largest", "drop"] = "largest"
-    """Which face of a photograph with several is taken, or none of them."""
+    smallest: int | None = None
+    """Width in pixels of the smallest face that is taken; 40 if not given."""
+    several: Literal["largest", "drop"] | None = None
+    """Which face of a photograph with several is taken (largest), or none of them (drop)."""
     seed: int = 0
     """Seed of the choice for val."""
-    num_workers: int = os.cpu_count() or 1
-    """Threads that look for faces."""
+    num_workers: int | None = None
+    """Threads that look for faces; as many as cores if not given."""
 
     def __post_init__(self) -> None:
         is_domain("--domain", self.domain)
         if self.kind == "faces" and self.domain is not None:
             raise UserError(f"--domain {self.domain}: is for digits, not faces")
+        if self.kind == "digits":
+            for flag in ("smallest", "several", "num_workers"):
+                if getattr(self, flag) is not None:
+                    raise UserError(f"--{flag.replace('_', '-')}: is for faces, not digits")
         if not 0 < self.val < 1:
             raise UserError(f"--val {self.val:g}: must be above 0 and below 1")
         in_range("--smallest", self.smallest, 1, 100_000)
@@ -380,15 +384,21 @@ def import_faces(args: Import) -> None:
     is found.
     """
     paths = list_images(args.source, recursive=True)
-    options = own_faces.Options(args.val, args.smallest, args.several, args.seed)
-    settings = {"made_by": "import faces", "photographs": own_faces.digest_of(paths)}
+    options = own_faces.Options(args.val, args.smallest or 40, args.several or "largest", args.seed)
+    settings: dict[str, Any] = {
+        "made_by": "import faces",
+        "photographs": own_faces.digest_of(paths),
+    }
     settings |= options._asdict()
+    workers = args.num_workers or os.cpu_count() or 1
+    find_eyes = own_faces.eye_finder()
+    settings["upright"] = find_eyes is not None
     make_output_dir(args.data_dir, "--data-dir")
     if layout.is_finished(args.data_dir, "face", settings):
         print("face: already finished, nothing to do")
         return
     with layout.new_part(args.data_dir, "face", settings) as folder:
-        counts = own_faces.fill_faces(folder, paths, options, args.num_workers)
+        counts = own_faces.fill_faces(folder, paths, options, find_eyes, workers)
     print(f"face: {counts['train']:,} train, {counts['val']:,} val of {len(paths):,} photographs")
     for reason, count in counts.items():
         if reason not in ("train", "val"):

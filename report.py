@@ -93,7 +93,8 @@ def write_report(output_dir: Path) -> Path:
 
 def write_comparison(first_dir: Path, second_dir: Path) -> Path:
     """Write SECOND_DIR/comparison.html; returns its path. Raises as `write_report`."""
-    first, second = Output(first_dir), Output(second_dir)
+    first = Output(first_dir)
+    second = Output(second_dir)
     if first.folder.resolve() == second.folder.resolve():
         raise UserError(
             f"OTHER_DIR {second_dir}: is the same directory; there is nothing to compare"

@@ -78,7 +78,8 @@ def add_neighbours(images: Tensor, rng: torch.Generator, share: float) -> Tensor
     """Put another digit of the batch at the right and at the left edge, as house numbers have them.
 
     `images` is (batch, 3, 28, 28). Each side gets a neighbour with probability `share`, 3 to 9
-    pixels of it. The digit in the middle stays the one that counts.
+    pixels of it; that at the left may itself have the neighbour that it got at its right. The digit
+    in the middle stays the one that counts.
     """
     if share == 0:
         return images
@@ -112,6 +113,7 @@ def tint(images: Tensor, rng: torch.Generator, share: float) -> Tensor:
         return images
 
     def uniform(low: float, high: float, channels: int) -> Tensor:
+        """One number for each channel of each image, or one for all channels."""
         draw = torch.rand((len(images), channels, 1, 1), generator=rng, device=rng.device)
         return draw * (high - low) + low
 

@@ -15,9 +15,10 @@ def infomax_loss(scores: Tensor) -> Tensor:
 
     `scores` are those of the classes for target images, (batch, classes).
     """
-    p = scores.softmax(1)
-    each = torch.special.entr(p).sum(1).mean()
-    of_mean = torch.special.entr(p.mean(0)).sum()
+    log_p = scores.log_softmax(1)
+    each = -(log_p.exp() * log_p).sum(1).mean()
+    mean = log_p.exp().mean(0).clamp(min=1e-8)
+    of_mean = -(mean * mean.log()).sum()
     return each - of_mean
 
 
@@ -31,5 +32,5 @@ def confusion_loss(scores: Tensor, temperature: float = 2.5) -> Tensor:
     weights = 1 + torch.exp(-torch.special.entr(p).sum(1).detach())  # (batch,)
     weights = weights / weights.mean()
     confusion = p.T @ (weights[:, None] * p)  # (classes, classes)
-    confusion = confusion / confusion.sum(1, keepdim=True)
+    confusion = confusion / confusion.sum(1, keepdim=True).clamp(min=1e-8)
     return 1 - confusion.trace() / len(confusion)

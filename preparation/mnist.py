@@ -80,7 +80,7 @@ def read_idx(path: Path, expected: tuple[int, ...]) -> np.ndarray:
     if header != expected:
         raise UserError(
             f"{path}: starts with {words(header)} instead of {words(expected)} (magic number and "
-            "shape of MNIST)"
+            "shape)"
         )
     found = len(content) - length
     if found > size:

@@ -21,8 +21,8 @@ from preparation import mnist
 from preparation.archive import first_line
 from preparation.public import resize_digits
 
-MOST_DIGITS = 2_000_000  # of a file
-LARGEST_SIDE = 256  # pixels of a digit in an idx file
+MOST_DIGITS = 2_000_000  # in a file
+LARGEST_SIDE = 256  # in pixels, in an idx file
 USPS_SIDE = 16
 VAL_NAMES = ("val", "valid", "validation", "test", "t10k")
 IDX_IMAGES = re.compile(r"(.+)-images[-.]idx3-ubyte(\.gz)?")
@@ -103,8 +103,12 @@ def read_split_files(folder: Path, files: list[Path]) -> Source:
 
 
 def is_for_validation(name: str) -> bool:
-    """Whether a file is for validation or testing by its name: test_32x32.mat, usps.t.bz2."""
-    return name.lower().startswith(VAL_NAMES) or ".t." in name.lower()
+    """Whether a file is for validation or testing by its name.
+
+    Such as test_32x32.mat, usps.t.bz2 and emnist-digits-test-images-idx3-ubyte.
+    """
+    name = name.lower()
+    return name.startswith(VAL_NAMES) or ".t." in name or "-test-" in name
 
 
 def split(digits: Digits, share: float, seed: int) -> tuple[Digits, Digits]:
@@ -151,6 +155,8 @@ def read_idx(path: Path) -> Source:
     if label_file is None:
         raise UserError(f"{path}: its labels are missing ({name}, as it is or as .gz)")
     images = mnist.read_idx(path, (mnist.IMAGES, *shape))
+    if path.name.startswith("emnist-"):  # its images are stored with rows and columns exchanged
+        images = images.transpose(0, 2, 1)
     labels = mnist.read_idx(label_file, (mnist.LABELS, count))
     return Source(None, checked(images, labels, label_file), None)
 
@@ -181,7 +187,8 @@ def read_svhn(path: Path) -> Source:
     if images.ndim != 4 or images.shape[2] != 3 or images.dtype != np.uint8:
         raise UserError(f"{path}: X must be uint8 (height, width, 3, n), not {images.shape}")
     labels = np.asarray(labels).reshape(-1)
-    labels = np.where(labels == 10, 0, labels)
+    if labels.dtype.kind in "iuf":
+        labels = np.where(labels == 10, 0, labels)
     return Source("svhn", checked(images.transpose(3, 0, 1, 2), labels, path), None)
 
 
@@ -214,7 +221,7 @@ def read_h5(path: Path) -> Source:
                     images = np.asarray(content[split]["data"])
                     labels = np.asarray(content[split]["target"])
                     splits[split] = of_usps(images, labels, path)
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"{path}: not an .h5 file of USPS ({first_line(error)})") from None
     train = splits["train"]
     if train is None:
@@ -267,8 +274,12 @@ def read_class_folders(folder: Path) -> Digits:
 def checked(images: np.ndarray, labels: np.ndarray, path: Path) -> Digits:
     """Images with their labels. Raises UserError for other counts, and labels beyond 0 to 9."""
     labels = np.asarray(labels).reshape(-1)
+    if labels.dtype.kind not in "iuf":
+        raise UserError(f"{path}: its labels are no numbers")
     if len(labels) != len(images):
         raise UserError(f"{path}: has {len(images):,} images and {len(labels):,} labels")
+    if len(images) > MOST_DIGITS:
+        raise UserError(f"{path}: has more than {MOST_DIGITS:,} images")
     if len(labels) == 0:
         raise UserError(f"{path}: has no image")
     for label in np.unique(labels):

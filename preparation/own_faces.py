@@ -8,6 +8,7 @@ gets the place that it has in the course's faces, and a face that leans stays so
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import math
@@ -36,7 +37,7 @@ EYES_Y = (111 - 29) * SIZE / 160
 BOX_WIDTH = 37
 BOX_CENTRE = (31.0, 40.0)
 LONGEST_SIDE = 1_000  # pixels; larger photographs are made smaller for the detector
-MOST_MISSING = 0.35  # of the cut-out, beyond the edges of the photograph
+MOST_MISSING = 0.35  # the largest share that may lie beyond the edges of the photograph
 LANDMARKS_PACKAGE = "face_recognition_models"
 LANDMARKS = "models/shape_predictor_5_face_landmarks.dat"
 
@@ -49,10 +50,14 @@ FindEyes = Callable[["Image.Image", "Box"], tuple[np.ndarray, np.ndarray]]
 class Options(NamedTuple):
     """What decides which faces are taken, and which are for validation."""
 
-    val: float  # share of the faces
-    smallest: int  # width of a face's box in pixels
-    several: Literal["largest", "drop"]  # what is taken of several faces in a photograph
-    seed: int  # of the choice for validation
+    val: float
+    """Share of the faces for validation."""
+    smallest: int
+    """Width in pixels of the smallest face that is taken."""
+    several: Literal["largest", "drop"]
+    """What is taken of several faces in a photograph."""
+    seed: int
+    """Seed of the choice for validation."""
 
 
 class Box(NamedTuple):
@@ -87,13 +92,16 @@ class Place(NamedTuple):
 
 
 def fill_faces(
-    folder: Path, paths: Sequence[Path], options: Options, workers: int
+    folder: Path,
+    paths: Sequence[Path],
+    options: Options,
+    find_eyes: FindEyes | None,
+    workers: int,
 ) -> dict[str, int]:
     """Write train/, val/ and left_out.csv; returns the number of images in each, and by reason.
 
     Raises UserError if fewer than two faces are found.
     """
-    find_eyes = eye_finder()
     with ThreadPoolExecutor(workers) as pool:
         results = pool.map(lambda path: cut_out_face(path, options, find_eyes), paths)
         found = list(show_progress(results, len(paths), "photographs"))
@@ -120,10 +128,14 @@ def fill_faces(
 
 
 def digest_of(paths: Sequence[Path]) -> str:
-    """One hash of the contents of all files."""
+    """One hash of the contents of all files; what is no readable file counts by its name."""
     digest = hashlib.sha256()
-    for path in paths:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for path in show_progress(paths, len(paths), "photographs read"):
+        content = str(path).encode("utf-8", "surrogateescape")
+        if path.is_file():  # a pipe would be waited for
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").digest()
+        digest.update(content)
     return digest.hexdigest()
 
 
@@ -175,11 +187,13 @@ def eye_finder() -> FindEyes | None:
 
     def find_eyes(photo: Image.Image, box: Box) -> tuple[np.ndarray, np.ndarray]:
         """The centres (x, y) of the two eyes of a face, that at the left of the image first."""
-        left, top = round(box.left), round(box.top)
+        left = round(box.left)
+        top = round(box.top)
         square = dlib.rectangle(left, top, left + round(box.width), top + round(box.width))
         parts = predictor(np.asarray(photo), square).parts()
         corners = np.array([(point.x, point.y) for point in parts])[:4]  # the fifth is the nose
-        one, other = corners[:2].mean(0), corners[2:].mean(0)
+        one = corners[:2].mean(0)
+        other = corners[2:].mean(0)
         return (one, other) if one[0] < other[0] else (other, one)
 
     return find_eyes
@@ -205,27 +219,35 @@ def cut_out(photo: Image.Image, place: Place) -> Image.Image:
 
     It is drawn large enough to use every pixel of the photograph, and then made smaller.
     """
-    if missing_share(photo, place) > 0:
-        margin = math.ceil(SIZE * place.scale)
-        pixels = np.asarray(photo)
-        photo = Image.fromarray(
-            np.pad(pixels, ((margin, margin), (margin, margin), (0, 0)), "edge")
-        )
-        place = place._replace(x=place.x + margin, y=place.y + margin)
+    photo, place = surroundings(photo, place)
     times = max(1, math.ceil(place.scale))
-    # PIL wants x = a u + b v + c and y = d u + e v + f for each pixel (u, v) of the large image.
-    c, f = place.in_photo(0, 0)
-    x, y = place.in_photo(1 / times, 0)
-    a, d = x - c, y - f
-    x, y = place.in_photo(0, 1 / times)
-    b, e = x - c, y - f
+    origin = np.array(place.in_photo(0, 0))
+    right = np.array(place.in_photo(1 / times, 0)) - origin  # one pixel of the large image
+    down = np.array(place.in_photo(0, 1 / times)) - origin
+    rows = np.stack([right, down, origin], axis=1)  # x = a u + b v + c and y = d u + e v + f
     large = photo.transform(
         (SIZE * times, SIZE * times),
         Image.Transform.AFFINE,
-        (a, b, c, d, e, f),
+        tuple(rows.ravel()),
         Image.Resampling.BICUBIC,
     )
     return large.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+
+
+def surroundings(photo: Image.Image, place: Place) -> tuple[Image.Image, Place]:
+    """The part of the photograph around a place, and the place in it.
+
+    What lies beyond the edges is there too, as copies of the last pixels.
+    """
+    corners = np.array([place.in_photo(u, v) for u in (0, SIZE) for v in (0, SIZE)])
+    left, top = np.floor(corners.min(0)).astype(int) - 2
+    right, bottom = np.ceil(corners.max(0)).astype(int) + 2
+    inside = (max(left, 0), max(top, 0), min(right, photo.width), min(bottom, photo.height))
+    pixels = np.asarray(photo.crop(inside))
+    above_and_below = (inside[1] - top, bottom - inside[3])
+    beside = (inside[0] - left, right - inside[2])
+    pixels = np.pad(pixels, (above_and_below, beside, (0, 0)), "edge")
+    return Image.fromarray(pixels), place._replace(x=place.x - left, y=place.y - top)
 
 
 def missing_share(photo: Image.Image, place: Place) -> float:

@@ -5,13 +5,24 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from reporting.output import Output, Row, Table
+from reporting.output import RELEASED_TITLE, Output, Row, Table
 from reporting.tables import all_tables, clean, clean_rows
 from reporting.verdicts import HEADER
 
-LEADING_NUMBER = re.compile(r"[-+]?[0-9][0-9,]*([.][0-9]+)?(e[-+]?[0-9]+)?")
+# Such as -0.05, +3 %, 1,000.5, 1e-05, and -1.20 ± 0.30, of which the first number counts.
+NUMBER = re.compile(
+    r"(?P<value>[-+]?[0-9][0-9,]*([.](?P<decimals>[0-9]+))?(e[-+]?[0-9]{1,3})?)( ?%)?( ± [0-9.,]+)?"
+)
 # Tables without results.
-NOT_COMPARED = ("released", "p1_differences", "p2_face_settings", "steps", "versions", "data")
+NOT_COMPARED = (
+    "released",
+    "p1_differences",
+    "p2_face_settings",
+    "steps",
+    "runs",
+    "versions",
+    "data",
+)
 MOST_OPTIONS = 2_000  # rows of options that differ
 # The figures that are set side by side, with what they show.
 FIGURES = {
@@ -43,11 +54,12 @@ class Pair(NamedTuple):
 
 def compare(first: Output, second: Output) -> tuple[dict[str, Table], list[Pair]]:
     """The tables of the comparison by their names, and the figures that either directory has."""
-    ours, theirs = all_tables(first), all_tables(second)
+    ours = all_tables(first)
+    theirs = all_tables(second)
     tables = {}
     for name, table in ours.items():
         if name not in NOT_COMPARED:
-            title = table.title or theirs[name].title
+            title = (table.title or theirs[name].title).removesuffix(RELEASED_TITLE)
             rows = compared_rows(table, theirs[name])
             tables[name] = Table(title, clean_rows(rows) if len(rows) > 1 else [])
     options = clean_rows(compared_options(first, second))
@@ -65,16 +77,23 @@ def compare(first: Output, second: Output) -> tuple[dict[str, Table], list[Pair]
 
 def compared_rows(first: Table, second: Table) -> list[Row]:
     """A row for each number that either table has: its name, both values, and the difference."""
-    ours, theirs = numbers_of(first), numbers_of(second)
-    rows = [["measure", "first", "second", "second − first"]]
+    ours = numbers_of(first)
+    theirs = numbers_of(second)
+    rows = [["measure", named("first", first), named("second", second), "second − first"]]
     for name in [*ours, *(name for name in theirs if name not in ours)]:
-        one, other = ours.get(name, ""), theirs.get(name, "")
+        one = ours.get(name, "")
+        other = theirs.get(name, "")
         rows.append([name, one, other, difference(one, other)])
     return rows
 
 
+def named(side: str, table: Table) -> str:
+    """The name of a side's column, which says so if its numbers are a released network's."""
+    return f"{side} (released network)" if table.title.endswith(RELEASED_TITLE) else side
+
+
 def numbers_of(table: Table) -> dict[str, str]:
-    """The cells that begin with a number, by row and column; of the report's tables only ours."""
+    """The cells that are a number, by row and column; of the report's tables only ours."""
     if not table.rows:
         return {}
     header = table.rows[0]
@@ -92,26 +111,28 @@ def numbers_of(table: Table) -> dict[str, str]:
 
 
 def value_of(cell: str) -> float | None:
-    """The number that a cell begins with."""
-    found = LEADING_NUMBER.match(cell)
-    return float(found[0].replace(",", "")) if found else None
+    """The number in a cell; None if there is more than one, or something else."""
+    found = NUMBER.fullmatch(cell)
+    return float(found["value"].replace(",", "")) if found else None
 
 
 def difference(one: str, other: str) -> str:
     """The second number minus the first, with as many decimals as the more precise one."""
-    a, b = value_of(one), value_of(other)
+    a = value_of(one)
+    b = value_of(other)
     if a is None or b is None:
         return ""
     if a == b:
         return "0"
     decimals = max(decimals_of(one), decimals_of(other))
-    return f"{b - a:+,.{decimals}f}"
+    text = f"{b - a:+,.{decimals}f}"
+    return text if value_of(text) else f"{b - a:+.2g}"
 
 
 def decimals_of(cell: str) -> int:
-    """How many decimals the number has that a cell begins with; at most 6."""
-    found = LEADING_NUMBER.match(cell)
-    return min(6, len((found[1] or ".")[1:])) if found else 0
+    """How many decimals the number in a cell has, at most 6."""
+    found = NUMBER.fullmatch(cell)
+    return min(6, len(found["decimals"] or "")) if found else 0
 
 
 def compared_options(first: Output, second: Output) -> list[Row]:
@@ -123,11 +144,13 @@ def compared_options(first: Output, second: Output) -> list[Row]:
             for path in sorted(output.folder.glob(f"{level}/config.json")):
                 names[str(path.parent.relative_to(output.folder))] = None
     for name in names:
-        ours, theirs = first.arguments(name), second.arguments(name)
+        ours = first.arguments(name)
+        theirs = second.arguments(name)
         if not ours or not theirs:
             continue
         for option in [*ours, *(option for option in theirs if option not in ours)]:
-            one, other = ours.get(option, "not there"), theirs.get(option, "not there")
+            one = ours.get(option, "not there")
+            other = theirs.get(option, "not there")
             if one != other and option not in ("output_dir", "data_dir"):
                 rows.append([f"{name}: {option}", clean(one), clean(other)])
     return rows[: MOST_OPTIONS + 1]

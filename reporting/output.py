@@ -35,6 +35,7 @@ OTHER = "other data"
 UNKNOWN = "data not found"
 COLUMNS = 8  # of faces in a row
 RELEASED = "released"  # the folder of what released networks drew; its names are those of p1 to p3
+RELEASED_TITLE = ", released network"  # the end of the title of such a table
 LARGEST_IMAGE = 2**26  # pixels
 LARGEST_FACE = 2**20  # pixels of a face that is shown beside others
 LARGEST_FILM = 4_000_000  # bytes; of a larger one the page shows the last frame only
@@ -113,7 +114,7 @@ class Output:
         """A table that another script wrote as csv; all its rows are as long as its header."""
         path, is_released = self.find(name)
         if is_released:
-            title += ", released network"
+            title += RELEASED_TITLE
         if not path.exists():
             return Table(title, [])
         try:

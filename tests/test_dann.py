@@ -406,6 +406,30 @@ def test_a_finished_run_stops_at_once_and_other_arguments_are_refused(data_dir, 
         train(small(data_dir, "run", lr=0.01))
 
 
+def test_a_run_that_is_older_than_some_options_is_still_the_same_run(data_dir):
+    first = train(small(data_dir, "run"))
+    file = data_dir / "run" / "config.json"
+    config = json.loads(file.read_text())
+    for name in ("neighbours", "tint", "grey", "mcc", "infomax"):
+        del config["arguments"][name]
+    file.write_text(json.dumps(config))
+    assert train(small(data_dir, "run")) == first
+
+
+def test_options_of_dann_do_not_reach_the_other_rows_of_the_table(data_dir, tmp_path):
+    options = {"mcc": True, "neighbours": 0.5, "images_per_epoch": 24, "batch_size": 8, "epochs": 1}
+    out = tmp_path / "table"
+    table(Table(data_dir=data_dir, output_dir=out, targets=("usps",), seeds=(0,), **options))
+    found = {}
+    for method in ("source", "dann", "target"):
+        (file,) = out.glob(f"*-{method}-seed0/config.json")
+        arguments = json.loads(file.read_text())["arguments"]
+        found[method] = (arguments["mcc"], arguments["neighbours"])
+    assert found == {"source": (False, 0.5), "dann": (True, 0.5), "target": (False, 0.0)}
+    with pytest.raises(UserError, match="--mcc: goes with --method dann, not source"):
+        Train(output_dir=out, method="source", mcc=True)
+
+
 def test_two_processes_train_and_write_one_run(data_dir):
     args = small(data_dir, "run")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -235,6 +235,17 @@ def test_the_losses_of_a_batch():
     assert list(plain) == ["class_loss"]
 
 
+@pytest.mark.parametrize("loss", [infomax_loss, confusion_loss])
+def test_very_certain_scores_give_finite_gradients(loss):
+    """Also where no image is of some class."""
+    scores = torch.tensor([[200.0, 0, 0], [0, 300, 0]], requires_grad=True)
+    value = loss(scores)
+    value.backward()
+    assert value.isfinite()
+    assert scores.grad is not None
+    assert scores.grad.isfinite().all()
+
+
 def test_infomax_and_confusion_are_least_for_certain_and_balanced_answers():
     certain = 20 * torch.eye(3).repeat(4, 1)  # each of three classes four times
     one_class = 20 * torch.eye(3)[:1].repeat(12, 1)

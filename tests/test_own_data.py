@@ -4,6 +4,7 @@ import bz2
 import csv
 import gzip
 import math
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,21 +61,33 @@ def test_idx_files_of_another_data_set(tmp_path, capsys):
 
 def test_one_idx_file_is_split_by_the_seed(tmp_path):
     images = RNG.integers(0, 256, (20, 28, 28))
-    write_idx(tmp_path / "emnist-digits-images-idx3-ubyte", 2051, images)
-    write_idx(tmp_path / "emnist-digits-labels-idx1-ubyte.gz", 2049, np.arange(20) % 10)
-    source = tmp_path / "emnist-digits-images-idx3-ubyte"
+    write_idx(tmp_path / "kuzushiji-images-idx3-ubyte", 2051, images)
+    write_idx(tmp_path / "kuzushiji-labels-idx1-ubyte.gz", 2049, np.arange(20) % 10)
+    source = tmp_path / "kuzushiji-images-idx3-ubyte"
     for seed, out in ((0, "a"), (0, "b"), (1, "c")):
-        run_import(source, tmp_path / out, domain="emnist", val=0.25, seed=seed)
-    train, train_labels = pixels_of(tmp_path / "a", "emnist", "train")
-    val, val_labels = pixels_of(tmp_path / "a", "emnist", "val")
+        run_import(source, tmp_path / out, domain="kuzushiji", val=0.25, seed=seed)
+    train, train_labels = pixels_of(tmp_path / "a", "kuzushiji", "train")
+    val, val_labels = pixels_of(tmp_path / "a", "kuzushiji", "val")
     assert (len(train), len(val)) == (15, 5)
     both = [image.tobytes() for image in (*train[..., 0], *val[..., 0])]
     assert sorted(both) == sorted(image.astype(np.uint8).tobytes() for image in images)
     for image, label in zip((*train, *val), train_labels + val_labels, strict=True):
         number = next(k for k in range(20) if np.array_equal(images[k], image[..., 0]))
         assert label == number % 10
-    assert np.array_equal(val, pixels_of(tmp_path / "b", "emnist", "val")[0])
-    assert not np.array_equal(val, pixels_of(tmp_path / "c", "emnist", "val")[0])
+    assert np.array_equal(val, pixels_of(tmp_path / "b", "kuzushiji", "val")[0])
+    assert not np.array_equal(val, pixels_of(tmp_path / "c", "kuzushiji", "val")[0])
+
+
+def test_emnist_is_turned_upright(tmp_path, capsys):
+    """Its files store rows and columns exchanged, and have the split in the middle of the name."""
+    images = RNG.integers(0, 256, (4, 28, 28))
+    for split, count in (("train", 4), ("test", 2)):
+        write_idx(tmp_path / f"emnist-digits-{split}-images-idx3-ubyte", 2051, images[:count])
+        write_idx(tmp_path / f"emnist-digits-{split}-labels-idx1-ubyte", 2049, np.arange(count))
+    run_import(tmp_path, tmp_path / "out", domain="emnist")
+    assert capsys.readouterr().out == "digits/emnist: 4 train, 2 val\n"
+    pixels, _ = pixels_of(tmp_path / "out", "emnist", "train")
+    assert np.array_equal(pixels[..., 0], images.transpose(0, 2, 1))
 
 
 def test_svhn_s_mat_files(tmp_path, capsys):
@@ -196,6 +209,7 @@ def test_what_is_wrong_with_digits_is_named(tmp_path):
     )
     assert error({"a.mat": {**good, "y": [[1]]}}) == "DIR/a.mat: has 2 images and 1 labels"
     assert error({"a.mat": {**good, "y": [[1], [11]]}}) == "DIR/a.mat: has the label 11"
+    assert error({"a.mat": {**good, "y": ["a", "b"]}}) == "DIR/a.mat: its labels are no numbers"
     assert error({"a.mat": {**good, "X": images[..., 0]}}).startswith("DIR/a.mat: X must be uint8")
     assert error({"a.mat": good, "b.mat": good}) == (
         "DIR: has several files of digits (a.mat, b.mat); name one of them"
@@ -323,6 +337,8 @@ def test_photographs_without_a_fitting_face_are_listed(tmp_path, capsys, monkeyp
     both.save(source / "two.png")
     photograph(220, 400, 300).crop((122, 103, 271, 252)).save(source / "edge.png")
     (source / "text.png").write_text("not an image")
+    os.mkfifo(source / "pipe.png")
+    (source / "link.png").symlink_to("nowhere.png")
     command = Import("faces", source, tmp_path / "out", several="drop", num_workers=1)
     prepare_data.main(command)
     lines = capsys.readouterr().out.splitlines()
@@ -330,9 +346,9 @@ def test_photographs_without_a_fitting_face_are_listed(tmp_path, capsys, monkeyp
         "faces that lean are not turned upright: that needs a package, "
         "pip install face_recognition_models"
     )
-    assert lines[1] == "face: 2 train, 1 val of 8 photographs"
+    assert lines[1] == "face: 2 train, 1 val of 10 photographs"
     assert sorted(lines[2:]) == [
-        "  left out, cannot be read: 1",
+        "  left out, cannot be read: 3",
         "  left out, face at the edge: 1",
         "  left out, face too small: 1",
         "  left out, no face: 1",
@@ -342,13 +358,35 @@ def test_photographs_without_a_fitting_face_are_listed(tmp_path, capsys, monkeyp
         rows = list(csv.reader(file))
     assert rows[0] == ["photograph", "reason"]
     assert [str(source / "small.png"), "face too small"] in rows
-    assert len(rows) == 6
+    assert len(rows) == 8
     assert len(list((tmp_path / "out" / "face").glob("*/*.png"))) == 3
     prepare_data.main(command)
-    assert capsys.readouterr().out == "face: already finished, nothing to do\n"
+    assert capsys.readouterr().out.splitlines()[1:] == ["face: already finished, nothing to do"]
     (source / "sea.png").unlink()
     with pytest.raises(UserError, match="face holds other data"):
         prepare_data.main(command)
+    Image.new("RGB", (300, 200), "blue").save(source / "sea.png")
+    prepare_data.main(command)
+    assert "already finished" in capsys.readouterr().out
+    monkeypatch.setattr(own_faces, "eye_finder", lambda: find_no_eyes)  # the package is there now
+    with pytest.raises(UserError, match="face holds other data"):
+        prepare_data.main(command)
+
+
+def find_no_eyes(photo: Image.Image, box: Box) -> tuple[np.ndarray, np.ndarray]:
+    raise AssertionError("nothing is cut out")
+
+
+def test_a_large_photograph_is_not_copied_around_a_face():
+    """Only the part around the face is padded."""
+    photo = Image.new("RGB", (4_000, 3_000), (9, 8, 7))
+    place = Place(x=100, y=200, u=31, v=40, scale=10, angle=0.5)
+    part, moved = own_faces.surroundings(photo, place)
+    assert max(part.size) < 1_000
+    assert moved.in_photo(31, 40)[0] - moved.in_photo(0, 0)[0] == pytest.approx(
+        place.in_photo(31, 40)[0] - place.in_photo(0, 0)[0]
+    )
+    assert (np.asarray(cut_out(photo, place)) == (9, 8, 7)).all()
 
 
 def test_fewer_than_two_faces_are_refused(tmp_path):

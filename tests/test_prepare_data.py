@@ -386,6 +386,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, error_of, monkeypatch
         ("import faces nowhere", "nowhere: no such folder"),
         ("import faces . --domain x", "--domain x: is for digits, not faces"),
         ("import digits . --domain a/b", "--domain a/b: must be the name of a folder in digits/"),
+        ("import digits . --smallest 9", "--smallest: is for faces, not digits"),
         ("import digits . --val 1", "--val 1: must be above 0 and below 1"),
         ("noises --output-dir x --count 0", "--count 0: must be at least 1"),
         ("noises --output-dir x --size 0", "--size 0: must be between 1 and 4096"),

@@ -808,6 +808,10 @@ def test_numbers_are_compared_with_their_own_decimals():
     assert comparison.difference("96.5 ± 0.9", "97.76 ± 0.1") == "+1.26"
     assert comparison.difference("1,000", "998") == "-2"
     assert comparison.difference("-0.05", "") == ""
+    assert comparison.difference("1e-05", "3e-05") == "+2e-05"
+    assert comparison.difference("12e4567890", "3f00000000") == ""  # a commit
+    assert comparison.difference("7 min 11 s", "7 min 50 s") == ""
+    assert comparison.difference("95.0 %", "96.25 %") == "+1.25"
     first = Table("", [["row", "a", "b"], ["x", "1", "word"], ["x", "2", ""]])
     second = Table("", [["row", "a", "c"], ["x", "3", "4"]])
     assert comparison.compared_rows(first, second)[1:] == [
