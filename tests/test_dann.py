@@ -408,7 +408,7 @@ def test_a_finished_run_stops_at_once_and_other_arguments_are_refused(data_dir, 
 
 def test_a_run_that_is_older_than_some_options_is_still_the_same_run(data_dir):
     first = train(small(data_dir, "run"))
-    file = data_dir / "run" / "config.json"
+    file = small(data_dir, "run").output_dir / "config.json"
     config = json.loads(file.read_text())
     for name in ("neighbours", "tint", "grey", "mcc", "infomax"):
         del config["arguments"][name]
