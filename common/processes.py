@@ -55,7 +55,8 @@ def gather_shares(mine: Sequence[Any], accelerator: Accelerator | None) -> list[
         return list(mine)
     from accelerate.utils import gather_object
 
-    shares = gather_object([list(mine)])  # of each process
+    # One share of each process.
+    shares = gather_object([list(mine)])
     results: list[Any] = [None] * sum(len(share) for share in shares)
     for number, share in enumerate(shares):
         results[number :: len(shares)] = share

@@ -16,9 +16,10 @@ nearest.png, generated digits of the first folder above the real ones that are n
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,9 +35,16 @@ from common.rng import make_rng
 from metrics.digits import diversity, features_of, load_classifier, mean_diversity, read_digits
 from metrics.features import efficientnet_features
 
-SHOWN = 10  # generated digits in nearest.png, one of each class
-MOST_POINTS = 150  # of each kind in a panel of spread.png
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# Generated digits in nearest.png, one of each class.
+SHOWN = 10
+# So many points of each kind are in a panel of spread.png at most.
+MOST_POINTS = 150
 BATCH = 100
+# Columns beside those of the classifiers.
+OTHER_KINDS = ("EfficientNet", "pixels")
 
 
 @dataclass(kw_only=True)
@@ -55,6 +63,8 @@ class Compare:
     """Digit domain of --data-dir to compare with."""
     few: int = 5
     """Images of each digit that are repeated in the last row."""
+    real_images: int = 2_000
+    """Real validation images that are compared, a tenth of them of each digit."""
     seed: int = 0
     """Seed of the choice of real images."""
     device: Device = "auto"
@@ -63,9 +73,21 @@ class Compare:
     def __post_init__(self) -> None:
         each_once("--folders", self.folders)
         each_once("--classifiers", self.classifiers)
+        names = [name_of(file) for file in self.classifiers]
+        for file, name in zip(self.classifiers, names, strict=True):
+            if name in OTHER_KINDS or names.count(name) > 1:
+                raise UserError(
+                    f"--classifiers {file}: another column is called {name} too; rename the file"
+                )
         is_domain("--domain", self.domain)
         at_least("--few", self.few, 1)
+        at_least("--real-images", self.real_images, 20)
         is_seed("--seed", self.seed)
+
+
+def name_of(file: Path) -> str:
+    """The name of a classifier's column: the file's, or the run's for model.safetensors."""
+    return file.stem if file.stem != "model" else file.absolute().parent.name
 
 
 class Set(NamedTuple):
@@ -83,21 +105,34 @@ def pixels_as_features(images: Images) -> np.ndarray:
     return (grey / grey.std(1, keepdim=True).clamp(min=1e-6)).numpy()
 
 
-def read_features(images: Images, args: Compare) -> dict[str, np.ndarray]:
-    """The features of images, by the name of their kind."""
-    accelerator = make_accelerator(args.device, "fp32")
-    features = {}
-    for file in args.classifiers:
-        net = load_classifier(file, accelerator.device, "--classifiers")
-        features[file.stem if file.stem != "model" else file.parent.name] = features_of(
-            net, images.pixels, accelerator
-        )
+def feature_readers(
+    classifiers: dict[str, Any], accelerator: Accelerator
+) -> dict[str, Callable[[Images], np.ndarray]]:
+    """For each kind of features a function from images to (n, features)."""
+    readers: dict[str, Callable[[Images], np.ndarray]] = {}
+    for name, net in classifiers.items():
+        readers[name] = lambda images, net=net: features_of(net, images.pixels, accelerator)
     embed = efficientnet_features(accelerator.device).embed
-    with torch.inference_mode():
+
+    @torch.inference_mode()
+    def embedded(images: Images) -> np.ndarray:
         parts = [embed(some).cpu().double() for some in images.pixels.split(BATCH)]
-    features["EfficientNet"] = torch.cat(parts).numpy()
-    features["pixels"] = pixels_as_features(images)
-    return features
+        return torch.cat(parts).numpy()
+
+    readers["EfficientNet"] = embedded
+    readers["pixels"] = pixels_as_features
+    return readers
+
+
+def draw_real(images: Images, args: Compare) -> Images:
+    """A tenth of --real-images of each digit, or all that there are, drawn with the seed."""
+    labels = labels_of(images)
+    drawn = []
+    for digit in range(10):
+        rows = (labels == digit).nonzero().flatten()
+        order = torch.randperm(len(rows), generator=make_rng(args.seed, "real", digit))
+        drawn.append(rows[order[: args.real_images // 10]])
+    return take(images, torch.cat(drawn).sort().values)
 
 
 def part_of(name: str, real: Set, rows: np.ndarray) -> Set:
@@ -185,14 +220,21 @@ def main(args: Compare) -> list[list[str]]:
     for folder, (_, images) in zip(args.folders, folders, strict=True):
         if labels_of(images).bincount(minlength=10).min() < 2:
             raise UserError(f"{folder}: needs two images of each digit")
-    validation = load_digits(args.data_dir, args.domain, "val")
-    real = Set("real", validation, read_features(validation, args))
-    sets = [Set(name, images, read_features(images, args)) for name, images in folders]
+    validation = draw_real(load_digits(args.data_dir, args.domain, "val"), args)
+    accelerator = make_accelerator(args.device, "fp32")
+    classifiers = {}
+    for file in args.classifiers:
+        classifiers[name_of(file)] = load_classifier(file, accelerator.device, "--classifiers")
+    readers = feature_readers(classifiers, accelerator)
+    sets = []
+    for name, images in (("real", validation), *folders):
+        features = {kind: read(images) for kind, read in readers.items()}
+        sets.append(Set(name, images, features))
+    real = sets.pop(0)
     per_class = len(sets[0].images.names) // 10
     sets += poor_sets(real, per_class, args)
 
-    accelerator = make_accelerator(args.device, "fp32")
-    net = load_classifier(args.classifiers[0], accelerator.device, "--classifiers")
+    net = next(iter(classifiers.values()))
     table = [["digits", "accuracy, %", *real.features]]
     for made in sets:
         cells = [made.name, f"{accuracy(net, made.images, accelerator):.2f}"]
@@ -206,7 +248,7 @@ def main(args: Compare) -> list[list[str]]:
     save_table(table, args.output_dir / "table.png", f"diversity, {args.domain}, real = 100")
     draw_spread(sets[0], real, args.output_dir / "spread.png")
     draw_nearest(sets[0], real, args.output_dir / "nearest.png")
-    print((args.output_dir / "table.md").read_text())
+    print((args.output_dir / "table.md").read_text(encoding="utf-8"))
     return table
 
 

@@ -279,6 +279,37 @@ def test_a_poor_set_has_little_diversity_with_every_kind(
         assert (tmp_path / "out" / name).stat().st_size > 0
 
 
+def test_classifiers_of_one_name_are_refused(tmp_path):
+    def compare(*files: str) -> digit_diversity.Compare:
+        return digit_diversity.Compare(
+            folders=(tmp_path,), classifiers=tuple(map(Path, files)), output_dir=tmp_path / "out"
+        )
+
+    for files in (("a/net.pth", "b/net.pth"), ("pixels.pth",), ("EfficientNet/model.safetensors",)):
+        with pytest.raises(UserError, match=r"--classifiers .*: another column is called"):
+            compare(*files)
+    compare("a/model.safetensors", "b/model.safetensors")
+
+
+def test_the_real_images_are_drawn_with_the_seed(tmp_path, data_dir):
+    real = load_digits(data_dir, "mnistm", "val")
+    args = digit_diversity.Compare(
+        folders=(tmp_path,),
+        classifiers=(Path("net.pth"),),
+        output_dir=tmp_path / "out",
+        real_images=20,
+    )
+    drawn = digit_diversity.draw_real(real, args)
+    assert labels_of(drawn).bincount(minlength=10).tolist() == [2] * 10
+    assert digit_diversity.draw_real(real, args).names == drawn.names
+    args.seed = 1
+    assert digit_diversity.draw_real(real, args).names != drawn.names
+    args.real_images = 2_000
+    assert digit_diversity.draw_real(real, args).names == real.names
+    with pytest.raises(UserError, match="--real-images"):
+        dataclasses.replace(args, real_images=19)
+
+
 def test_a_folder_without_some_digits_is_named(tmp_path, data_dir, classifier):
     folder = tmp_path / "generated"
     folder.mkdir()

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from models.dann import DannDeep
 from models.ddim_unet import DdimUnet
 from models.gan import Generator
 from models.latent_unet import LatentUnet
+from models.scene_classifier import SceneClassifier
 from tests.conftest import save_net
 from tests.golden import fill
 from tools import export
@@ -178,7 +180,12 @@ def test_the_noises_are_those_that_the_scripts_draw(tmp_path, monkeypatch):
     ("make", "config", "message"),
     [
         (small_latent_unet, {"noise_levels": LEVELS}, "is a score-based model"),
-        (Autoencoder, {}, "contains the network 'autoencoder', expected"),
+        (Autoencoder, {}, "is the network 'autoencoder', which is not exported"),
+        (
+            lambda: SceneClassifier({"colour": 3}),
+            {},
+            "is the network 'scene_classifier', which is not exported",
+        ),
     ],
 )
 def test_networks_that_are_not_exported_are_refused(make, config, message, tmp_path, monkeypatch):
@@ -194,3 +201,14 @@ def test_a_classifier_has_no_noises(tmp_path, monkeypatch):
     args.noises = 2
     with pytest.raises(UserError, match=r"--noises 2: .* makes no images from noise"):
         export.main(args)
+
+
+@pytest.mark.parametrize("make", [lambda: Generator(8, 4), lambda: DannDeep(width=8, hidden=0)])
+@pytest.mark.parametrize("option", [{"steps": 3}, {"spacing": "beta"}])
+def test_only_a_diffusion_model_has_steps(make, option, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "require_packages", lambda: None)
+    args = replace(write(tmp_path, make()), **option)
+    ((name, value),) = option.items()
+    with pytest.raises(UserError, match=f"--{name} {value}: .* is no diffusion model"):
+        export.main(args)
+    assert not args.output_dir.exists()

@@ -156,3 +156,25 @@ def test_what_is_missing_or_broken_is_named(releases, tmp_path):
     with pytest.raises(UserError, match=r"--figure x\.jpg: must end in \.png"):
         Folder("wgangp_faces", output_dir=out, figure=Path("x.jpg"))
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('`{"net"', '`{net"', "is not json"),
+        ('"arguments": {', '"arguments": 3, "others": {', "has arguments that are no object"),
+        ('`{"net": "generator"', '`{"net": ["generator"]', "has a net that is no text"),
+    ],
+)
+def test_a_card_edited_by_hand_is_one_line(before, after, message, releases, tmp_path):
+    card = releases / "wgangp_faces.md"
+    text = card.read_text(encoding="utf-8")
+    assert before in text
+    card.write_text(text.replace(before, after), encoding="utf-8")
+    args = Folder("wgangp_faces", output_dir=tmp_path / "out", checkpoints=releases)
+    with pytest.raises(UserError, match=rf"wgangp_faces\.md: the configuration .* {message}"):
+        hub.main(args)
+    card.write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"wgangp_faces\.md: is not in UTF-8"):
+        hub.main(args)
+    assert not args.output_dir.exists()

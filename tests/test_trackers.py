@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import sys
+import types
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
+from common import trackers
 from common.cli import UserError
 from common.device import make_accelerator
 from common.run import Run
@@ -31,8 +35,9 @@ class Fake(GeneralTracker):
     name = "fake"
     requires_logging_directory = False
 
-    def __init__(self, broken: bool = False) -> None:
+    def __init__(self, broken: bool = False, fails_at: int = -1) -> None:
         super().__init__()
+        self.fails_at = fails_at  # a step, or 0 for the end
         self.broken = broken
         self.events: list[Any] = []
 
@@ -48,10 +53,14 @@ class Fake(GeneralTracker):
         self.events.append(values)
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        if step == self.fails_at:
+            raise OSError(28, "No space left\non device")
         self.events.append((step, values))
 
     def finish(self) -> None:
         self.events.append("finished")
+        if self.fails_at == 0:
+            raise ConnectionError
 
 
 def open_run(folder: Path, *trackers: Any, **options: Any) -> Run:
@@ -98,6 +107,70 @@ def test_a_tracker_that_cannot_start_is_one_line(tmp_path):
     run = open_run(tmp_path, Fake(broken=True))
     with pytest.raises(UserError, match=r"--log-with .*: cannot start \(nobody answers at all\)"):
         run.load_state({})
+
+
+def test_a_tracker_that_fails_is_dropped_and_gets_the_rows_later(tmp_path, capsys):
+    tracker = Fake(fails_at=2)
+    run = open_run(tmp_path, tracker)
+    run.load_state({})
+    for step in run.steps(0, 4, 2):
+        run.log_metrics({"step": step + 1, "loss": 0.5})
+        run.save_state(step + 1, {})
+    assert tracker.events[1:] == [(1, {"loss": 0.5}), "finished"]
+    lines = capsys.readouterr().out.splitlines()
+    (warning,) = [line for line in lines if line.startswith("warning")]
+    assert "--log-with fake: failed ([Errno 28] No space left on device)" in warning
+    assert len(run.rows) == 4
+    tracker = Fake()
+    open_run(tmp_path, tracker).load_state({})
+    assert tracker.events == [(step, {"loss": 0.5}) for step in (2, 3, 4)]
+
+
+def test_a_tracker_that_cannot_finish_hides_no_error(tmp_path, capsys):
+    run = open_run(tmp_path, Fake(fails_at=0))
+    run.load_state({})
+    steps: Any = run.steps(0, 1, 2)
+    next(steps)
+    with pytest.raises(ZeroDivisionError):
+        steps.throw(ZeroDivisionError())
+    assert "--log-with fake: failed (ConnectionError)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"wandb": 3}',
+        '{"tensorboard": {}}',
+        '{"fake": {"step": "3"}}',
+        '{"mlflow": {"step": 1, "id": 2}}',
+    ],
+)
+def test_a_damaged_trackers_json_is_one_line(content, tmp_path):
+    (tmp_path / "trackers.json").write_text(content)
+    run = open_run(tmp_path, Fake())
+    with pytest.raises(
+        UserError, match=r"trackers\.json: damaged at (wandb|tensorboard|fake|mlflow)"
+    ):
+        run.load_state({})
+
+
+def test_two_runs_of_one_process_have_their_own_files(tmp_path, monkeypatch):
+    """The variables that the first run sets are not taken for the user's."""
+    for name in trackers.VARIABLES:
+        monkeypatch.setenv(name, "of a run before")
+    monkeypatch.setattr(trackers, "SET_BY_USER", frozenset({"WANDB_CACHE_DIR"}))
+    mlflow = types.ModuleType("mlflow")
+    # MLflow's own function sets the variable, too.
+    vars(mlflow)["set_tracking_uri"] = lambda uri: os.environ.update(MLFLOW_TRACKING_URI=uri)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    for name in ("WANDB_ERROR_REPORTING", "MLFLOW_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(name, "true")
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        trackers.keep_files_in(folder, ["wandb", "mlflow"])
+        assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{folder / 'mlflow.db'}"
+        assert os.environ["WANDB_CONFIG_DIR"] == str(folder / "wandb")
+        assert os.environ["WANDB_DATA_DIR"] == str(folder / "wandb")
+        assert os.environ["WANDB_CACHE_DIR"] == "of a run before"
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])

@@ -7,6 +7,7 @@ import functools
 import html.parser
 import http.server
 import json
+import os
 import queue
 import re
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import p2_ddpm_infer
@@ -106,6 +108,24 @@ def test_nothing_is_read_from_elsewhere():
     lock = (WEB / "package-lock.json").read_text()
     assert '"integrity"' in lock
     assert "://" not in re.sub(r'"(url|funding)": "[^"]*"', "", lock)
+
+
+def test_the_page_is_published_if_its_networks_change_and_only_tested(tmp_path):
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "pages.yml").read_text())
+    paths = workflow[True]["push"]["paths"]  # YAML 1.1 reads the key "on" as true
+    script = (ROOT / "tools" / "export.py").read_text()
+    for package in re.findall(r"^from (common|diffusion|models)\.", script, flags=re.MULTILINE):
+        assert f"{package}/**" in paths
+    assert "tools/export.py" in paths
+    (test,) = [step for step in workflow["jobs"]["build"]["steps"] if "test_web" in str(step)]
+    env = {**os.environ, "RUNNER_TEMP": str(tmp_path)}
+    for line, status in (("12 passed in 3 s", 0), ("SKIPPED [1] tests/test_web.py", 1)):
+        command = re.sub(r"^.*-m pytest.*?\|", f"echo '{line}' |", test["run"], flags=re.MULTILINE)
+        assert "echo" in command
+        assert (
+            subprocess.run(["bash", "-c", command], capture_output=True, env=env).returncode
+            == status
+        )
 
 
 def luminance(colour: str) -> float:
@@ -272,8 +292,16 @@ def test_the_classifiers_say_what_python_says(report):
         assert expected.argmax() == 4, name
 
 
-def test_the_keyboard_draws(report):
-    assert report["keyboard"] > 3 * 22 * 14  # a stroke of one step, three channels
+def test_the_keyboard_draws_and_its_pen_is_not_read(report):
+    drawn = picture(report["keyboard"])
+    assert (drawn == 255).all(2).sum() > 22 * 14  # a stroke of one step, in white
+    assert (drawn == (224, 33, 138)).all(2).sum() > 50  # the pen
+    assert sum(report["stroke"]) == pytest.approx(1, abs=1e-3)
+    assert report["again"] == report["stroke"]
+
+
+def test_clear_empties_the_tables(report):
+    assert report["cleared"] == [0] * 20
 
 
 def test_a_face_by_attribute_is_the_file_that_sample_writes(report, tmp_path):

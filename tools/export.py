@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.checkpoints import load_net
 from common.cli import UserError, at_least, run_cli
 from common.files import atomic_write, make_output_dir
+from common.packages import refuse_missing
 from common.rng import ImageNoise, make_rng
 from diffusion.samplers import step_pairs
 from diffusion.schedule import Schedule, Spacing, spaced_steps
@@ -40,25 +41,14 @@ from models.attention_unet import AttentionUnet
 from models.attribute_classifier import AttributeClassifier
 from models.autoencoder import Autoencoder
 from models.context_unet import ContextUnet
-from models.dann import NETS as DANN_NETS
 from models.dann import DannNet
 from models.ddim_unet import DdimUnet
 from models.digit_classifier import DigitClassifier, DigitResNet
-from models.gan import GENERATORS, Generator, ProjectionGenerator
+from models.gan import Generator, ProjectionGenerator
 from models.latent_unet import LatentUnet
+from models.nets import NETS
 from models.network import Network
 
-NETS: dict[str, type[Network]] = {
-    **GENERATORS,
-    **DANN_NETS,
-    "digit_classifier": DigitClassifier,
-    "digit_resnet": DigitResNet,
-    "attribute_classifier": AttributeClassifier,
-    "context_unet": ContextUnet,
-    "attention_unet": AttentionUnet,
-    "ddim_unet": DdimUnet,
-    "latent_unet": LatentUnet,
-}
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGEST_DIFFERENCE = 1e-4
 DIGIT = (3, 28, 28)
@@ -110,19 +100,17 @@ class Decoder(nn.Module):
 
 
 def require_packages() -> None:
-    """Import the packages of the extra `export`; UserError if one is missing."""
+    """Raise UserError if a package of the extra `export` is missing."""
     for package in PACKAGES:
-        try:
-            __import__(package)
-        except ModuleNotFoundError:
-            raise UserError(
-                f"tools/export.py: the package {package} is missing; "
-                "pip install '.[export]' in the project's folder installs it"
-            ) from None
+        message = (
+            f"tools/export.py: the package {package} is missing; "
+            "pip install '.[export]' in the project's folder installs it"
+        )
+        refuse_missing(package, message)
 
 
 def parts_of(net: Network, name: str) -> list[Part]:
-    """The files that a network becomes."""
+    """The files that a network becomes; none for a network that is not exported."""
     if isinstance(net, LatentUnet):
         decoder = Decoder(net.autoencoder)
         return [Part(name, net.unet, "prediction"), Part(f"{name}_decoder", decoder, "images")]
@@ -132,7 +120,9 @@ def parts_of(net: Network, name: str) -> list[Part]:
         return [Part(name, net, "images")]
     if isinstance(net, DannNet):
         return [Part(name, net, "log_probabilities")]
-    return [Part(name, net, "logits")]
+    if isinstance(net, DigitClassifier | DigitResNet | AttributeClassifier):
+        return [Part(name, net, "logits")]
+    return []
 
 
 def noise_shape(net: nn.Module) -> tuple[int, ...] | None:
@@ -324,13 +314,22 @@ def main(args: Export) -> None:
     require_packages()
     net, config = load_net(args.checkpoint, NETS, "CHECKPOINT")
     name = args.name or args.checkpoint.stem
+    parts = parts_of(net, name)
     if "noise_levels" in config:
         raise UserError(
             f"CHECKPOINT {args.checkpoint}: is a score-based model, which is not exported"
         )
-    make_output_dir(args.output_dir)
-    parts = parts_of(net, name)
+    if not parts:
+        raise UserError(
+            f"CHECKPOINT {args.checkpoint}: is the network '{config['net']}', which is not exported"
+        )
+    for option, value in (("--steps", args.steps), ("--spacing", args.spacing)):
+        if value is not None and "schedule" not in config:
+            raise UserError(
+                f"{option} {value}: {args.checkpoint} is no diffusion model; leave it out"
+            )
     about = describe(net, config, parts, args)
+    make_output_dir(args.output_dir)
     contents = {}
     if args.noises is not None:
         noises = draw_noises(net, args.noises, args)

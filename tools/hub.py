@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.cli import UserError, run_cli
 from common.data import decode_image
 from common.files import ROOT, atomic_write, make_output_dir
+from common.json_files import FileError, parse_json, read_text
 from common.metadata import MetadataError, read_config
 
 HEADER = re.compile(r"---\n.*?\n---\n\n", re.DOTALL)  # at the start of a card
@@ -102,7 +103,10 @@ class Folder:
 
 
 def with_header(card: str) -> str:
-    """A card with a header for the Hub on top; one that it has is replaced."""
+    """A card with a header for the Hub on top; one that it has is replaced.
+
+    Raises FileError if the card's configuration is damaged.
+    """
     from huggingface_hub import ModelCardData
 
     text = HEADER.sub("", card, count=1) if card.startswith("---\n") else card
@@ -143,9 +147,16 @@ def facts_of(card: str) -> dict[str, Any]:
 
 
 def config_on(rows: dict[str, str]) -> dict[str, Any]:
-    """The network's configuration on a card; empty for a card without one."""
+    """The network's configuration on a card; empty for a card without one. Raises FileError."""
     found = re.match(r"`(\{.*\})`", rows.get("network", ""))
-    return json.loads(found[1]) if found else {}
+    config: dict[str, Any] = parse_json(found[1]) if found else {}
+    arguments = config.get("arguments", {})
+    if not isinstance(arguments, dict) or not isinstance(arguments.get("unet", {}), dict):
+        raise FileError("has arguments that are no object")
+    for key in ("net", "method"):
+        if not isinstance(config.get(key, ""), str):
+            raise FileError(f"has a {key} that is no text")
+    return config
 
 
 def names_of(terms: str) -> list[str]:
@@ -193,7 +204,13 @@ def main(args: Folder) -> None:
         config = read_config(weights)
     except MetadataError as error:
         raise UserError(f"{weights}: {error}") from None
-    card = with_header(card_file.read_text())
+    text = read_text(card_file)
+    try:
+        card = with_header(text)
+    except FileError as error:
+        raise UserError(
+            f"{card_file}: the configuration in its row of the network {error}"
+        ) from None
 
     contents: dict[str, bytes | str] = {"model.safetensors": weights.read_bytes()}
     if config:

@@ -6,7 +6,8 @@ import { byId, drawImage, numberIn, oneAtATime, secondsSince } from "./page.js";
 import { clamp, ddimStep, guide, imageOf, noiseIn } from "./samplers.js";
 
 const NET = "guided_faces";
-const SHAPE = [4, 16, 16]; // of the latents
+// The shape of the latents.
+const SHAPE = [4, 16, 16];
 const WORDS = { "-1": "absent", 0: "not asked", 1: "present" };
 
 /**

@@ -3,8 +3,9 @@
 import { floats, run } from "./nets.js";
 import { byId, oneAtATime } from "./page.js";
 
-const SIDE = 280; // of the drawing
-const SMALL = 28; // of what the networks read
+// Pixels a side: the drawing, and what the networks read.
+const SIDE = 280;
+const SMALL = 28;
 const SOURCE = "digit_classifier_mnistm";
 const PEN = 22;
 
@@ -51,7 +52,7 @@ export async function classify(name, image) {
   return powers.map((power) => power / sum);
 }
 
-/** A table of ten rows with a bar each; returns a function that shows probabilities in it. */
+/** A table of ten rows with a bar each; `show` puts probabilities in it, `clear` removes them. */
 function makeTable(table) {
   const rows = [];
   for (let digit = 0; digit < 10; digit += 1) {
@@ -66,7 +67,7 @@ function makeTable(table) {
     row.insertCell().append(meter);
     rows.push({ row, meter, share: row.insertCell() });
   }
-  return (probabilities) => {
+  function show(probabilities) {
     const best = probabilities.indexOf(Math.max(...probabilities));
     for (const [digit, { row, meter, share }] of rows.entries()) {
       meter.value = probabilities[digit];
@@ -74,7 +75,15 @@ function makeTable(table) {
       row.classList.toggle("best", digit === best);
     }
     return best;
-  };
+  }
+  function clear() {
+    for (const { row, meter, share } of rows) {
+      meter.value = 0;
+      share.textContent = "";
+      row.classList.remove("best");
+    }
+  }
+  return { show, clear };
 }
 
 export function startDraw() {
@@ -82,10 +91,12 @@ export function startDraw() {
   const context = canvas.getContext("2d", { willReadFrequently: true });
   const status = byId("draw-status");
   const look = byId("draw-look");
-  const showSource = makeTable(byId("draw-source"));
-  const showAdapted = makeTable(byId("draw-adapted"));
-  let strokes = []; // each is a list of points
-  let cursor = null; // of the keyboard
+  const source = makeTable(byId("draw-source"));
+  const adapted = makeTable(byId("draw-adapted"));
+  // Each stroke is a list of points.
+  let strokes = [];
+  // Where the keyboard's pen is, once it is used.
+  let cursor = null;
 
   for (const name of Object.keys(LOOKS)) look.add(new Option(name));
 
@@ -105,18 +116,30 @@ export function startDraw() {
     }
   }
 
+  /** Paint the drawing, and over it the keyboard's pen: a square that is no part of the drawing. */
+  function paintWithPen() {
+    paint();
+    if (!cursor) return;
+    context.strokeStyle = "#e0218a";
+    context.lineWidth = 3;
+    context.strokeRect(cursor[0] - 8, cursor[1] - 8, 16, 16);
+  }
+
   const answer = oneAtATime(status, async () => {
     if (strokes.length === 0) return;
-    const adapted = byId("draw-net").value;
+    paint();
     const image = readDrawing(canvas);
+    paintWithPen();
     status.textContent = "Loading the classifiers (2 MB) …";
-    const bySource = showSource(await classify(SOURCE, image));
-    const byAdapted = showAdapted(await classify(adapted, image));
-    status.textContent = `Source only: ${bySource}. Adapted: ${byAdapted}.`;
+    const bySource = await classify(SOURCE, image);
+    const byAdapted = await classify(byId("draw-net").value, image);
+    // "Clear" was pressed meanwhile.
+    if (strokes.length === 0) return;
+    status.textContent = `Source only: ${source.show(bySource)}. Adapted: ${adapted.show(byAdapted)}.`;
   });
 
   function change() {
-    paint();
+    paintWithPen();
     answer();
   }
 
@@ -130,6 +153,7 @@ export function startDraw() {
   canvas.addEventListener("pointerdown", (event) => {
     canvas.setPointerCapture(event.pointerId);
     isDown = true;
+    cursor = null;
     strokes.push([place(event)]);
     paint();
   });
@@ -161,22 +185,22 @@ export function startDraw() {
       change();
       return;
     }
-    paint();
-    context.strokeStyle = "#e0218a"; // the pen, which is not part of the drawing
-    context.lineWidth = 3;
-    context.strokeRect(cursor[0] - 8, cursor[1] - 8, 16, 16);
+    paintWithPen();
   });
 
   byId("draw-clear").addEventListener("click", () => {
     strokes = [];
     cursor = null;
     paint();
+    source.clear();
+    adapted.clear();
     status.textContent = "The paper is empty.";
   });
   for (const digit of Object.keys(EXAMPLES)) {
     byId(`draw-${digit}`).addEventListener("click", () => {
       const scaled = (stroke) => stroke.map((point) => point.map((tenths) => (tenths * SIDE) / 10));
       strokes = EXAMPLES[digit].map(scaled);
+      cursor = null;
       change();
     });
   }

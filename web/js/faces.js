@@ -4,7 +4,8 @@ import { floats, load, run } from "./nets.js";
 import { noiseOf, slerp } from "./noise.js";
 import { byId, drawImage, makeCanvas, numberIn, oneAtATime, secondsSince } from "./page.js";
 
-const COUNT = 16; // faces of the grid
+// How many faces the grid shows.
+const COUNT = 16;
 const LATENT = 100;
 
 const chosenNet = () => document.querySelector("input[name=generator]:checked").value;
