@@ -8,7 +8,7 @@ import { clamp, dpmSolverStep, guide, imageOf } from "./samplers.js";
 const NET = "ddpm_digits";
 const SHAPE = [3, 28, 28];
 // What the card of the network, checkpoints/ddpm_digits.md, recommends for each domain.
-const USUAL = { mnistm: { w: 1.5, upTo: 1 }, svhn: { w: 8, upTo: 0.3 } };
+const USUAL = { mnistm: { w: 8, upTo: 0.5 }, svhn: { w: 8, upTo: 0.3 } };
 
 /**
  * The digits after each step: yields { t, x } for the noise and then for every step. `label` is the
