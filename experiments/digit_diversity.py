@@ -193,7 +193,7 @@ def draw_spread(made: Set, real: Set, path: Path) -> None:
             if row == 0:
                 axis.set_title(str(digit), fontsize=9)
         axes[row, 0].set_ylabel(kind, fontsize=9)
-    axes[0, 0].legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, 1.9), ncols=2)
+    axes[0, 0].legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, 1.6), ncols=2)
     save_figure(figure, path)
 
 
