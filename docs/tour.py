@@ -110,7 +110,7 @@ show("output-tour/faces.png")
 #
 # Classifier-free guidance moves every step further towards the class that is asked, with strength
 # w. In the second picture both rows start from the same noises. Without guidance (w = 0) some
-# digits are faint or broken; with w = 1.5, which the released results have, they stand out. Look
+# digits are faint or broken; with w = 1.5 in every step they stand out. Look
 # at how the colours change too: guidance makes them stronger.
 
 # %%
