@@ -6,6 +6,8 @@ classifier tries to tell its features of source images from those of unlabelled 
 
 Paper: Ganin et al., Domain-Adversarial Training of Neural Networks, 2016,
 https://arxiv.org/abs/1505.07818
+Options beside it: information maximisation (Liang et al., 2020, https://arxiv.org/abs/2002.08546)
+and minimum class confusion (Jin et al., 2020, https://arxiv.org/abs/1912.03699).
 
     python p3_dann.py train --target svhn --method dann --output-dir runs/p3/svhn/dann
     python p3_dann.py predict --checkpoint runs/p3/svhn/dann/model.safetensors \
@@ -590,7 +592,7 @@ def finish(run: Run, args: Train, chosen: Network, validation: dict[str, Images]
     result["oracle_best_accuracy"] = best
 
     panels = {
-        "losses": ["class_loss", "domain_loss"],
+        "losses": ["class_loss", "domain_loss", "infomax_loss", "confusion_loss"],
         "training accuracy": ["class_accuracy", "domain_accuracy"],
         "validation accuracy, %": [key for key in rows[-1] if key.startswith("accuracy_")],
         "target without labels": list(CRITERIA),

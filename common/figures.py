@@ -20,7 +20,8 @@ from common.files import atomic_write
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SECONDS_A_POINT = 0.006  # of t-SNE on one core of a Xeon, measured with 2,000 points
+# Of t-SNE, measured on one core of a CPU with 2,000 points.
+SECONDS_A_POINT = 0.006
 
 
 def pyplot() -> Any:

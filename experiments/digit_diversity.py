@@ -5,9 +5,12 @@ digit's images that lie nearest to its mean (of the first classifier's features)
 repeated. Columns: accuracy by the first classifier, then diversity as in evaluate.py digits (real
 images = 100) with the features of each classifier, of EfficientNet-Lite0, and of the pixels.
 
-A measure is of use if it sees that both poor sets are poor. Writes table.csv, table.md, table.png;
-spread.png, where each digit's images lie in the two main directions of each kind of features; and
-nearest.png, generated digits of the first folder above the real ones that are nearest to them.
+Every measure must see that repeated images are poor. The other set is poor with the features that
+chose it; how poor it is with the others shows whether they count the same.
+
+Writes table.csv, table.md and table.png; spread.png, where each digit's images lie in the two main
+directions of each kind of features; and nearest.png, generated digits of the first folder above the
+real ones that are nearest to them.
 
     python experiments/digit_diversity.py --folders runs/mnistm --domain mnistm \
         --output-dir runs/p2/diversity --classifiers CLASSIFIER Classifier.pth

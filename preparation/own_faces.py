@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from common.cli import UserError
+from common.cli import UserError, printable
 from common.data import decode_image
 from common.figures import save_csv
 from common.progress import show_progress
@@ -107,7 +107,7 @@ def fill_faces(
         found = list(show_progress(results, len(paths), "photographs"))
     faces = [face for face in found if not isinstance(face, str)]
     left_out = [
-        [str(path), reason]
+        [printable(str(path)), reason]
         for path, reason in zip(paths, found, strict=True)
         if isinstance(reason, str)
     ]

@@ -337,6 +337,7 @@ def test_photographs_without_a_fitting_face_are_listed(tmp_path, capsys, monkeyp
     both.save(source / "two.png")
     photograph(220, 400, 300).crop((122, 103, 271, 252)).save(source / "edge.png")
     (source / "text.png").write_text("not an image")
+    Path(os.fsdecode(os.fsencode(source) + b"/\xff.png")).write_text("its name is no UTF-8")
     os.mkfifo(source / "pipe.png")
     (source / "link.png").symlink_to("nowhere.png")
     command = Import("faces", source, tmp_path / "out", several="drop", num_workers=1)
@@ -346,9 +347,9 @@ def test_photographs_without_a_fitting_face_are_listed(tmp_path, capsys, monkeyp
         "faces that lean are not turned upright: that needs a package, "
         "pip install face_recognition_models"
     )
-    assert lines[1] == "face: 2 train, 1 val of 10 photographs"
+    assert lines[1] == "face: 2 train, 1 val of 11 photographs"
     assert sorted(lines[2:]) == [
-        "  left out, cannot be read: 3",
+        "  left out, cannot be read: 4",
         "  left out, face at the edge: 1",
         "  left out, face too small: 1",
         "  left out, no face: 1",
@@ -358,7 +359,7 @@ def test_photographs_without_a_fitting_face_are_listed(tmp_path, capsys, monkeyp
         rows = list(csv.reader(file))
     assert rows[0] == ["photograph", "reason"]
     assert [str(source / "small.png"), "face too small"] in rows
-    assert len(rows) == 8
+    assert len(rows) == 9
     assert len(list((tmp_path / "out" / "face").glob("*/*.png"))) == 3
     prepare_data.main(command)
     assert capsys.readouterr().out.splitlines()[1:] == ["face: already finished, nothing to do"]
