@@ -14,6 +14,7 @@ from typing import Any
 from common.cli import UserError
 from common.files import atomic_write, reason_of
 from common.json_files import read_object
+from preparation.downloads import DownloadError, download
 from preparation.zip_files import extract
 
 DRIVE_IDS = {
@@ -22,7 +23,6 @@ DRIVE_IDS = {
     2024: "1W6Y1OmjzNw2qHoGDCpGOwGpw27wLg1fi",
 }
 RECORD = ".archives.json"  # in the data folder: hash and size of the archive of each year
-TIMEOUT = 60  # seconds without a byte, after which a download has failed
 
 
 def unpack_and_record(year: int, archive: Path, data_dir: Path) -> None:
@@ -154,31 +154,16 @@ def in_words(measured: dict[str, Any]) -> str:
 def fetch(year: int, data_dir: Path) -> Path:
     """Download the archive of a year from the course's Google Drive to a hidden file in `data_dir`.
 
-    Raises UserError that says how to fetch it by hand. What has arrived by then is removed, also
-    after Ctrl-C.
+    Raises UserError that says how to fetch it by hand. What has arrived by then is continued by the
+    next call.
     """
-    import gdown
-
-    aside = data_dir / ".partial-download"
-    shutil.rmtree(aside, ignore_errors=True)  # left by a run that was killed
+    arriving = data_dir / f".partial-download-{year}.zip"
+    url = f"https://drive.google.com/uc?id={DRIVE_IDS[year]}"
     try:
-        aside.mkdir()
-        file = aside / "archive.zip"
-        if gdown.download(id=DRIVE_IDS[year], output=str(file), timeout=TIMEOUT) and file.is_file():
-            return file.replace(data_dir / f".partial-{year}.zip")
-        reason = "no file arrived"
-    except Exception as error:  # gdown passes on whatever requests, urllib3 and bs4 raise
-        reason = first_line(error)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    raise UserError(
-        f"--year {year}: the download failed ({reason}); fetch "
-        f"https://drive.google.com/uc?id={DRIVE_IDS[year]} with a browser and give it as "
-        "--archive FILE.zip"
-    )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's message, or its type if it has none."""
-    message = str(error).strip() or type(error).__name__
-    return message.splitlines()[0]
+        download(arriving, url)
+    except DownloadError as error:
+        raise UserError(
+            f"--year {year}: the download failed ({error}); the same command continues it, or "
+            f"fetch {url} with a browser and give it as --archive FILE.zip"
+        ) from None
+    return arriving.replace(data_dir / f".partial-{year}.zip")

@@ -18,7 +18,7 @@ from common.cli import UserError
 from common.data import DIGIT_SIZE, decode_image, list_images
 from common.progress import show_progress
 from preparation import mnist
-from preparation.archive import first_line
+from preparation.downloads import first_line
 from preparation.public import resize_digits
 
 MOST_DIGITS = 2_000_000  # in a file

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from common.cli import UserError
 from common.data import FORMATS, decode_image, list_images
 from common.progress import show_progress
 from preparation import mnist
-from preparation.archive import first_line
+from preparation.downloads import DownloadError, fetch, first_line
 from preparation.layout import image_name, save_image, write_attributes, write_labels
 from preparation.synthetic.digits import SIZE, SPLITS, mnistm_blend, random_patch
 
@@ -160,7 +160,8 @@ def load_digits(domain: str, raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:
     """Training and test images of MNIST (for mnistm), SVHN or USPS, read with torchvision.
 
     They are downloaded if they are not in `raw_dir`. Returns uint8 (n, height, width[, 3]) and
-    labels int64 (n,). Raises UserError that says what to fetch by hand if the download fails.
+    labels int64 (n,). Raises UserError that says what to fetch by hand if the download fails, and
+    for a file that is another than the published one.
     """
     try:
         if domain == "mnistm":
@@ -168,64 +169,48 @@ def load_digits(domain: str, raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:
         if domain == "usps":
             return load_usps(raw_dir)
         return load_svhn(raw_dir)
-    except (OSError, EOFError, RuntimeError, HTTPException) as error:
+    except (DownloadError, OSError, EOFError, RuntimeError) as error:
         raise UserError(how_to_fetch(domain, raw_dir, error)) from None
-
-
-@contextlib.contextmanager
-def removed_on_failure(*paths: Path) -> Iterator[None]:
-    """Remove those of the files and folders that appear before an error or Ctrl-C.
-
-    torchvision writes them under their final names, and would take a half one for a whole one.
-    """
-    new = [path for path in paths if not path.exists()]
-    try:
-        yield
-    except BaseException:
-        for path in new:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        raise
 
 
 def load_mnist(raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:
     """MNIST's images uint8 (70000, 28, 28) and their labels.
 
-    Some mirrors compress the files again. torchvision would refuse their checksums, so it is only
-    asked if a file is missing. Raises UserError for a file that is not MNIST's.
+    Files that are there need not have the published MD5, because some mirrors compress them again.
+    Raises UserError for a file that is not MNIST's.
     """
     from torchvision import datasets  # takes two seconds to import
 
     folder = raw_dir / "MNIST" / "raw"
-    if any(mnist.find_file(folder, name) is None for name in mnist.FILES):
-        packed = [folder / f"{name}.gz" for name in mnist.FILES]
-        unpacked = [folder / name for name in mnist.FILES]
-        with removed_on_failure(*packed, *unpacked):
-            datasets.MNIST(raw_dir, download=True)
+    for name, md5 in datasets.MNIST.resources:
+        if mnist.find_file(folder, name.removesuffix(".gz")) is None:
+            fetch_from_any(folder / name, md5, [mirror + name for mirror in datasets.MNIST.mirrors])
     train_images, train_labels = mnist.read_mnist(folder, "train")
     test_images, test_labels = mnist.read_mnist(folder, "t10k")
     labels = np.concatenate([train_labels, test_labels]).astype(np.int64)
     return np.concatenate([train_images, test_images]), labels
 
 
-def load_usps(raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """USPS's images uint8 (9298, 16, 16) and their labels.
+def fetch_from_any(target: Path, md5: str, urls: Sequence[str]) -> None:
+    """Download a file from the first address that has it. Raises the last one's DownloadError."""
+    for url in urls[:-1]:
+        try:
+            return fetch(target, md5, url)
+        except DownloadError as error:
+            print(f"warning: {url}: {error}; trying another server", file=sys.stderr)
+    return fetch(target, md5, urls[-1])
 
-    Raises UserError for a file with another checksum, as torchvision does after a download only.
-    """
+
+def load_usps(raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """USPS's images uint8 (9298, 16, 16) and their labels."""
     from torchvision import datasets
 
     folder = raw_dir / "usps"
     parts = []
     for split in ("train", "test"):
-        _, name, md5 = datasets.USPS.split_list[split]
-        path = folder / name
-        if path.exists() and not datasets.utils.check_integrity(path, md5):
-            raise UserError(f"{path}: not the file of USPS, or not all of it; remove it")
-        with removed_on_failure(path):
-            parts.append(datasets.USPS(folder, train=split == "train", download=True))
+        url, name, md5 = datasets.USPS.split_list[split]
+        fetch(folder / name, md5, url)
+        parts.append(datasets.USPS(folder, train=split == "train"))
     train, test = parts
     images = np.concatenate([np.asarray(train.data), np.asarray(test.data)])
     return images, np.concatenate([np.asarray(train.targets), np.asarray(test.targets)])
@@ -238,8 +223,9 @@ def load_svhn(raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:
     folder = raw_dir / "svhn"
     parts = []
     for split in ("train", "test"):
-        with removed_on_failure(folder / datasets.SVHN.split_list[split][1]):
-            parts.append(datasets.SVHN(folder, split, download=True))
+        url, name, md5 = datasets.SVHN.split_list[split]
+        fetch(folder / name, md5, url)
+        parts.append(datasets.SVHN(folder, split))
     train, test = parts
     images = np.concatenate([train.data, test.data])  # (n, 3, 32, 32)
     return images.transpose(0, 2, 3, 1), np.concatenate([train.labels, test.labels])
@@ -252,17 +238,36 @@ def load_celeba(raw_dir: Path, seed: int) -> tuple[list[Path], list[str], np.nda
     """
     from torchvision import datasets
 
-    folder = raw_dir / "celeba" / "img_align_celeba"
+    folder = raw_dir / "celeba"
+    images = folder / "img_align_celeba"
     try:
-        with removed_on_failure(folder):
+        for drive_id, md5, name in datasets.CelebA.file_list:
+            if not (name == "img_align_celeba.zip" and images.exists()):  # it may be removed then
+                fetch(folder / name, md5, f"https://drive.google.com/uc?id={drive_id}")
+        with removed_on_failure(images):
             celeba = datasets.CelebA(raw_dir, split="all", target_type="attr", download=True)
-    except Exception as error:  # it downloads with gdown, which passes on what its libraries raise
+    except (DownloadError, OSError, RuntimeError) as error:
         raise UserError(how_to_fetch("face", raw_dir, error)) from None
     order = np.random.default_rng(seed).permutation(len(celeba.filename))
-    files = [folder / celeba.filename[row] for row in order]
+    files = [images / celeba.filename[row] for row in order]
     names = [name for name in celeba.attr_names if name]
     values = celeba.attr.numpy()[order] * 2 - 1  # 0 or 1 → -1 or 1
     return files, names, values
+
+
+@contextlib.contextmanager
+def removed_on_failure(folder: Path) -> Iterator[None]:
+    """Remove a folder that appears before an error or Ctrl-C.
+
+    torchvision unpacks into it, and would take half of the images for all of them.
+    """
+    is_new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def how_to_fetch(part: str, raw_dir: Path, error: Exception) -> str:
@@ -276,6 +281,6 @@ def how_to_fetch(part: str, raw_dir: Path, error: Exception) -> str:
         "face": "CelebA's img_align_celeba.zip and the five *_celeba.txt files into celeba",
     }
     return (
-        f"{part}: the download failed ({first_line(error)}); "
+        f"{part}: the download failed ({first_line(error)}); the same command continues it, or "
         f"put {needed[part]} under --raw-dir {raw_dir}"
     )

@@ -1,12 +1,15 @@
 """Archives and files from the network: hostile, damaged and half ones are refused, in one line."""
 
+import contextlib
 import gzip
 import hashlib
+import http.server
 import json
 import os
 import shutil
 import stat
 import struct
+import threading
 import zipfile
 from collections import namedtuple
 from collections.abc import Callable
@@ -17,7 +20,7 @@ import pytest
 
 import prepare_data
 from common.cli import UserError
-from preparation import archive, mnist, public, zip_files
+from preparation import archive, downloads, mnist, public, zip_files
 from prepare_data import Check, Download, Import
 
 GOOD = "digits/usps/readme.txt"
@@ -384,57 +387,233 @@ def test_a_damaged_record_is_one_line(tmp_path, monkeypatch, content):
 # Downloads that end too early
 
 
-def test_a_download_is_unpacked_recorded_and_removed(tmp_path, monkeypatch, capsys):
-    import gdown
+class Server(http.server.ThreadingHTTPServer):
+    """A server of one file, which may break off and may be unable to continue."""
 
-    whole = make_zip(tmp_path / "whole.zip", "digits/x")
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content = np.random.default_rng(0).bytes(3_000_000)
+        self.stop_after: int | None = None  # bytes, after which it closes the connection
+        self.can_continue = True
+        self.asked: list[tuple[str, str | None]] = []  # path and range of each request
+        self.url = f"http://127.0.0.1:{self.server_port}/"
 
-    def arrive(id, output, timeout):
-        return shutil.copy(whole, output)
 
-    monkeypatch.setattr(gdown, "download", arrive)
-    out = tmp_path / "out"
-    prepare_data.main(Download(year=2024, data_dir=out))
-    assert hashlib.sha256(whole.read_bytes()).hexdigest() in capsys.readouterr().out
-    assert {path.name for path in out.iterdir()} == {"digits", archive.RECORD}
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Sends the whole file, or the rest that a Range header asks for."""
+
+    server: Server
+
+    def do_GET(self) -> None:
+        server = self.server
+        wanted = self.headers["Range"]
+        server.asked.append((self.path, wanted))
+        start = 0
+        if wanted is not None and server.can_continue:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+        rest = server.content[start:]
+        self.send_response(206 if start else 200)
+        if start:
+            end = len(server.content)
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{end}")
+        self.send_header("ETag", f'"{hashlib.sha256(server.content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(rest)))
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the other side has seen enough of a first answer
+            self.wfile.write(rest[: server.stop_after])
+
+    def log_message(self, *_) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A running server, at which every file of torchvision's lies."""
+    from torchvision import datasets
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with Server() as running:
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        digest = hashlib.md5(running.content).hexdigest()
+        for dataset in (datasets.USPS, datasets.SVHN):
+            files = {
+                split: [running.url + name, name, digest]
+                for split, (_, name, _) in dataset.split_list.items()
+            }
+            monkeypatch.setattr(dataset, "split_list", files)
+        monkeypatch.setattr(datasets.MNIST, "mirrors", [running.url])
+        monkeypatch.setattr(
+            datasets.MNIST, "resources", [(name, digest) for name, _ in datasets.MNIST.resources]
+        )
+        yield running
+        running.shutdown()
+
+
+def digest_of(server: Server) -> str:
+    """The MD5 of the file that a server has."""
+    return hashlib.md5(server.content).hexdigest()
+
+
+def test_a_download_continues_inside_the_file(tmp_path, server):
+    """Twice cut off; each time only the rest is asked for."""
+    target = tmp_path / "raw" / "a.mat"
+    url = server.url + "a.mat"
+    server.stop_after = 1_200_000
+    sizes = []
+    for _ in range(2):
+        with pytest.raises(downloads.DownloadError, match="Download is incomplete"):
+            downloads.fetch(target, digest_of(server), url)
+        assert not target.exists()
+        sizes.append(downloads.arrived(target))
+    assert 0 < sizes[0] < sizes[1] < len(server.content)
+    server.stop_after = None
+    downloads.fetch(target, digest_of(server), url)
+    assert target.read_bytes() == server.content
+    assert list(target.parent.iterdir()) == [target]
+    ranges = [wanted for _, wanted in server.asked if wanted is not None]
+    assert ranges == [f"bytes={size}-" for size in sizes]
+    count = len(server.asked)
+    downloads.fetch(target, digest_of(server), url)  # it is there
+    assert len(server.asked) == count
+
+
+def test_ctrl_c_keeps_what_has_arrived(tmp_path, server, monkeypatch):
+    import tqdm  # gdown's bar
+
+    def stop(self, count):
+        raise KeyboardInterrupt
+
+    target = tmp_path / "a.mat"
+    monkeypatch.setattr(tqdm.tqdm, "update", stop)
+    with pytest.raises(KeyboardInterrupt):
+        downloads.fetch(target, digest_of(server), server.url)
+    monkeypatch.undo()
+    assert downloads.arrived(target) > 0
+    downloads.fetch(target, digest_of(server), server.url)
+    assert target.read_bytes() == server.content
+
+
+def test_a_server_that_cannot_continue_sends_all_of_it(tmp_path, server):
+    target = tmp_path / "a.mat"
+    server.stop_after = 1_200_000
+    with pytest.raises(downloads.DownloadError):
+        downloads.fetch(target, digest_of(server), server.url)
+    server.stop_after = None
+    server.can_continue = False
+    downloads.fetch(target, digest_of(server), server.url)
+    assert target.read_bytes() == server.content
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_of_two_parts_the_longer_one_is_continued(tmp_path, server):
+    """Two runs that were killed may leave two, which gdown refuses."""
+    target = tmp_path / "a.mat"
+    (tmp_path / "a.matabcdefgh.part").write_bytes(server.content[:1_000])
+    (tmp_path / "a.mat12345678.part").write_bytes(server.content[:2_000])
+    (tmp_path / "a.mat.part").write_bytes(b"another program's")
+    downloads.fetch(target, digest_of(server), server.url)
+    assert target.read_bytes() == server.content
+    assert server.asked[-1][1] == "bytes=2000-"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mat", "a.mat.part"}
+
+
+def test_another_file_than_the_published_one_is_not_kept(tmp_path, server):
+    """A page that asks to log in, for example, or a file that changed between two runs."""
+    target = tmp_path / "a.mat"
+    (tmp_path / "a.matabcdefgh.part").write_bytes(bytes(1_000))
+    with pytest.raises(downloads.DownloadError, match="sent another file than the published one"):
+        downloads.fetch(target, digest_of(server), server.url)
+    assert not list(tmp_path.iterdir())
+    target.write_bytes(b"<html>")
+    with pytest.raises(UserError) as error:
+        downloads.fetch(target, digest_of(server), server.url)
+    assert (
+        str(error.value) == f"{target}: not the file of {server.url}, or not all of it; remove it"
+    )
+    assert target.read_bytes() == b"<html>"
 
 
 @pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), ConnectionResetError("lost"), OSError(28, "No space left")]
+    ("domain", "folder"), [("mnistm", "MNIST/raw"), ("usps", "usps"), ("svhn", "svhn")]
 )
-def test_half_a_download_is_removed(tmp_path, monkeypatch, error):
-    """Also what gdown keeps under a name of its own, and what a run left that was killed."""
-    import gdown
+def test_public_data_sets_are_continued(tmp_path, server, monkeypatch, domain, folder):
+    """Their files are not images here, so reading them fails after the first or the last one."""
+    (tmp_path / "photos").mkdir()
+    public.save_image(np.zeros((40, 40, 3), np.uint8), tmp_path / "photos" / "0.png")
+    out, raw = tmp_path / "out", tmp_path / "raw"
+    options = Download(
+        public=True,
+        data_dir=out,
+        raw_dir=raw,
+        parts=(f"digits/{domain}",),
+        textures=tmp_path / "photos",
+    )
+    server.stop_after = 2_000_000
+    with pytest.raises(UserError) as error:
+        prepare_data.main(options)
+    assert f"{domain}: the download failed (Download is incomplete: received " in str(error.value)
+    assert "the same command continues it, or put " in str(error.value)
+    assert "\n" not in str(error.value)
+    [part] = (raw / folder).iterdir()
+    assert part.name.endswith(".part")
+    size = part.stat().st_size
+    assert 0 < size < len(server.content)
+    assert not list(out.iterdir())
 
-    def fail(id, output, timeout):
-        Path(output).write_bytes(b"half")
-        Path(f"{output}abcdefgh.part").write_bytes(b"half")
-        raise error
+    server.stop_after = None
+    server.asked.clear()
+    with pytest.raises((UserError, ValueError)):
+        prepare_data.main(options)
+    assert server.asked[1][1] == f"bytes={size}-"
+    names = {path.name for path in (raw / folder).iterdir()}
+    assert names == {path.strip("/") for path, _ in server.asked}
+    assert not list(out.iterdir())
 
-    monkeypatch.setattr(gdown, "download", fail)
-    (tmp_path / ".partial-download").mkdir()
-    (tmp_path / ".partial-download" / "archive.zip").touch()
-    with pytest.raises((UserError, KeyboardInterrupt)):
-        prepare_data.main(Download(year=2024, data_dir=tmp_path))
-    assert not list(tmp_path.iterdir())
+
+def test_another_mirror_is_asked(tmp_path, server, capsys):
+    gone = "http://127.0.0.1:9/a.gz"  # where nothing listens
+    target = tmp_path / "a.gz"
+    public.fetch_from_any(target, digest_of(server), [gone, server.url + "a.gz"])
+    assert target.read_bytes() == server.content
+    printed = capsys.readouterr().err
+    assert f"warning: {gone}: " in printed
+    assert "; trying another server\n" in printed
+    target.unlink()
+    with pytest.raises(downloads.DownloadError, match="refused"):
+        public.fetch_from_any(target, digest_of(server), [gone, gone])
+
+
+def test_celebas_files_are_fetched_but_not_a_zip_that_is_unpacked(tmp_path, monkeypatch):
+    """Google Drive cannot be asked here; what would be asked for is seen."""
+    from torchvision import datasets
+
+    asked = []
+
+    def fetch(target, md5, url):
+        asked.append((target.name, url))
+
+    def stop(*_, **__):
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(public, "fetch", fetch)
+    monkeypatch.setattr(datasets.CelebA, "__init__", stop)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"face: the download failed \(stopped\)"):
+            public.load_celeba(tmp_path, 0)
+        (tmp_path / "celeba" / "img_align_celeba").mkdir(parents=True, exist_ok=True)
+    all_of_it = [name for _, _, name in datasets.CelebA.file_list]
+    assert [name for name, _ in asked] == [*all_of_it, *all_of_it[1:]]
+    assert all_of_it[0] == "img_align_celeba.zip"
+    first = datasets.CelebA.file_list[0][0]
+    assert asked[0][1] == f"https://drive.google.com/uc?id={first}"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("File not found")])
-@pytest.mark.parametrize(
-    ("part", "dataset", "file"),
-    [
-        ("digits/mnistm", "MNIST", "MNIST/raw/train-images-idx3-ubyte"),
-        ("digits/mnistm", "MNIST", "MNIST/raw/train-images-idx3-ubyte.gz"),
-        ("digits/usps", "USPS", "usps/usps.bz2"),
-        ("digits/svhn", "SVHN", "svhn/train_32x32.mat"),
-        ("face", "CelebA", "celeba/img_align_celeba/000001.jpg"),
-    ],
-)
-def test_half_a_public_data_set_is_removed(tmp_path, monkeypatch, part, dataset, file, error):
-    """What was there before stays."""
+def test_half_of_celebas_images_are_removed(tmp_path, monkeypatch, error):
+    """Torchvision would take them for all of them. The archive stays."""
     from torchvision import datasets
 
-    half = tmp_path / "raw" / file
+    half = tmp_path / "raw" / "celeba" / "img_align_celeba" / "000001.jpg"
     whole = tmp_path / "raw" / "celeba" / "img_align_celeba.zip"
 
     def fail(*_, **__):
@@ -444,27 +623,85 @@ def test_half_a_public_data_set_is_removed(tmp_path, monkeypatch, part, dataset,
 
     whole.parent.mkdir(parents=True)
     whole.touch()
-    monkeypatch.setattr(getattr(datasets, dataset), "__init__", fail)
-    options = {"data_dir": tmp_path / "out", "raw_dir": tmp_path / "raw", "parts": (part,)}
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    public.save_image(np.zeros((40, 40, 3), np.uint8), photos / "0.png")
+    monkeypatch.setattr(public, "fetch", lambda *_: None)
+    monkeypatch.setattr(datasets.CelebA, "__init__", fail)
     with pytest.raises((UserError, KeyboardInterrupt)):
-        prepare_data.main(Download(public=True, textures=photos, **options))
-    assert not half.exists()
-    assert not (tmp_path / "raw" / "celeba" / "img_align_celeba").exists()
+        prepare_data.main(
+            Download(
+                public=True, data_dir=tmp_path / "out", raw_dir=tmp_path / "raw", parts=("face",)
+            )
+        )
+    assert not half.parent.exists()
     assert whole.exists()
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_an_archive_is_continued_unpacked_recorded_and_removed(
+    tmp_path, server, monkeypatch, capsys
+):
+    """The course's archive, from a server of our own instead of Google Drive."""
+    import gdown
+
+    content = np.random.default_rng(0).bytes(2_000_000)
+    whole = make_zip(tmp_path / "whole.zip", "digits/x", content=content)
+    server.content = whole.read_bytes()
+    server.stop_after = 1_200_000
+    download = gdown.download
+
+    def from_our_server(url, *arguments, **options):
+        assert url == f"https://drive.google.com/uc?id={archive.DRIVE_IDS[2024]}"
+        return download(server.url, *arguments, **options)
+
+    monkeypatch.setattr(gdown, "download", from_our_server)
+    out = tmp_path / "out"
+    with pytest.raises(UserError) as error:
+        prepare_data.main(Download(year=2024, data_dir=out))
+    message = str(error.value)
+    assert message.startswith("--year 2024: the download failed (Download is incomplete: received ")
+    assert "the same command continues it, or fetch https://drive.google.com/" in message
+    assert message.endswith("with a browser and give it as --archive FILE.zip")
+    [part] = out.iterdir()
+    size = part.stat().st_size
+    assert 0 < size < len(server.content)
+
+    server.stop_after = None
+    prepare_data.main(Download(year=2024, data_dir=out))
+    assert server.asked[-1][1] == f"bytes={size}-"
+    assert hashlib.sha256(whole.read_bytes()).hexdigest() in capsys.readouterr().out
+    assert (out / "digits" / "x").read_bytes() == content
+    assert {path.name for path in out.iterdir()} == {"digits", archive.RECORD}
+
+
+def test_an_archive_that_cannot_be_unpacked_is_kept_and_fetched_anew(tmp_path, monkeypatch):
+    import gdown
+
+    sent = [b"<html>", make_zip(tmp_path / "whole.zip", "digits/x").read_bytes()]
+
+    def arrive(url, output, **_):
+        Path(output).write_bytes(sent.pop(0))
+        return output
+
+    monkeypatch.setattr(gdown, "download", arrive)
+    out = tmp_path / "out"
+    with pytest.raises(UserError) as error:
+        prepare_data.main(Download(year=2024, data_dir=out))
+    kept = out / ".partial-2024.zip"
+    assert str(error.value).endswith(f"; the download is kept: --archive {kept}")
+    assert kept.read_bytes() == b"<html>"
+    prepare_data.main(Download(year=2024, data_dir=out))
+    assert {path.name for path in out.iterdir()} == {"digits", archive.RECORD}
+
+
 def test_a_file_of_usps_that_is_something_else_is_named(tmp_path):
-    """Torchvision checks it after a download only."""
+    from torchvision import datasets
+
     file = tmp_path / "usps" / "usps.bz2"
     file.parent.mkdir()
     file.write_bytes(b"<html>")
     with pytest.raises(UserError) as error:
         public.load_digits("usps", tmp_path)
-    assert str(error.value) == f"{file}: not the file of USPS, or not all of it; remove it"
+    url = datasets.USPS.split_list["train"][0]
+    assert str(error.value) == f"{file}: not the file of {url}, or not all of it; remove it"
 
 
 # MNIST's files
