@@ -3,6 +3,7 @@
     python evaluate.py fid SAMPLES hw2_data/face/val --floor hw2_data/face/train
     python evaluate.py fid SAMPLES hw2_data/face/val --features random
     python evaluate.py kid SAMPLES hw2_data/face/val --floor hw2_data/face/train
+    python evaluate.py nearest SAMPLES hw2_data/face/train hw2_data/face/val
     python evaluate.py faces SAMPLES --real hw2_data/face/val
     python evaluate.py digits SAMPLES --classifier Classifier.pth --data-dir hw2_data
     python evaluate.py train-classifier --domain svhn --output-dir runs/classifier/svhn
@@ -57,7 +58,15 @@ from common.cli import (
     is_seed,
     run_cli,
 )
-from common.data import Images, draw_batch, is_grey, labels_of, load_digits, normalise
+from common.data import (
+    Images,
+    draw_batch,
+    is_grey,
+    labels_of,
+    list_images,
+    load_digits,
+    normalise,
+)
 from common.device import Device, Precision, make_accelerator, place
 from common.figures import save_curves, save_table
 from common.files import atomic_write, make_output_dir
@@ -103,6 +112,13 @@ from metrics.frechet import (
 )
 from metrics.inversion import score_concepts, summary, table_of_scores
 from metrics.kernel import KERNEL_METRICS, KernelDistance, kernel_distance, size_of_subsets
+from metrics.nearest import (
+    NearestFeatures,
+    draw_neighbours,
+    find_neighbours,
+    open_features,
+    share_nearer,
+)
 from metrics.pairs import squared_errors
 from metrics.scenes import TrainScenes, train_scenes
 from models.attribute_classifier import SMALLEST_INPUT, AttributeClassifier
@@ -172,6 +188,35 @@ class Kid(Distance):
         super().__post_init__()
         at_least("--subsets", self.subsets, 1)
         at_least("--subset-size", self.subset_size, 2)
+
+
+@dataclass
+class Nearest:
+    """Distances to the nearest training image: are generated images copies of training images?
+
+    Real images that were not trained on say which distances are usual.
+    """
+
+    generated: Annotated[Positional[Path], tyro.conf.arg(metavar="GENERATED")]
+    """Folder of generated images, with its sub-folders."""
+    train: Annotated[Positional[Path], tyro.conf.arg(metavar="TRAIN")]
+    """Folder of the images that the generator was trained on."""
+    real: Annotated[Positional[Path], tyro.conf.arg(metavar="REAL")]
+    """Folder of real images that it was not trained on."""
+    features: NearestFeatures = "efficientnet"
+    """EfficientNet-Lite0, which sees what is shown, or pixels of the image shrunk to 32x32."""
+    batch_size: int = 50
+    """Images at a time."""
+    device: Device = "auto"
+    """Where the features are computed."""
+    output_dir: Path | None = None
+    """Folder for result.json and nearest.png; without it the result is only printed."""
+
+    def __post_init__(self) -> None:
+        at_least("--batch-size", self.batch_size, 1)
+        for flag, folder in (("GENERATED", self.generated), ("REAL", self.real)):
+            if folder.resolve() == self.train.resolve():
+                raise UserError(f"{flag} {folder}: is the folder of the training images")
 
 
 @dataclass
@@ -509,6 +554,39 @@ def describe(source: Source) -> str:
     return f"{count} images of {source.path}"
 
 
+def score_nearest(args: Nearest, accelerator: Accelerator) -> Score:
+    """How near generated and real images are to the training images, and which are nearest."""
+    folders = (args.train, args.generated, args.real)
+    files = {folder: list_images(folder, recursive=True) for folder in folders}
+    embedding = open_features(args.features, accelerator.device)
+    train = embed_images(args.train, files[args.train], embedding, args.batch_size, accelerator)
+    generated, real = (
+        find_neighbours(folder, files[folder], train, embedding, args.batch_size, accelerator)
+        for folder in (args.generated, args.real)
+    )
+    nearer = share_nearer(generated.distances, real.distances)
+    medians = [found.distances.median().item() for found in (generated, real)]
+    smallest = [found.distances.min().item() for found in (generated, real)]
+    if args.output_dir is not None and accelerator.is_main_process:
+        draw_neighbours(generated, real, files[args.train], args.output_dir / "nearest.png")
+    result = {
+        "metric": "distance to the nearest training image",
+        "features": embedding.name,
+        "nearer_percent": nearer,
+        "generated": {"images": len(generated.files), "median": medians[0], "min": smallest[0]},
+        "real": {"images": len(real.files), "median": medians[1], "min": smallest[1]},
+        "training_images": len(train),
+    }
+    text = (
+        f"nearest of {len(train):,} training images ({embedding.name}): median distance "
+        f"{medians[0]:.3f}, smallest {smallest[0]:.3f}, of {len(generated.files):,} images of "
+        f"{args.generated}; {medians[1]:.3f} and {smallest[1]:.3f} of {len(real.files):,} images "
+        f"of {args.real}; a generated image is nearer than a real one in {nearer:.1f} % of all "
+        "pairs (50 if alike, more if copied)"
+    )
+    return Score(result, text)
+
+
 def score_faces(args: Faces, accelerator: Accelerator) -> Score:
     """The rate of images with exactly one face, and that of real images beside it."""
     rate = face_rate(args.images, args.num_workers, accelerator)
@@ -618,7 +696,7 @@ def score_inversion(args: Inversion, accelerator: Accelerator) -> Score:
     return Score({**result, **found}, "\n".join(lines))
 
 
-def evaluate(args: Fid | Kid | Faces | Digits | Attributes | Mse | Inversion) -> dict[str, Any]:
+def evaluate(args: Scores) -> dict[str, Any]:
     """Compute a score, print it and write result.json; returns what is in there.
 
     Processes share the images, and each computes the same score; the first one prints and writes.
@@ -627,31 +705,11 @@ def evaluate(args: Fid | Kid | Faces | Digits | Attributes | Mse | Inversion) ->
     name = type(args).__name__.lower()
     file = None
     if args.output_dir is not None:
-        if isinstance(args, Digits | Attributes | Inversion):
-            refuse_inside(args.output_dir, args.images)
+        for folder in folders_of(args):
+            refuse_inside(args.output_dir, folder)
         file = claim_result(args.output_dir, name)
-    match args:
-        case Fid():
-            accelerator = make_accelerator(device_of(args), "fp32")
-            score = score_fid(args, accelerator)
-        case Kid():
-            accelerator = make_accelerator(device_of(args), "fp32")
-            score = score_kid(args, accelerator)
-        case Faces():
-            accelerator = make_accelerator("cpu", "fp32")
-            score = score_faces(args, accelerator)
-        case Digits():
-            accelerator = make_accelerator(args.device, "fp32")
-            score = score_digits(args, accelerator)
-        case Attributes():
-            accelerator = make_accelerator(args.device, "fp32")
-            score = score_attributes(args, accelerator)
-        case Mse():
-            accelerator = make_accelerator("cpu", "fp32")
-            score = score_mse(args)
-        case Inversion():
-            accelerator = make_accelerator(args.device, "fp32")
-            score = score_inversion(args, accelerator)
+    accelerator = make_accelerator(device_of(args), "fp32")
+    score = compute(args, accelerator)
     if accelerator.is_main_process:
         print(score.text)
     result = {"score": name, **score.result}
@@ -663,9 +721,45 @@ def evaluate(args: Fid | Kid | Faces | Digits | Attributes | Mse | Inversion) ->
     return result
 
 
-def device_of(args: Fid | Kid) -> Device:
-    """Where the features are computed."""
-    return "cpu" if args.features == "random" else args.device
+def device_of(args: Scores) -> Device:
+    """Where a score is computed."""
+    match args:
+        case Faces() | Mse() | Fid(features="random") | Kid(features="random"):
+            return "cpu"
+        case _:
+            return args.device
+
+
+def compute(args: Scores, accelerator: Accelerator) -> Score:
+    """Compute one score."""
+    match args:
+        case Fid():
+            return score_fid(args, accelerator)
+        case Kid():
+            return score_kid(args, accelerator)
+        case Nearest():
+            return score_nearest(args, accelerator)
+        case Faces():
+            return score_faces(args, accelerator)
+        case Digits():
+            return score_digits(args, accelerator)
+        case Attributes():
+            return score_attributes(args, accelerator)
+        case Mse():
+            return score_mse(args)
+        case Inversion():
+            return score_inversion(args, accelerator)
+
+
+def folders_of(args: Scores) -> list[Path]:
+    """Folders all of whose images are read, so that a figure must not lie in them."""
+    match args:
+        case Digits() | Attributes() | Inversion():
+            return [args.images]
+        case Nearest():
+            return [args.generated, args.train, args.real]
+        case _:
+            return []
 
 
 def refuse_inside(output_dir: Path, images: Path) -> None:
@@ -858,8 +952,10 @@ def finish_attributes(
 
 
 Trainings = TrainClassifier | TrainAttributes | TrainScenes
-Shared = Fid | Kid | Faces | Digits | Attributes | Inversion | Trainings  # by several processes
-Command = Shared | Mse
+Divided = Fid | Kid | Nearest | Faces | Digits | Attributes | Inversion  # among processes
+Scores = Divided | Mse
+Shared = Divided | Trainings
+Command = Scores | Trainings
 
 
 def main(args: Command) -> dict[str, Any]:

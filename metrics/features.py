@@ -204,13 +204,14 @@ def load_inception(path: Path) -> nn.Module:
 # EfficientNet
 
 
-def efficientnet_features(device: torch.device) -> Embedding:
+def efficientnet_features(device: torch.device, instead: str = "--features random") -> Embedding:
     """EfficientNet-Lite0 trained on ImageNet: the 1,280 pooled features before its classifier.
 
     Images are resized to 224x224 (bicubic, with antialias), cut off at 0 and 255, and given to the
-    network as (x - 127) / 128. Raises UserError if the package with the weights is missing.
+    network as (x - 127) / 128. Raises UserError if the package with the weights is missing, which
+    names the option `instead` that does without.
     """
-    path = find_efficientnet(instead="--features random")
+    path = find_efficientnet(instead=instead)
     net = load_efficientnet(path).to(device, memory_format=torch.channels_last)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
 
