@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +15,18 @@ from common.checkpoints import load_net
 from common.cli import UserError
 from common.files import ROOT
 from common.rng import ImageNoise
+from diffusion.noise_levels import karras_levels
 from diffusion.schedule import Schedule, spaced_steps
+from models.adaptation import AdaptationNet
 from models.autoencoder import Autoencoder
 from models.context_unet import ContextUnet
 from models.dann import DannDeep
 from models.ddim_unet import DdimUnet
 from models.gan import Generator
 from models.latent_unet import LatentUnet
+from models.noisy_classifier import NoisyClassifier
 from models.scene_classifier import SceneClassifier
+from models.text_to_image import TextToImage
 from tests.conftest import save_net
 from tests.golden import fill
 from tools import export
@@ -55,7 +60,24 @@ def small_latent_unet() -> LatentUnet:
     return LatentUnet(unet | {"blocks": 1, "n_attributes": 3}, autoencoder)
 
 
+def small_adaptation_net() -> AdaptationNet:
+    return AdaptationNet("resnet18", 4, "backbone", 32, width=16, dense=8, hidden=8)
+
+
+def small_noisy_classifier() -> NoisyClassifier:
+    unet = {"in_channels": 3, "size": 16, "width": 8, "multipliers": (1, 2), "attention": (8,)}
+    return NoisyClassifier(unet | {"blocks": 1}, n_attributes=3)
+
+
+def small_text_to_image() -> TextToImage:
+    sizes = {"width": 32, "multipliers": (1, 2), "attention_levels": (1,), "heads": 2}
+    return TextToImage((3, 5, 8), size=32, text_width=16, text_layers=1, length=6, **sizes)
+
+
 NETS = {
+    "dann_resnet": small_adaptation_net,
+    "noisy_classifier": small_noisy_classifier,
+    "text_to_image": small_text_to_image,
     "generator": lambda: Generator(8, 4),
     "dann": lambda: DannDeep(width=8, hidden=0),
     "context_unet": lambda: ContextUnet(3, 8, 10),
@@ -164,6 +186,45 @@ def test_the_steps_of_the_sampler_are_described(tmp_path):
         export.describe(net, config, [], args)
 
 
+def test_the_levels_of_a_score_based_model_are_described(tmp_path):
+    args = write(tmp_path, small_latent_unet(), noise_levels=LEVELS)
+    args.steps = 5
+    net, config = load_net(args.checkpoint, export.NETS)
+    sampling = export.describe(net, config, [], args)["sampling"]
+    rows = sampling.pop("levels")
+    assert sampling == LEVELS
+    assert [row["sigma"] for row in rows] == karras_levels(50.0, 0.02, 5)
+    assert [rows[0]["time"], rows[-1]["time"]] == pytest.approx([1_000, 0])
+    middle = 1_000 * math.log(rows[2]["sigma"] / 0.02) / math.log(50 / 0.02)
+    assert rows[2]["time"] == pytest.approx(middle)
+
+
+def test_the_names_of_the_classes_are_described(tmp_path):
+    names = ["bed", "desk", "lamp", "mug"]
+    args = write(tmp_path, small_adaptation_net(), class_names=names)
+    net, config = load_net(args.checkpoint, export.NETS)
+    assert export.describe(net, config, [], args)["classes"] == names
+
+
+def test_a_score_based_model_has_no_spacing(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "require_packages", lambda: None)
+    args = write(tmp_path, small_latent_unet(), noise_levels=LEVELS)
+    args.spacing = "beta"
+    with pytest.raises(UserError, match=r"--spacing beta: .* is no diffusion model"):
+        export.main(args)
+
+
+@needs_onnx
+def test_a_text_encoder_knows_the_same_tokens(tmp_path):
+    """Its input are CLIP's tokens; those that the model does not know are one."""
+    args = write(tmp_path, fill(small_text_to_image()), schedule=SCHEDULE | {"steps": 1_000})
+    export.main(args)
+    ids = torch.tensor([[3, 5, 8, 49_407, 3, 3], [3, 5, 8, 7, 3, 3], [3, 8, 5, 7, 3, 3]])
+    states = run_onnx(args.output_dir / "net_text.onnx", {"ids": ids})
+    assert torch.allclose(states[0], states[1])
+    assert not torch.allclose(states[1], states[2])
+
+
 def test_the_noises_are_those_that_the_scripts_draw(tmp_path, monkeypatch):
     args = write(tmp_path, Generator(8, 4))
     args.noises = 3
@@ -179,7 +240,6 @@ def test_the_noises_are_those_that_the_scripts_draw(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("make", "config", "message"),
     [
-        (small_latent_unet, {"noise_levels": LEVELS}, "is a score-based model"),
         (Autoencoder, {}, "is the network 'autoencoder', which is not exported"),
         (
             lambda: SceneClassifier({"colour": 3}),

@@ -4,8 +4,9 @@ r"""Export a network as ONNX, which other programs and browsers run, and check t
     python tools/export.py checkpoints/ddpm_digits.safetensors --output-dir nets --noises 11
 
 NAME.onnx maps batches of any size as the network does, and NAME.json describes it: its inputs and,
-for a diffusion model, the steps of a sampler with their ᾱ. A network for latents has its decoder in
-NAME_decoder.onnx. ONNX Runtime then runs each file; it must agree with PyTorch to 1e-4.
+for a diffusion model, the steps of a sampler with their ᾱ, or for a score-based one its levels σ.
+A network for latents has its decoder in NAME_decoder.onnx, and one that reads text has its text
+encoder in NAME_text.onnx. ONNX Runtime then runs each file; it must agree with PyTorch to 1e-4.
 
 Computations are in float32. Weights that float16 holds exactly, as it does those of the released
 files, are stored in float16 with a cast behind them. That halves the file and changes no number.
@@ -35,8 +36,10 @@ from common.cli import UserError, at_least, run_cli
 from common.files import atomic_write, make_output_dir
 from common.packages import refuse_missing
 from common.rng import ImageNoise, make_rng
+from diffusion.noise_levels import NoiseLevels, karras_levels
 from diffusion.samplers import step_pairs
 from diffusion.schedule import Schedule, Spacing, spaced_steps
+from models.adaptation import AdaptationNet
 from models.attention_unet import AttentionUnet
 from models.attribute_classifier import AttributeClassifier
 from models.autoencoder import Autoencoder
@@ -48,16 +51,20 @@ from models.gan import Generator, ProjectionGenerator
 from models.latent_unet import LatentUnet
 from models.nets import NETS
 from models.network import Network
+from models.noisy_classifier import NoisyClassifier
+from models.text_to_image import CLIP_TOKENS, TextToImage
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGEST_DIFFERENCE = 1e-4
+DEFAULT_STEPS = 12
+CLASSIFIERS = (DigitClassifier, DigitResNet, AttributeClassifier, AdaptationNet, NoisyClassifier)
 DIGIT = (3, 28, 28)
 FACE = (3, 64, 64)
 
 
 @dataclass
 class Export:
-    """Write NAME.onnx and NAME.json, and NAME_decoder.onnx for a network in latents."""
+    """Write NAME.onnx and NAME.json, and NAME_decoder.onnx or NAME_text.onnx if there is one."""
 
     checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")]
     """A released network, or model.safetensors of a run."""
@@ -99,6 +106,32 @@ class Decoder(nn.Module):
         return self.autoencoder.decode(latents)
 
 
+class TextStates(nn.Module):
+    """The text encoder of a text-to-image model as a module of its own."""
+
+    def __init__(self, model: TextToImage) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (batch, length) of CLIP's vocabulary → states (batch, length, text_width)."""
+        return self.model.encode_text(self.model.embed(ids))
+
+
+class TextDenoiser(nn.Module):
+    """The other part of a text-to-image model, which reads the states of a prompt."""
+
+    def __init__(self, model: TextToImage) -> None:
+        super().__init__()
+        self.model = model
+        self.shape = model.shape
+        self.counts_steps = model.counts_steps
+
+    def forward(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        """Noisy x (batch, *shape), steps (batch,) and states → the prediction."""
+        return self.model.predict(x, t, states)
+
+
 def require_packages() -> None:
     """Raise UserError if a package of the extra `export` is missing."""
     for package in PACKAGES:
@@ -114,13 +147,16 @@ def parts_of(net: Network, name: str) -> list[Part]:
     if isinstance(net, LatentUnet):
         decoder = Decoder(net.autoencoder)
         return [Part(name, net.unet, "prediction"), Part(f"{name}_decoder", decoder, "images")]
+    if isinstance(net, TextToImage):
+        text = Part(f"{name}_text", TextStates(net), "states")
+        return [Part(name, TextDenoiser(net), "prediction"), text]
     if isinstance(net, DdimUnet | ContextUnet | AttentionUnet):
         return [Part(name, net, "prediction")]
     if isinstance(net, Generator | ProjectionGenerator):
         return [Part(name, net, "images")]
     if isinstance(net, DannNet):
         return [Part(name, net, "log_probabilities")]
-    if isinstance(net, DigitClassifier | DigitResNet | AttributeClassifier):
+    if isinstance(net, CLASSIFIERS):
         return [Part(name, net, "logits")]
     return []
 
@@ -129,11 +165,19 @@ def noise_shape(net: nn.Module) -> tuple[int, ...] | None:
     """The shape of the noise that an image is made from; None for a classifier."""
     if isinstance(net, Generator | ProjectionGenerator):
         return (net.latent,)
-    if isinstance(net, DdimUnet | LatentUnet):
+    if isinstance(net, DdimUnet | LatentUnet | TextToImage | TextDenoiser):
         return net.shape
     if isinstance(net, ContextUnet | AttentionUnet):
         return (net.config["arguments"]["in_channels"], 28, 28)
     return None
+
+
+def size_of(classifier: nn.Module) -> tuple[int, int, int]:
+    """The shape of the images that a classifier reads."""
+    if isinstance(classifier, AdaptationNet):
+        size = classifier.config["arguments"]["size"]
+        return (3, size, size)
+    return FACE if isinstance(classifier, AttributeClassifier) else DIGIT
 
 
 def draw_inputs(module: nn.Module, count: int) -> dict[str, Tensor]:
@@ -144,10 +188,12 @@ def draw_inputs(module: nn.Module, count: int) -> dict[str, Tensor]:
     if isinstance(module, Decoder):
         shape = module.autoencoder.latent_shape
         return {"latents": torch.randn((count, *shape), generator=rng)}
-    shape = noise_shape(module)
+    if isinstance(module, TextStates):
+        shape = (count, module.model.length)
+        return {"ids": torch.randint(CLIP_TOKENS, shape, generator=rng)}
+    shape = module.shape if isinstance(module, NoisyClassifier) else noise_shape(module)
     if shape is None:
-        size = FACE if isinstance(module, AttributeClassifier) else DIGIT
-        return {"images": 2 * torch.rand((count, *size), generator=rng) - 1}
+        return {"images": 2 * torch.rand((count, *size_of(module)), generator=rng) - 1}
 
     inputs = {"x": torch.randn((count, *shape), generator=rng)}
     time = torch.rand(count, generator=rng)
@@ -158,8 +204,11 @@ def draw_inputs(module: nn.Module, count: int) -> dict[str, Tensor]:
     if classes:
         inputs["classes"] = torch.randint(classes, (count,), generator=rng)
         inputs["drop"] = torch.rand(count, generator=rng) < 0.5
+    if isinstance(module, TextDenoiser):
+        shape = (count, module.model.length, module.model.text_width)
+        inputs["states"] = torch.randn(shape, generator=rng)
     attributes = arguments.get("n_attributes", 0)
-    if attributes:
+    if attributes and not isinstance(module, NoisyClassifier):  # which returns them
         states = torch.randint(3, (count, attributes), generator=rng)
         inputs["attributes"] = states.float() - 1  # 1, -1, or 0 for unknown
     return inputs
@@ -270,16 +319,30 @@ def describe(net: Network, config: dict[str, Any], parts: list[Part], args: Expo
             about[key] = config[key]
     if isinstance(net, AttributeClassifier):
         about["attributes"] = net.attributes
+    if isinstance(net, AdaptationNet):
+        about["classes"] = config.get("class_names")
     if "schedule" in config:
         about["sampling"] = describe_sampling(net, config, args)
+    if "noise_levels" in config:
+        about["sampling"] = describe_levels(config["noise_levels"], args)
     return about
+
+
+def describe_levels(noise_levels: dict[str, Any], args: Export) -> dict[str, Any]:
+    """The levels σ of a score-based model's sampler, and what the network reads for each."""
+    levels = NoiseLevels(**noise_levels)
+    rows = []
+    for sigma in karras_levels(levels.sigma_max, levels.sigma_min, args.steps or DEFAULT_STEPS):
+        time = levels.time(torch.tensor([sigma], dtype=torch.float64))
+        rows.append({"sigma": sigma, "time": float(time)})
+    return {**levels.to_config(), "levels": rows}
 
 
 def describe_sampling(net: Network, config: dict[str, Any], args: Export) -> dict[str, Any]:
     """The steps of a sampler: for each its number, what the network reads for it, and its ᾱ."""
     schedule = Schedule.from_config(config["schedule"])
     sampling = config.get("sampling", {})
-    count = min(12, schedule.T) if args.steps is None else args.steps
+    count = min(DEFAULT_STEPS, schedule.T) if args.steps is None else args.steps
     if count > schedule.T:
         raise UserError(f"--steps {count}: the network was trained with {schedule.T:,} steps")
     spacing = args.spacing or sampling.get("spacing", "beta")
@@ -315,16 +378,13 @@ def main(args: Export) -> None:
     net, config = load_net(args.checkpoint, NETS, "CHECKPOINT")
     name = args.name or args.checkpoint.stem
     parts = parts_of(net, name)
-    if "noise_levels" in config:
-        raise UserError(
-            f"CHECKPOINT {args.checkpoint}: is a score-based model, which is not exported"
-        )
     if not parts:
         raise UserError(
             f"CHECKPOINT {args.checkpoint}: is the network '{config['net']}', which is not exported"
         )
     for option, value in (("--steps", args.steps), ("--spacing", args.spacing)):
-        if value is not None and "schedule" not in config:
+        has_steps = option == "--steps" and "noise_levels" in config
+        if value is not None and "schedule" not in config and not has_steps:
             raise UserError(
                 f"{option} {value}: {args.checkpoint} is no diffusion model; leave it out"
             )
