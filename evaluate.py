@@ -214,9 +214,14 @@ class Nearest:
 
     def __post_init__(self) -> None:
         at_least("--batch-size", self.batch_size, 1)
+        train = self.train.resolve()
         for flag, folder in (("GENERATED", self.generated), ("REAL", self.real)):
-            if folder.resolve() == self.train.resolve():
-                raise UserError(f"{flag} {folder}: is the folder of the training images")
+            other = folder.resolve()
+            if other.is_relative_to(train) or train.is_relative_to(other):
+                raise UserError(
+                    f"{flag} {folder}: shares images with the training images {self.train}; "
+                    "give a folder of other images"
+                )
 
 
 @dataclass
@@ -752,7 +757,7 @@ def compute(args: Scores, accelerator: Accelerator) -> Score:
 
 
 def folders_of(args: Scores) -> list[Path]:
-    """Folders all of whose images are read, so that a figure must not lie in them."""
+    """Folders of images in which this score must not write its figure."""
     match args:
         case Digits() | Attributes() | Inversion():
             return [args.images]

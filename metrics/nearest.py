@@ -1,8 +1,8 @@
 """How near images are to their nearest training image: has a generator memorised its training set?
 
-Real images that were not trained on say what is near. Images drawn from the same distribution
-would be as near to the training images as those. Nearer ones point to copying; farther ones are of
-another kind, and may also be broken.
+Real images that were not used for training show which distances are normal. Smaller distances
+suggest copying, but smooth images also give them. Larger ones are of another kind, and may also be
+broken.
 
 Meehan et al., 2020, https://arxiv.org/abs/2004.05675, test the same by the ranks of the distances.
 """
@@ -102,7 +102,8 @@ def draw_neighbours(
         order = found.distances.argsort(stable=True)[:shown].tolist()
         files += [found.files[number] for number in order]
         files += [train_files[found.rows[number]] for number in order]
-    pixels = torch.cat([decode_images([file]) for file in files])
+    first = decode_images(files[:1])
+    pixels = decode_images(files, size=(first.shape[2], first.shape[3]))
     names = ["generated", "training", "real, not trained on", "training"]
     columns = [f"{rank}" for rank in range(1, shown + 1)]
     save_labelled(pixels, path, names, columns, "the smallest distances to a training image")

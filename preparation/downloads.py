@@ -22,6 +22,7 @@ def fetch(target: Path, md5: str, url: str) -> None:
     if target.exists():
         if not has_md5(target, md5):
             raise UserError(f"{target}: not the file of {url}, or not all of it; remove it")
+        remove_parts(target)  # of a download that was given up
         return
     download(target, url)
     if not has_md5(target, md5):
@@ -34,20 +35,23 @@ def download(target: Path, url: str) -> None:
 
     Until it is complete, what has arrived lies beside it as TARGET????????.part. It stays there
     after an error or Ctrl-C, and the next call asks the server for the rest alone. If the server
-    can only send all of it, that is what it is asked for. Raises DownloadError.
+    cannot continue, the whole file is downloaded again. Raises DownloadError.
     """
-    import gdown  # which reads any address
+    import gdown  # also reads ordinary URLs
 
     target.parent.mkdir(parents=True, exist_ok=True)
     before = arrived(target)
     try:
         try:
             gdown.download(url, str(target), resume=True, timeout=TIMEOUT)
+        except gdown.exceptions.FileURLRetrievalError:  # too many users, for example
+            raise
         except gdown.exceptions.DownloadError:
             if before == 0 or arrived(target) > before:
                 raise
-            remove_parts(target)  # the server cannot continue it
-            gdown.download(url, str(target), resume=True, timeout=TIMEOUT)
+            # Perhaps the server cannot continue. The old part stays until a new one is complete.
+            gdown.download(url, str(target), timeout=TIMEOUT)
+            remove_parts(target)
     except Exception as error:  # gdown passes on whatever requests, urllib3 and bs4 raise
         raise DownloadError(first_line(error)) from None
     if not target.is_file():

@@ -20,7 +20,7 @@ from common.cli import UserError
 from common.data import FORMATS, decode_image, list_images
 from common.progress import show_progress
 from preparation import mnist
-from preparation.downloads import DownloadError, fetch, first_line
+from preparation.downloads import DownloadError, arrived, fetch, first_line
 from preparation.layout import image_name, save_image, write_attributes, write_labels
 from preparation.synthetic.digits import SIZE, SPLITS, mnistm_blend, random_patch
 
@@ -192,13 +192,21 @@ def load_mnist(raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fetch_from_any(target: Path, md5: str, urls: Sequence[str]) -> None:
-    """Download a file from the first address that has it. Raises the last one's DownloadError."""
+    """Download a file from the first address that has it.
+
+    What one server has begun, the same one continues: another may have packed the file differently.
+    Raises the last one's DownloadError.
+    """
     for url in urls[:-1]:
         try:
-            return fetch(target, md5, url)
+            fetch(target, md5, url)
         except DownloadError as error:
+            if arrived(target):
+                raise
             print(f"warning: {url}: {error}; trying another server", file=sys.stderr)
-    return fetch(target, md5, urls[-1])
+        else:
+            return
+    fetch(target, md5, urls[-1])
 
 
 def load_usps(raw_dir: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -505,6 +505,27 @@ def test_a_server_that_cannot_continue_sends_all_of_it(tmp_path, server):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_a_temporary_failure_keeps_what_has_arrived(tmp_path, server, monkeypatch):
+    """The server hangs up at once; and Google Drive says that too many have asked."""
+    import gdown
+
+    target = tmp_path / "a.mat"
+    part = tmp_path / "a.matabcdefgh.part"
+    part.write_bytes(server.content[:2_000])
+    server.stop_after = 0
+    with pytest.raises(downloads.DownloadError):
+        downloads.fetch(target, digest_of(server), server.url)
+    assert downloads.arrived(target) == 2_000
+
+    def refuse(*_, **__):
+        raise gdown.exceptions.FileURLRetrievalError("too many users")
+
+    monkeypatch.setattr(gdown, "download", refuse)
+    with pytest.raises(downloads.DownloadError, match="too many users"):
+        downloads.fetch(target, digest_of(server), server.url)
+    assert part.read_bytes() == server.content[:2_000]
+
+
 def test_of_two_parts_the_longer_one_is_continued(tmp_path, server):
     """Two runs that were killed may leave two, which gdown refuses."""
     target = tmp_path / "a.mat"
@@ -672,7 +693,7 @@ def test_an_archive_is_continued_unpacked_recorded_and_removed(
     assert {path.name for path in out.iterdir()} == {"digits", archive.RECORD}
 
 
-def test_an_archive_that_cannot_be_unpacked_is_kept_and_fetched_anew(tmp_path, monkeypatch):
+def test_an_archive_that_cannot_be_unpacked_is_kept_and_fetched_again(tmp_path, monkeypatch):
     import gdown
 
     sent = [b"<html>", make_zip(tmp_path / "whole.zip", "digits/x").read_bytes()]

@@ -75,6 +75,14 @@ def test_real_images_are_as_near_as_real_ones(folders, tmp_path):
     assert pixels_of(train, real, same)["nearer_percent"] == 50  # equal ones count half
 
 
+def test_images_of_another_size_are_drawn_too(folders, tmp_path):
+    train, real = folders
+    large = save_images(tmp_path / "large", noise(3, size=32, seed=3))
+    pixels_of(train, real, large, output_dir=tmp_path / "out")
+    assert (tmp_path / "out" / "nearest.png").exists()
+    assert (tmp_path / "out" / "result.json").exists()
+
+
 def test_images_of_another_kind_are_farther(folders, tmp_path):
     train, real = folders
     white = save_images(tmp_path / "white", np.full((4, 16, 16, 3), 255, np.uint8))
@@ -92,10 +100,15 @@ def test_nearest_names_what_is_wrong(folders, tmp_path):
     train, real = folders
     with pytest.raises(UserError) as error:
         Nearest(train, train, real)
-    assert str(error.value) == f"GENERATED {train}: is the folder of the training images"
+    assert str(error.value) == (
+        f"GENERATED {train}: shares images with the training images {train}; "
+        "give a folder of other images"
+    )
     with pytest.raises(UserError) as error:
         Nearest(real, train, tmp_path / "x" / ".." / "train")
-    assert "is the folder of the training images" in str(error.value)
+    assert "shares images with the training images" in str(error.value)
+    with pytest.raises(UserError, match="shares images"):
+        Nearest(tmp_path / "other", tmp_path, real)  # REAL lies in TRAIN
     with pytest.raises(UserError, match="none: no such folder"):
         pixels_of(train, tmp_path / "none", real)
     with pytest.raises(UserError, match="lies in"):

@@ -319,6 +319,8 @@ def describe(net: Network, config: dict[str, Any], parts: list[Part], args: Expo
             about[key] = config[key]
     if isinstance(net, AttributeClassifier):
         about["attributes"] = net.attributes
+    if isinstance(net, TextToImage):
+        about["patch"] = net.patch  # channels become squares of so many pixels: F.pixel_shuffle
     if isinstance(net, AdaptationNet):
         about["classes"] = config.get("class_names")
     if "schedule" in config:
@@ -329,10 +331,14 @@ def describe(net: Network, config: dict[str, Any], parts: list[Part], args: Expo
 
 
 def describe_levels(noise_levels: dict[str, Any], args: Export) -> dict[str, Any]:
-    """The levels σ of a score-based model's sampler, and what the network reads for each."""
+    """The levels σ of a score-based model's sampler, and the time that the network reads for each.
+
+    It reads x / √(σ² + σ_data²). `NoiseLevels.denoise` makes the clean image of its output.
+    """
     levels = NoiseLevels(**noise_levels)
+    count = DEFAULT_STEPS if args.steps is None else args.steps
     rows = []
-    for sigma in karras_levels(levels.sigma_max, levels.sigma_min, args.steps or DEFAULT_STEPS):
+    for sigma in karras_levels(levels.sigma_max, levels.sigma_min, count):
         time = levels.time(torch.tensor([sigma], dtype=torch.float64))
         rows.append({"sigma": sigma, "time": float(time)})
     return {**levels.to_config(), "levels": rows}
