@@ -22,7 +22,7 @@ def fetch(target: Path, md5: str, url: str) -> None:
     if target.exists():
         if not has_md5(target, md5):
             raise UserError(f"{target}: not the file of {url}, or not all of it; remove it")
-        remove_parts(target)  # of a download that was given up
+        remove_parts(target)  # someone may have put the file there after a download had failed
         return
     download(target, url)
     if not has_md5(target, md5):

@@ -27,8 +27,16 @@ def pixels_of(train, real, generated, **options) -> dict:
     return main(Nearest(generated, train, real, features="pixels", device="cpu", **options))
 
 
-def test_copies_are_found_and_drawn(folders, tmp_path, capsys):
+def test_copies_are_found_and_drawn(folders, tmp_path, capsys, monkeypatch):
     """Also mirrored ones, and with another batch size."""
+    shown = []
+    draw = nearest.save_labelled
+
+    def see(*arguments):
+        shown.append(arguments)
+        draw(*arguments)
+
+    monkeypatch.setattr(nearest, "save_labelled", see)
     train, real = folders
     copies = noise(12, size=16, seed=0)[[7, 3, 5]]
     copies[1] = copies[1, :, ::-1]
@@ -44,6 +52,14 @@ def test_copies_are_found_and_drawn(folders, tmp_path, capsys):
     assert "nearer than a real one in 100.0 % of all pairs" in capsys.readouterr().out
     with Image.open(out / "nearest.png") as image:
         assert image.width > image.height / 2
+    drawn, names = shown[0][0], shown[0][2]
+    assert names == ["generated", "training", "real, not trained on", "training"]
+    ours, theirs = drawn[:3], drawn[3:6]
+    assert all(
+        torch.equal(mine, other) or torch.equal(mine.flip(2), other)
+        for mine, other in zip(ours, theirs, strict=True)
+    )
+    assert not any(torch.equal(a, b) for a, b in zip(drawn[6:9], drawn[9:], strict=True))
     again = pixels_of(train, real, generated)
     assert again["generated"] == result["generated"]
     assert again["real"] == pytest.approx(result["real"])

@@ -4,7 +4,7 @@ r"""Export a network as ONNX, which other programs and browsers run, and check t
     python tools/export.py checkpoints/ddpm_digits.safetensors --output-dir nets --noises 11
 
 NAME.onnx maps batches of any size as the network does, and NAME.json describes it: its inputs and,
-for a diffusion model, the steps of a sampler with their ᾱ, or for a score-based one its levels σ.
+for a diffusion model, the steps of a sampler with their ᾱ; a score-based one has its levels σ.
 A network for latents has its decoder in NAME_decoder.onnx, and one that reads text has its text
 encoder in NAME_text.onnx. ONNX Runtime then runs each file; it must agree with PyTorch to 1e-4.
 
@@ -75,7 +75,7 @@ class Export:
     noises: int | None = None
     """Also write the noises of images 0, 1, … that the scripts draw for seed 0: NAME_noises.bin."""
     steps: int | None = None
-    """Steps of a sampler to describe in NAME.json; 12 if not given."""
+    """Steps of a sampler, or noise levels, to describe in NAME.json; 12 if not given."""
     spacing: Spacing | None = None
     """Spacing of these steps, by default the checkpoint's, else dense at both ends (beta)."""
 
@@ -172,7 +172,7 @@ def noise_shape(net: nn.Module) -> tuple[int, ...] | None:
     return None
 
 
-def size_of(classifier: nn.Module) -> tuple[int, int, int]:
+def image_shape(classifier: nn.Module) -> tuple[int, int, int]:
     """The shape of the images that a classifier reads."""
     if isinstance(classifier, AdaptationNet):
         size = classifier.config["arguments"]["size"]
@@ -191,9 +191,12 @@ def draw_inputs(module: nn.Module, count: int) -> dict[str, Tensor]:
     if isinstance(module, TextStates):
         shape = (count, module.model.length)
         return {"ids": torch.randint(CLIP_TOKENS, shape, generator=rng)}
-    shape = module.shape if isinstance(module, NoisyClassifier) else noise_shape(module)
+    if isinstance(module, NoisyClassifier):
+        x = torch.randn((count, *module.shape), generator=rng)
+        return {"x": x, "t": (999 * torch.rand(count, generator=rng)).round()}
+    shape = noise_shape(module)
     if shape is None:
-        return {"images": 2 * torch.rand((count, *size_of(module)), generator=rng) - 1}
+        return {"images": 2 * torch.rand((count, *image_shape(module)), generator=rng) - 1}
 
     inputs = {"x": torch.randn((count, *shape), generator=rng)}
     time = torch.rand(count, generator=rng)
@@ -208,7 +211,7 @@ def draw_inputs(module: nn.Module, count: int) -> dict[str, Tensor]:
         shape = (count, module.model.length, module.model.text_width)
         inputs["states"] = torch.randn(shape, generator=rng)
     attributes = arguments.get("n_attributes", 0)
-    if attributes and not isinstance(module, NoisyClassifier):  # which returns them
+    if attributes:
         states = torch.randint(3, (count, attributes), generator=rng)
         inputs["attributes"] = states.float() - 1  # 1, -1, or 0 for unknown
     return inputs
@@ -388,9 +391,13 @@ def main(args: Export) -> None:
         raise UserError(
             f"CHECKPOINT {args.checkpoint}: is the network '{config['net']}', which is not exported"
         )
-    for option, value in (("--steps", args.steps), ("--spacing", args.spacing)):
-        has_steps = option == "--steps" and "noise_levels" in config
-        if value is not None and "schedule" not in config and not has_steps:
+    has_spacing = "schedule" in config
+    has_steps = has_spacing or "noise_levels" in config
+    for option, value, is_possible in (
+        ("--steps", args.steps, has_steps),
+        ("--spacing", args.spacing, has_spacing),
+    ):
+        if value is not None and not is_possible:
             raise UserError(
                 f"{option} {value}: {args.checkpoint} is no diffusion model; leave it out"
             )
