@@ -57,7 +57,7 @@ from preparation.synthetic.parts import (
     draw_part,
     parallel_map,
 )
-from preparation.synthetic.scenes import CREATURES
+from preparation.synthetic.scenes import USUAL, Mix
 
 Part = Literal["digits/mnistm", "digits/svhn", "digits/usps", "face"]
 DRAWING_VERSION = 2  # raise it when what is drawn changes
@@ -93,8 +93,10 @@ class Synthetic:
     """Number of clip-art objects, and of shaded ones; the twelve classes take turns."""
     captioned: tuple[int, int] = (1200, 200)
     """Number of captioned scenes for train and val."""
-    creatures: float = CREATURES
+    creatures: float = USUAL.creatures
     """Share of creatures among the captioned scenes."""
+    traits: int = USUAL.traits
+    """Weight of a trait, such as the ears, among what the caption of a creature may name."""
     num_workers: int = os.cpu_count() or 1
     """Processes that draw."""
 
@@ -107,6 +109,7 @@ class Synthetic:
         check_counts("--clip-zeroshot", self.clip_zeroshot)
         check_counts("--captioned", self.captioned)
         in_range("--creatures", self.creatures, 0, 1)
+        in_range("--traits", self.traits, 0, 1_000)
         if not FEWEST_OBJECTS <= self.objects <= MOST_IMAGES:
             raise UserError(
                 f"--objects {self.objects}: each domain needs between {FEWEST_OBJECTS} and "
@@ -248,6 +251,7 @@ def synthetic(args: Synthetic) -> None:
         "textual_inversion": {"0": layout.CONCEPT_IMAGES, "1": layout.CONCEPT_IMAGES},
         "clip_zeroshot": in_splits(args.clip_zeroshot),  # last: run_all.py takes it for the end
     }
+    mix = Mix(args.creatures, args.traits)
     make_output_dir(args.data_dir, "--data-dir")
     missing = {}  # the settings of each part that is not there yet
     for part, halves in counts.items():
@@ -257,8 +261,8 @@ def synthetic(args: Synthetic) -> None:
             "seed": args.seed,
             **halves,
         }
-        if part == "captioned" and args.creatures != CREATURES:
-            settings["creatures"] = args.creatures
+        if part == "captioned":
+            settings |= unusual(mix)
         if not layout.is_finished(args.data_dir, part, settings):
             missing[part] = settings
     if not missing:
@@ -274,7 +278,7 @@ def synthetic(args: Synthetic) -> None:
                 if part == "objects":
                     draw_object_domains(folder, args.seed, args.objects, run_map)
                 elif part == "captioned":
-                    draw_captioned(folder, args.seed, args.captioned, args.creatures, run_map)
+                    draw_captioned(folder, args.seed, args.captioned, mix, run_map)
                 elif part == "textual_inversion":
                     draw_concepts(folder, args.seed)
                 else:
@@ -285,6 +289,12 @@ def synthetic(args: Synthetic) -> None:
     if "face" in missing:
         print_face_rate(args.data_dir / "face" / "val")
     print(f"{args.data_dir}: finished in {time.monotonic() - start:.0f} s")
+
+
+def unusual(mix: Mix) -> dict[str, Any]:
+    """The fields of the mix that are not the default ones, by name."""
+    usual = USUAL._asdict()
+    return {name: value for name, value in mix._asdict().items() if value != usual[name]}
 
 
 def in_splits(counts: tuple[int, int]) -> dict[str, int]:

@@ -75,6 +75,8 @@ class TrainModel:
     """Largest norm of the gradient."""
     drop: float = 0.1
     """Probability that an image's caption is replaced with an empty one."""
+    noise_power: float = 0.0
+    """The steps t are drawn with a density that grows as t to this power. 0 draws them evenly."""
     ema_decay: float = 0.999
     """Decay of the averaged network, which is the one that is sampled and saved."""
     seed: int = 0
@@ -103,6 +105,7 @@ class TrainModel:
         in_range("--weight-decay", self.weight_decay, 0, 100)
         above("--clip", self.clip, 0, 1e6)
         in_range("--drop", self.drop, 0, 1)
+        in_range("--noise-power", self.noise_power, 0, 10)
         below("--ema-decay", self.ema_decay, 0, 1)
         is_seed("--seed", self.seed)
 
@@ -148,7 +151,8 @@ def train_model(args: TrainModel) -> dict[str, Any]:
         is_dropped = torch.rand(len(ids), generator=rng, device=device) < args.drop
         ids = torch.where(is_dropped[:, None], empty, ids)
 
-        losses = caption_losses(net, bare_net, schedule, normalise(pixels[rows]), ids, rng)
+        t = random_steps(schedule.T, len(ids), args.noise_power, rng)
+        losses = caption_losses(net, bare_net, schedule, normalise(pixels[rows]), ids, t, rng)
         adam.zero_grad()
         accelerator.backward(losses["loss"])
         norm = accelerator.clip_grad_norm_(bare_net.parameters(), args.clip)
@@ -213,20 +217,30 @@ def make_net(args: TrainModel, vocabulary: list[int]) -> TextToImage:
     return net
 
 
+def random_steps(T: int, count: int, power: float, rng: torch.Generator) -> Tensor:
+    """Random steps from 1 to T, int64 (count,), of a density that grows as t to the power.
+
+    What the words of a prompt decide is still open at large t alone. There the noise hides it.
+    """
+    evenly = torch.rand(count, generator=rng, device=rng.device)
+    return (T * evenly ** (1 / (1 + power))).ceil().clamp(1, T).long()
+
+
 def caption_losses(
     net: nn.Module,
     bare_net: TextToImage,
     schedule: Schedule,
     images: Tensor,
     ids: Tensor,
+    t: Tensor,
     rng: torch.Generator,
 ) -> dict[str, Tensor]:
-    """The loss of the predicted images at random t, also by quarter of t for the record.
+    """The loss of the predicted images at the steps t, also by quarter of t for the record.
 
-    `images` is (batch, 3, size, size) in [-1, 1], `ids` int64 (batch, length).
+    `images` is (batch, 3, size, size) in [-1, 1], `ids` int64 (batch, length), `t` int64 (batch,)
+    from 1 to T.
     """
     x0 = bare_net.encode(images)[0].contiguous(memory_format=torch.channels_last)
-    t = torch.randint(1, schedule.T + 1, (len(x0),), generator=rng, device=x0.device)
     eps = torch.randn(x0.shape, generator=rng, device=x0.device)
     x_t = schedule.q_sample(x0, t, eps)
     output = net(x_t, schedule.time(t, bare_net), ids=ids)

@@ -21,7 +21,7 @@ from common.files import ROOT
 # What a command needs besides its required options.
 ALSO_NEEDED = {"prepare_data.Download": ["--year", "2022"]}
 # A negative strength of guidance leads away from the class, which is worth an experiment.
-MAY_BE_NEGATIVE = {"guidance", "guidances", "guidance_sweep"}
+MAY_BE_NEGATIVE = {"guidance", "guidances", "guidance_sweep", "textbook_guidance"}
 # Strengths, weights, decays, probabilities and shares, of which 0 means none; places that count
 # from 0; workers, where 0 means the process itself; and stages that do not learn.
 MAY_BE_ZERO = MAY_BE_NEGATIVE | {
@@ -30,7 +30,7 @@ MAY_BE_ZERO = MAY_BE_NEGATIVE | {
     *("latent_noise", "critic_weight", "perceptual_weight"),
     *("lambda_max", "prior", "neighbours", "tint", "eta", "etas", "interval"),
     *("drop_each", "drop_all", "scale", "scales", "free_scales", "classifier_scales"),
-    *("seed", "seeds", "offset", "frozen", "creatures"),
+    *("seed", "seeds", "offset", "frozen", "creatures", "traits", "noise_power"),
 }
 MAY_BE_ZERO_IN = {
     ("benchmarks.dann_training.Benchmark", "num_workers"),

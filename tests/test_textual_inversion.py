@@ -17,6 +17,7 @@ import p3_textual_inversion as script
 from common.captions import read_captioned
 from common.cli import UserError
 from common.data import decode_image
+from common.rng import make_rng
 from diffusion.schedule import Schedule
 from inversion import models as inversion_models
 from inversion import train_model as training
@@ -958,6 +959,22 @@ def test_captions_are_true_of_their_scenes():
             assert len(traits_in(text)) <= 1
 
 
+def test_the_mix_of_captions_names_traits_more_often():
+    def shares(mix: scenes.Mix) -> tuple[float, float]:
+        """The share of creatures, and the share of these whose caption names a trait."""
+        drawn = [scenes.captioned_scene(0, "train", k, mix)[:2] for k in range(400)]
+        creatures = [text for scene, text in drawn if scene.subject == scenes.CREATURE]
+        named = [text for text in creatures if traits_in(text)]
+        assert all(len(traits_in(text)) == 1 for text in named)
+        return len(creatures) / len(drawn), len(named) / len(creatures)
+
+    assert shares(scenes.USUAL) == (pytest.approx(0.3, abs=0.07), pytest.approx(0.41, abs=0.1))
+    many = scenes.Mix(creatures=0.8, traits=20)
+    # Of 100 captions, 10 say "a drawing", and a plain coat is not counted here.
+    assert shares(many) == (pytest.approx(0.8, abs=0.06), pytest.approx(0.8, abs=0.06))
+    assert shares(scenes.Mix(traits=0))[1] == 0
+
+
 def traits_in(text: str) -> list[str]:
     """The traits of a creature that a caption names."""
     subject = text.split(" on ")[0]
@@ -979,6 +996,18 @@ def test_a_concept_is_one_creature_in_several_places():
 
 
 # The loss and the attention
+
+
+@pytest.mark.parametrize("power", [0.0, 2.0])
+def test_steps_are_drawn_with_a_power_of_t(power):
+    steps = training.random_steps(1000, 50_000, power, make_rng(0, "steps"))
+    assert steps.dtype == torch.int64
+    assert steps.min() >= 1
+    assert steps.max() == 1000
+    # The share of steps up to s is (s / T) ** (1 + power).
+    for s in (250, 500, 900):
+        share = (steps <= s).float().mean().item()
+        assert share == pytest.approx((s / 1000) ** (1 + power), abs=0.01)
 
 
 def test_the_error_of_the_image_counts_as_that_of_v_up_to_a_factor_of_five():

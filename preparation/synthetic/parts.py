@@ -28,7 +28,7 @@ class Split(NamedTuple):
     name: str  # "train" or "val", for objects "clipart" or "shaded"
     first: int  # the number of the first image in the names of the files
     folder: Path
-    creatures: float = scenes.CREATURES  # the share of creatures among captioned scenes
+    mix: scenes.Mix = scenes.USUAL  # of captioned scenes
 
 
 @contextmanager
@@ -81,11 +81,11 @@ def draw_object_domains(folder: Path, seed: int, count: int, run_map: Map) -> No
 
 
 def draw_captioned(
-    folder: Path, seed: int, counts: tuple[int, int], creatures: float, run_map: Map
+    folder: Path, seed: int, counts: tuple[int, int], mix: scenes.Mix, run_map: Map
 ) -> None:
     """Fill `folder` with {train,val}/NNNNN.png and metadata.jsonl, which has their captions."""
     for name, count in zip(("train", "val"), counts, strict=True):
-        split = Split("captioned", seed, name, 0, folder / name, creatures)
+        split = Split("captioned", seed, name, 0, folder / name, mix)
         layout.write_captions(split.folder, draw_split(split, count, run_map))
 
 
@@ -130,7 +130,7 @@ def draw_image(split: Split, k: int) -> tuple[np.ndarray, Any, str]:
         image, attributes = faces.draw_face(rng)
         return image, attributes, name
     if split.part == "captioned":
-        image, text, scene = scenes.draw_captioned(split.seed, split.name, k, split.creatures)
+        image, text, scene = scenes.draw_captioned(split.seed, split.name, k, split.mix)
         return image, {"file_name": name, "text": text, **scene.traits()}, name
     if split.part == "clip_zeroshot":
         number, label = divmod(k, len(objects.NAMES))  # the classes take turns

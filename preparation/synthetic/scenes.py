@@ -16,7 +16,7 @@ from __future__ import annotations
 import colorsys
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -50,7 +50,16 @@ EYES = {
     3: "a creature with three eyes",
 }
 SPLITS = ("train", "val", "concept")
-CREATURES = 0.3  # share of creatures among the scenes, if nothing else is asked for
+
+
+class Mix(NamedTuple):
+    """How often scenes show a creature, and how often captions name a trait of it."""
+
+    creatures: float = 0.3  # their share of the scenes
+    traits: int = 1  # how many times a trait stands among the phrases that a caption picks from
+
+
+USUAL = Mix()
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ THE_PRINT = {"style": "print", "dark_hue": 0.75, "light_hue": 0.13}  # violet in
 # Which scene
 
 
-def random_scene(rng: np.random.Generator, creatures: float = CREATURES) -> Scene:
+def random_scene(rng: np.random.Generator, creatures: float = USUAL.creatures) -> Scene:
     """One of all scenes: a creature with the probability `creatures`, a style in four of ten."""
     style = rng.choice(STYLES, p=(0.6, 0.1, 0.1, 0.1, 0.1))
     colour, ground_colour, second_colour = rng.choice(COLOUR_NAMES, 3, replace=False)
@@ -129,16 +138,16 @@ def random_scene(rng: np.random.Generator, creatures: float = CREATURES) -> Scen
     return scene
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
+def caption(scene: Scene, rng: np.random.Generator, traits: int = 1) -> str:
     """A caption that is true of the scene, with some of its words left out at random.
 
-    A print has no colours of its own, so that its caption names none.
+    A print has no colours of its own, so that its caption names none. `traits` is that of a Mix.
     """
     names_colours = scene.style != "print"
     words = ""
     if rng.random() < 0.2:
         words = str(rng.choice(("a picture of ", "a drawing of ")))
-    words += subject_words(scene, names_colours, rng)
+    words += subject_words(scene, names_colours, rng, traits)
     if rng.random() < 0.1:
         words = "a drawing"  # of anything
     if rng.random() < 0.7:
@@ -148,20 +157,16 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return words
 
 
-def subject_words(scene: Scene, names_colours: bool, rng: np.random.Generator) -> str:
+def subject_words(
+    scene: Scene, names_colours: bool, rng: np.random.Generator, traits: int = 1
+) -> str:
     """Words like "a red car" or "a car"; of a creature they name at most one trait."""
     named_colour = f"{scene.colour} {scene.subject}"
     if scene.subject != CREATURE:
         is_named = names_colours and rng.random() < 0.8
         return with_article(named_colour if is_named else scene.subject)
-    phrases = [
-        with_article(CREATURE),
-        with_article(CREATURE),
-        BODIES[scene.body],
-        EARS[scene.ears],
-        COATS[scene.coat],
-        EYES[scene.eyes],
-    ]
+    of_traits = [BODIES[scene.body], EARS[scene.ears], COATS[scene.coat], EYES[scene.eyes]]
+    phrases = [with_article(CREATURE), with_article(CREATURE), *(of_traits * traits)]
     if names_colours:
         phrases += [with_article(named_colour), with_article(named_colour)]
     return phrases[rng.integers(len(phrases))]
@@ -345,20 +350,20 @@ def as_print(picture: np.ndarray, dark_hue: float, light_hue: float) -> np.ndarr
 
 
 def draw_captioned(
-    seed: int, split: str, k: int, creatures: float = CREATURES
+    seed: int, split: str, k: int, mix: Mix = USUAL
 ) -> tuple[np.ndarray, str, Scene]:
     """Image k of a split, its caption and what it shows; they depend on the arguments alone."""
-    scene, words, rng = captioned_scene(seed, split, k, creatures)
+    scene, words, rng = captioned_scene(seed, split, k, mix)
     return draw_scene(scene, rng), words, scene
 
 
 def captioned_scene(
-    seed: int, split: str, k: int, creatures: float = CREATURES
+    seed: int, split: str, k: int, mix: Mix = USUAL
 ) -> tuple[Scene, str, np.random.Generator]:
     """Scene k of a split, its caption, and the generator that goes on to draw it."""
     rng = np.random.default_rng([seed, 9, SPLITS.index(split), k])
-    scene = random_scene(rng, creatures)
-    words = caption(scene, rng)
+    scene = random_scene(rng, mix.creatures)
+    words = caption(scene, rng, mix.traits)
     if k % 3 == 0:
         words += "."  # prompts often end in a full stop
     return scene, words, rng
