@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -285,15 +286,22 @@ class DomainAdversarial(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, x: Tensor, lambd: float) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, lambd: float, sizes: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor | None]:
         """What `net.lower` returned → scores of the classes (batch, classes), and of the domain.
 
         `x` is (batch, channels, height, width). The second is (batch,), above 0 for the target, or
-        None without a domain classifier.
+        None without a domain classifier. With `sizes`, BatchNorm sees parts of these sizes of the
+        batch, each on its own. The domain classifier has a BatchNorm too, but it always sees the
+        whole batch: normalised apart, the domains would look the same to it.
         """
-        scores, read = self.net.upper(x)
+        parts = x.split(sizes) if sizes else [x]
+        outputs = [self.net.upper(part) for part in parts]
+        scores = torch.cat([scores for scores, _ in outputs])
         if self.net.domain is None:
             return scores, None
+        read = torch.cat([read for _, read in outputs])
         domain = self.net.domain(ReverseGradient.apply(read, lambd))
         return scores, domain.flatten()
 
@@ -332,12 +340,9 @@ def adaptation_losses(
     target_domain = None
     if target is None:
         scores, domain = net(source, lambd)
-    elif args.forward == "separate":
-        # Each domain is normalised with its own batch; the running statistics are of both.
-        scores, domain = net(source, lambd)
-        target_scores, target_domain = net(target, lambd)
-    else:  # BatchNorm sees the mixture of both domains
-        scores, domain = net(torch.cat([source, target]), lambd)
+    else:
+        sizes = (count, len(target)) if args.forward == "separate" else ()
+        scores, domain = net(torch.cat([source, target]), lambd, sizes)
         scores, target_scores = scores[:count], scores[count:]
         if domain is not None:
             domain, target_domain = domain[:count], domain[count:]

@@ -61,6 +61,7 @@ from inversion.models import (
     encode_prompts,
     image_errors,
     load_model,
+    random_steps,
     rows_of,
     word_ids,
 )
@@ -112,6 +113,8 @@ class Train:
     """Learning rate of Adam, which has no weight decay."""
     flip: bool = True
     """Mirror half of the images."""
+    noise_power: float = 0.0
+    """The steps t are drawn with a density that grows as t to this power. 0 draws them evenly."""
     snapshot_every: int = 100
     """Steps between snapshots of the word, which show how it grows."""
     seed: int = 0
@@ -130,6 +133,7 @@ class Train:
         at_least("--steps", self.steps, 1)
         at_least("--batch-size", self.batch_size, 2)
         above("--lr", self.lr, 0, 1)
+        in_range("--noise-power", self.noise_power, 0, 10)
         at_least("--snapshot-every", self.snapshot_every, 1)
         is_seed("--seed", self.seed)
         if self.input_json is None and self.images is None:
@@ -249,8 +253,7 @@ def learn(
 
         # The usual loss of the diffusion model; the gradient ends at the vectors of the word.
         states = net.encode_text(embed_prompts(net, ids[chosen], word.rows))
-        t = torch.randint(1, schedule.T + 1, (args.batch_size,), generator=rng)
-        t = t.to(loaded.device)
+        t = random_steps(schedule.T, args.batch_size, args.noise_power, rng).to(loaded.device)
         eps = torch.randn(x0.shape, generator=rng).to(loaded.device)
         output = net.predict(schedule.q_sample(x0, t, eps), schedule.time(t, net), states)
         loss = image_errors(schedule, output, x0, t, eps).mean()

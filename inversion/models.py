@@ -84,6 +84,15 @@ def load_model(path: Path, device: Device, precision: Precision) -> Loaded:
     return Loaded(net, schedule, "stable-diffusion", chosen)
 
 
+def random_steps(T: int, count: int, power: float, rng: torch.Generator) -> Tensor:
+    """Random steps from 1 to T, int64 (count,), of a density that grows as t to the power.
+
+    What the words of a prompt decide is still open at large t alone. There the noise hides it.
+    """
+    evenly = torch.rand(count, generator=rng, device=rng.device)
+    return (T * evenly ** (1 / (1 + power))).ceil().clamp(1, T).long()
+
+
 def image_errors(schedule: Schedule, output: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """The squared error of each image (batch,), with the weights that its model is trained with.
 

@@ -28,7 +28,7 @@ from common.run import Run
 from common.trackers import Tracker
 from common.training import update_ema, warmup_cosine
 from diffusion.schedule import Schedule
-from inversion.models import image_errors
+from inversion.models import image_errors, random_steps
 from inversion.sampling import Sampling, sample
 from inversion.tokens import END, START, Tokenizer
 from models.text_to_image import TextToImage
@@ -215,15 +215,6 @@ def make_net(args: TrainModel, vocabulary: list[int]) -> TextToImage:
     if new:
         raise UserError(f"--init {args.init}: does not know {len(new)} tokens of the captions")
     return net
-
-
-def random_steps(T: int, count: int, power: float, rng: torch.Generator) -> Tensor:
-    """Random steps from 1 to T, int64 (count,), of a density that grows as t to the power.
-
-    What the words of a prompt decide is still open at large t alone. There the noise hides it.
-    """
-    evenly = torch.rand(count, generator=rng, device=rng.device)
-    return (T * evenly ** (1 / (1 + power))).ceil().clamp(1, T).long()
 
 
 def caption_losses(

@@ -218,6 +218,18 @@ def test_the_losses_are_those_of_each_domain(forward):
         torch.testing.assert_close(losses[name], value, msg=name)
 
 
+def test_the_domain_classifier_sees_both_domains_at_once():
+    """Also where the rest of the network sees one after the other."""
+    net = tiny_net("dense").train()
+    images = torch.randn(6, 3, 16, 16)
+    source, target = images[:4], images[4:]
+    scores, domain = DomainAdversarial(net)(images, 1.0, sizes=(4, 2))
+    expected = [net.upper(part) for part in (source, target)]
+    torch.testing.assert_close(scores, torch.cat([scores for scores, _ in expected]))
+    read = torch.cat([read for _, read in expected])
+    torch.testing.assert_close(domain, net.domain(read).flatten())
+
+
 def test_the_losses_of_a_batch():
     net = DomainAdversarial(tiny_net("dense"))
     source = torch.randn(4, 3, 16, 16)

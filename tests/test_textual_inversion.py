@@ -1000,7 +1000,7 @@ def test_a_concept_is_one_creature_in_several_places():
 
 @pytest.mark.parametrize("power", [0.0, 2.0])
 def test_steps_are_drawn_with_a_power_of_t(power):
-    steps = training.random_steps(1000, 50_000, power, make_rng(0, "steps"))
+    steps = inversion_models.random_steps(1000, 50_000, power, make_rng(0, "steps"))
     assert steps.dtype == torch.int64
     assert steps.min() >= 1
     assert steps.max() == 1000
