@@ -351,7 +351,8 @@ def dann_losses(
     labelled = len(labels)
     has_target = len(images) > labelled
     if args.forward == "separate" and has_target:
-        # Each domain is normalised with its own batch; the running statistics are of both.
+        # Each domain is normalised with its own batch, also in the domain classifier, as in most
+        # public code. The running statistics are of both.
         class_log_p, source_domain = net(images[:labelled], lambd)
         target_log_p, target_domain = net(images[labelled:], lambd)
         domain_log_p = torch.cat([source_domain, target_domain])

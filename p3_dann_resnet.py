@@ -292,9 +292,9 @@ class DomainAdversarial(nn.Module):
         """What `net.lower` returned → scores of the classes (batch, classes), and of the domain.
 
         `x` is (batch, channels, height, width). The second is (batch,), above 0 for the target, or
-        None without a domain classifier. With `sizes`, BatchNorm sees parts of these sizes of the
-        batch, each on its own. The domain classifier has a BatchNorm too, but it always sees the
-        whole batch: normalised apart, the domains would look the same to it.
+        None without a domain classifier. `sizes` splits the batch: each part is normalised
+        with its own statistics. The domain classifier has BatchNorm layers too, but always reads
+        the whole batch. Normalised apart, both domains would have the same mean and variance in it.
         """
         parts = x.split(sizes) if sizes else [x]
         outputs = [self.net.upper(part) for part in parts]

@@ -113,8 +113,9 @@ class Train:
     """Learning rate of Adam, which has no weight decay."""
     flip: bool = True
     """Mirror half of the images."""
-    noise_power: float = 0.0
-    """The steps t are drawn with a density that grows as t to this power. 0 draws them evenly."""
+    step_power: float = 0.0
+    """Steps t are drawn with a density proportional to t to this power: 0 draws all equally often,
+    more prefers noisy steps."""
     snapshot_every: int = 100
     """Steps between snapshots of the word, which show how it grows."""
     seed: int = 0
@@ -133,7 +134,7 @@ class Train:
         at_least("--steps", self.steps, 1)
         at_least("--batch-size", self.batch_size, 2)
         above("--lr", self.lr, 0, 1)
-        in_range("--noise-power", self.noise_power, 0, 10)
+        in_range("--step-power", self.step_power, 0, 10)
         at_least("--snapshot-every", self.snapshot_every, 1)
         is_seed("--seed", self.seed)
         if self.input_json is None and self.images is None:
@@ -253,7 +254,7 @@ def learn(
 
         # The usual loss of the diffusion model; the gradient ends at the vectors of the word.
         states = net.encode_text(embed_prompts(net, ids[chosen], word.rows))
-        t = random_steps(schedule.T, args.batch_size, args.noise_power, rng).to(loaded.device)
+        t = random_steps(schedule.T, args.batch_size, args.step_power, rng).to(loaded.device)
         eps = torch.randn(x0.shape, generator=rng).to(loaded.device)
         output = net.predict(schedule.q_sample(x0, t, eps), schedule.time(t, net), states)
         loss = image_errors(schedule, output, x0, t, eps).mean()

@@ -95,8 +95,9 @@ class Synthetic:
     """Number of captioned scenes for train and val."""
     creatures: float = USUAL.creatures
     """Share of creatures among the captioned scenes."""
-    traits: int = USUAL.traits
-    """Weight of a trait, such as the ears, among what the caption of a creature may name."""
+    trait_weight: int = USUAL.trait_weight
+    """How often body, ears, coat and eyes stand among the phrases that the caption of a creature is
+    picked from; its colour and the plain word stand there twice."""
     num_workers: int = os.cpu_count() or 1
     """Processes that draw."""
 
@@ -109,7 +110,7 @@ class Synthetic:
         check_counts("--clip-zeroshot", self.clip_zeroshot)
         check_counts("--captioned", self.captioned)
         in_range("--creatures", self.creatures, 0, 1)
-        in_range("--traits", self.traits, 0, 1_000)
+        in_range("--trait-weight", self.trait_weight, 0, 1_000)
         if not FEWEST_OBJECTS <= self.objects <= MOST_IMAGES:
             raise UserError(
                 f"--objects {self.objects}: each domain needs between {FEWEST_OBJECTS} and "
@@ -251,7 +252,7 @@ def synthetic(args: Synthetic) -> None:
         "textual_inversion": {"0": layout.CONCEPT_IMAGES, "1": layout.CONCEPT_IMAGES},
         "clip_zeroshot": in_splits(args.clip_zeroshot),  # last: run_all.py takes it for the end
     }
-    mix = Mix(args.creatures, args.traits)
+    mix = Mix(args.creatures, args.trait_weight)
     make_output_dir(args.data_dir, "--data-dir")
     missing = {}  # the settings of each part that is not there yet
     for part, halves in counts.items():
@@ -262,7 +263,7 @@ def synthetic(args: Synthetic) -> None:
             **halves,
         }
         if part == "captioned":
-            settings |= unusual(mix)
+            settings |= changed_fields(mix)
         if not layout.is_finished(args.data_dir, part, settings):
             missing[part] = settings
     if not missing:
@@ -291,8 +292,11 @@ def synthetic(args: Synthetic) -> None:
     print(f"{args.data_dir}: finished in {time.monotonic() - start:.0f} s")
 
 
-def unusual(mix: Mix) -> dict[str, Any]:
-    """The fields of the mix that are not the default ones, by name."""
+def changed_fields(mix: Mix) -> dict[str, Any]:
+    """The fields of the mix that were asked for, by name.
+
+    Defaults are left out, so that what was drawn before these options existed counts as finished.
+    """
     usual = USUAL._asdict()
     return {name: value for name, value in mix._asdict().items() if value != usual[name]}
 

@@ -1,11 +1,11 @@
 r"""Digits a second: p2_ddpm_infer.py as it is released against the textbook sampler.
 
-Ours is p2_ddpm_infer.py with the settings of the graders' script for MNIST-M: 12 steps of
-DPM-Solver++, guided in the later half, channels-last, in the precision that --precision auto
-chooses. The textbook sampler is algorithm 2 of DDPM over all T steps with noise of variance β, as
-in the public scripts, in fp32 with contiguous tensors. It is guided in every step, so its guidance
-is weaker. Both have the same weights. Time is from noise to uint8 pixels, with the network loaded
-and after one step to warm up.
+Ours is p2_ddpm_infer.py with the sampler, steps and guidance of the graders' script for MNIST-M
+(grading/common.sh): 12 steps of DPM-Solver++, of which the later half is guided. It is channels-
+last, in the precision that --precision auto chooses. The textbook sampler is algorithm 2 of DDPM
+over all T steps with noise of variance β, as in the public scripts, in fp32 with contiguous
+tensors. It is guided in every step, with a smaller w. Both have the same weights. Time is from
+noise to uint8 pixels, with the network loaded and after one step to warm up.
 
 As T steps are slow, the textbook sampler makes fewer images (--textbook-images). On a CPU 20 images
 are as fast, each, as more would be. A GPU needs large batches, so there it makes as many as ours,
@@ -73,7 +73,7 @@ class Benchmark:
     """Images of the textbook sampler; 20 on a CPU, and up to 250 on a GPU, if not given."""
 
     def __post_init__(self) -> None:
-        our_options(self)  # which checks those that both have
+        our_options(self)  # Generate checks the sampler's options
         limit = LARGEST_GUIDANCE
         in_range("--textbook-guidance", self.textbook_guidance, -limit, limit)
         at_least("--per-class", self.per_class, 1)

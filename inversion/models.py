@@ -85,12 +85,14 @@ def load_model(path: Path, device: Device, precision: Precision) -> Loaded:
 
 
 def random_steps(T: int, count: int, power: float, rng: torch.Generator) -> Tensor:
-    """Random steps from 1 to T, int64 (count,), of a density that grows as t to the power.
+    """Random steps from 1 to T, int64 (count,), with a density proportional to t to the power.
 
-    What the words of a prompt decide is still open at large t alone. There the noise hides it.
+    At large t the noise hides most of the image, so that the words have the most influence there.
     """
-    evenly = torch.rand(count, generator=rng, device=rng.device)
-    return (T * evenly ** (1 / (1 + power))).ceil().clamp(1, T).long()
+    if power == 0:
+        return torch.randint(1, T + 1, (count,), generator=rng, device=rng.device)
+    uniform = torch.rand(count, generator=rng, device=rng.device)
+    return (T * uniform ** (1 / (1 + power))).ceil().clamp(1, T).long()
 
 
 def image_errors(schedule: Schedule, output: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:

@@ -75,8 +75,9 @@ class TrainModel:
     """Largest norm of the gradient."""
     drop: float = 0.1
     """Probability that an image's caption is replaced with an empty one."""
-    noise_power: float = 0.0
-    """The steps t are drawn with a density that grows as t to this power. 0 draws them evenly."""
+    step_power: float = 0.0
+    """Steps t are drawn with a density proportional to t to this power: 0 draws all equally often,
+    more prefers noisy steps."""
     ema_decay: float = 0.999
     """Decay of the averaged network, which is the one that is sampled and saved."""
     seed: int = 0
@@ -105,7 +106,7 @@ class TrainModel:
         in_range("--weight-decay", self.weight_decay, 0, 100)
         above("--clip", self.clip, 0, 1e6)
         in_range("--drop", self.drop, 0, 1)
-        in_range("--noise-power", self.noise_power, 0, 10)
+        in_range("--step-power", self.step_power, 0, 10)
         below("--ema-decay", self.ema_decay, 0, 1)
         is_seed("--seed", self.seed)
 
@@ -151,7 +152,7 @@ def train_model(args: TrainModel) -> dict[str, Any]:
         is_dropped = torch.rand(len(ids), generator=rng, device=device) < args.drop
         ids = torch.where(is_dropped[:, None], empty, ids)
 
-        t = random_steps(schedule.T, len(ids), args.noise_power, rng)
+        t = random_steps(schedule.T, len(ids), args.step_power, rng)
         losses = caption_losses(net, bare_net, schedule, normalise(pixels[rows]), ids, t, rng)
         adam.zero_grad()
         accelerator.backward(losses["loss"])

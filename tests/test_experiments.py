@@ -236,6 +236,15 @@ def test_the_sampling_benchmark_prints_a_ratio_and_accuracies(
     assert text.count("accuracy") == 2
 
 
+def test_the_sampling_benchmark_has_the_settings_of_the_graders_script():
+    args = ddpm_sampling.Benchmark(checkpoint=Path("x"), classifier=Path("x"))
+    low, high = args.interval
+    words = f"--steps {args.steps} --guidance {args.guidance:g} --interval {low:g} {high:g}"
+    script = (ROOT / "grading" / "common.sh").read_text()
+    assert words in script
+    assert f"--sampler {args.sampler} " in script
+
+
 def test_the_start_benchmark_compares_with_import_torch(monkeypatch, capsys):
     monkeypatch.setattr(startup, "user_seconds", lambda arguments: float(len(arguments)))
     startup.main(startup.Benchmark(repeats=1))

@@ -30,7 +30,7 @@ MAY_BE_ZERO = MAY_BE_NEGATIVE | {
     *("latent_noise", "critic_weight", "perceptual_weight"),
     *("lambda_max", "prior", "neighbours", "tint", "eta", "etas", "interval"),
     *("drop_each", "drop_all", "scale", "scales", "free_scales", "classifier_scales"),
-    *("seed", "seeds", "offset", "frozen", "creatures", "traits", "noise_power"),
+    *("seed", "seeds", "offset", "frozen", "creatures", "trait_weight", "step_power"),
 }
 MAY_BE_ZERO_IN = {
     ("benchmarks.dann_training.Benchmark", "num_workers"),

@@ -539,6 +539,24 @@ def test_captions_stand_beside_their_images(made):
         assert np.array_equal(np.asarray(stored), image)
 
 
+def test_captions_of_another_mix_are_other_data(made, tmp_path):
+    drawn = tmp_path / "hw2_data"
+    args = Synthetic(drawn, **TINY, creatures=1.0, trait_weight=50)
+    prepare_data.main(args)
+    found = {}
+    for folder in (made, drawn):
+        lines = (folder / "captioned" / "train" / "metadata.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        found[folder] = [row["subject"] == scenes.CREATURE for row in rows]
+    assert not all(found[made])
+    assert all(found[drawn])
+    prepare_data.main(args)  # finished
+    with pytest.raises(UserError, match=r"captioned holds other data.*'trait_weight': 50"):
+        prepare_data.main(Synthetic(drawn, **TINY, creatures=1.0))
+    with pytest.raises(UserError, match="captioned holds other data"):
+        prepare_data.main(Synthetic(drawn, **TINY))
+
+
 def test_check_of_missing_and_empty_folders(tmp_path, capsys):
     with pytest.raises(UserError, match="no such folder"):
         prepare_data.main(Check(tmp_path / "nowhere"))

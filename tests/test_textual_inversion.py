@@ -969,10 +969,10 @@ def test_the_mix_of_captions_names_traits_more_often():
         return len(creatures) / len(drawn), len(named) / len(creatures)
 
     assert shares(scenes.USUAL) == (pytest.approx(0.3, abs=0.07), pytest.approx(0.41, abs=0.1))
-    many = scenes.Mix(creatures=0.8, traits=20)
+    many = scenes.Mix(creatures=0.8, trait_weight=20)
     # Of 100 captions, 10 say "a drawing", and a plain coat is not counted here.
     assert shares(many) == (pytest.approx(0.8, abs=0.06), pytest.approx(0.8, abs=0.06))
-    assert shares(scenes.Mix(traits=0))[1] == 0
+    assert shares(scenes.Mix(trait_weight=0))[1] == 0
 
 
 def traits_in(text: str) -> list[str]:
@@ -1008,6 +1008,12 @@ def test_steps_are_drawn_with_a_power_of_t(power):
     for s in (250, 500, 900):
         share = (steps <= s).float().mean().item()
         assert share == pytest.approx((s / 1000) ** (1 + power), abs=0.01)
+
+
+def test_steps_of_the_power_0_are_drawn_as_everywhere_else():
+    steps = inversion_models.random_steps(1000, 8, 0.0, make_rng(0, "steps"))
+    expected = torch.randint(1, 1001, (8,), generator=make_rng(0, "steps"))
+    assert torch.equal(steps, expected)
 
 
 def test_the_error_of_the_image_counts_as_that_of_v_up_to_a_factor_of_five():

@@ -56,7 +56,9 @@ class Mix(NamedTuple):
     """How often scenes show a creature, and how often captions name a trait of it."""
 
     creatures: float = 0.3  # their share of the scenes
-    traits: int = 1  # how many times a trait stands among the phrases that a caption picks from
+    trait_weight: int = 1
+    # How often each of body, ears, coat and eyes stands among the phrases that a creature's caption
+    # is picked from. Its colour stands there twice, and so does the plain word.
 
 
 USUAL = Mix()
@@ -138,16 +140,17 @@ def random_scene(rng: np.random.Generator, creatures: float = USUAL.creatures) -
     return scene
 
 
-def caption(scene: Scene, rng: np.random.Generator, traits: int = 1) -> str:
+def caption(scene: Scene, rng: np.random.Generator, trait_weight: int) -> str:
     """A caption that is true of the scene, with some of its words left out at random.
 
-    A print has no colours of its own, so that its caption names none. `traits` is that of a Mix.
+    A print has no colours of its own, so that its caption names none. `trait_weight` is that of a
+    Mix.
     """
     names_colours = scene.style != "print"
     words = ""
     if rng.random() < 0.2:
         words = str(rng.choice(("a picture of ", "a drawing of ")))
-    words += subject_words(scene, names_colours, rng, traits)
+    words += subject_words(scene, names_colours, rng, trait_weight)
     if rng.random() < 0.1:
         words = "a drawing"  # of anything
     if rng.random() < 0.7:
@@ -158,7 +161,7 @@ def caption(scene: Scene, rng: np.random.Generator, traits: int = 1) -> str:
 
 
 def subject_words(
-    scene: Scene, names_colours: bool, rng: np.random.Generator, traits: int = 1
+    scene: Scene, names_colours: bool, rng: np.random.Generator, trait_weight: int
 ) -> str:
     """Words like "a red car" or "a car"; of a creature they name at most one trait."""
     named_colour = f"{scene.colour} {scene.subject}"
@@ -166,7 +169,7 @@ def subject_words(
         is_named = names_colours and rng.random() < 0.8
         return with_article(named_colour if is_named else scene.subject)
     of_traits = [BODIES[scene.body], EARS[scene.ears], COATS[scene.coat], EYES[scene.eyes]]
-    phrases = [with_article(CREATURE), with_article(CREATURE), *(of_traits * traits)]
+    phrases = [with_article(CREATURE), with_article(CREATURE), *(of_traits * trait_weight)]
     if names_colours:
         phrases += [with_article(named_colour), with_article(named_colour)]
     return phrases[rng.integers(len(phrases))]
@@ -363,7 +366,7 @@ def captioned_scene(
     """Scene k of a split, its caption, and the generator that goes on to draw it."""
     rng = np.random.default_rng([seed, 9, SPLITS.index(split), k])
     scene = random_scene(rng, mix.creatures)
-    words = caption(scene, rng, mix.traits)
+    words = caption(scene, rng, mix.trait_weight)
     if k % 3 == 0:
         words += "."  # prompts often end in a full stop
     return scene, words, rng
