@@ -70,7 +70,7 @@ NETS = {"adaptation": AdaptationNet}
 # What the configuration of a trained network says of its data.
 NEEDS = ("source", "target", "photographs", "class_names")
 PLACES: tuple[Place, ...] = ("none", "backbone", "dense", "label")
-# What the course report states of its ResNet-50, USPS → MNIST, accuracy in % on source and target.
+# The course report's ResNet-50, USPS → MNIST: accuracy in % on source and target.
 REPORTED = {
     "none": (95.2, 53.6),
     "backbone": (99.6, 73.3),
@@ -292,9 +292,11 @@ class DomainAdversarial(nn.Module):
         """What `net.lower` returned → scores of the classes (batch, classes), and of the domain.
 
         `x` is (batch, channels, height, width). The second is (batch,), above 0 for the target, or
-        None without a domain classifier. `sizes` splits the batch: each part is normalised
-        with its own statistics. The domain classifier has BatchNorm layers too, but always reads
-        the whole batch. Normalised apart, both domains would have the same mean and variance in it.
+        None without a domain classifier.
+
+        `sizes` splits the batch: BatchNorm normalises each part with its own statistics. The domain
+        classifier has BatchNorm layers too, but it always reads the whole batch. Normalised apart,
+        both domains would have the same mean and variance in it.
         """
         parts = x.split(sizes) if sizes else [x]
         outputs = [self.net.upper(part) for part in parts]

@@ -96,8 +96,8 @@ class Synthetic:
     creatures: float = USUAL.creatures
     """Share of creatures among the captioned scenes."""
     trait_weight: int = USUAL.trait_weight
-    """How often body, ears, coat and eyes stand among the phrases that the caption of a creature is
-    picked from; its colour and the plain word stand there twice."""
+    """Weight of each trait of a creature (body, ears, coat, eyes) when its caption is chosen; its
+    colour and the plain word "creature" have the weight 2."""
     num_workers: int = os.cpu_count() or 1
     """Processes that draw."""
 

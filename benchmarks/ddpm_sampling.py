@@ -1,9 +1,9 @@
 r"""Digits a second: p2_ddpm_infer.py as it is released against the textbook sampler.
 
 Ours is p2_ddpm_infer.py with the sampler, steps and guidance of the graders' script for MNIST-M
-(grading/common.sh): 12 steps of DPM-Solver++, of which the later half is guided. It is channels-
-last, in the precision that --precision auto chooses. The textbook sampler is algorithm 2 of DDPM
-over all T steps with noise of variance β, as in the public scripts, in fp32 with contiguous
+(grading/common.sh): 12 steps of DPM-Solver++, of which the later half is guided. Its tensors are
+channels_last, in the precision that --precision auto chooses. The textbook sampler is algorithm 2
+of DDPM over all T steps with noise of variance β, as in the public scripts, in fp32 with contiguous
 tensors. It is guided in every step, with a smaller w. Both have the same weights. Time is from
 noise to uint8 pixels, with the network loaded and after one step to warm up.
 
@@ -74,8 +74,8 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         our_options(self)  # Generate checks the sampler's options
-        limit = LARGEST_GUIDANCE
-        in_range("--textbook-guidance", self.textbook_guidance, -limit, limit)
+        guidance = self.textbook_guidance
+        in_range("--textbook-guidance", guidance, -LARGEST_GUIDANCE, LARGEST_GUIDANCE)
         at_least("--per-class", self.per_class, 1)
         at_least("--textbook-images", self.textbook_images, 1)
 
@@ -91,7 +91,7 @@ class Timed(NamedTuple):
 
 
 def our_options(args: Benchmark) -> Generate:
-    """The options of p2_ddpm_infer.py that ours stands for."""
+    """The options of p2_ddpm_infer.py that our sampler is timed with."""
     return Generate(
         checkpoint=args.checkpoint,
         output_dir=Path(),

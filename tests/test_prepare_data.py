@@ -543,13 +543,14 @@ def test_captions_of_another_mix_are_other_data(made, tmp_path):
     drawn = tmp_path / "hw2_data"
     args = Synthetic(drawn, **TINY, creatures=1.0, trait_weight=50)
     prepare_data.main(args)
-    found = {}
-    for folder in (made, drawn):
-        lines = (folder / "captioned" / "train" / "metadata.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        found[folder] = [row["subject"] == scenes.CREATURE for row in rows]
-    assert not all(found[made])
-    assert all(found[drawn])
+    lines = (drawn / "captioned" / "train" / "metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    mix = scenes.Mix(creatures=1.0, trait_weight=50)
+    expected = [scenes.captioned_scene(0, "train", k, mix)[1] for k in range(12)]
+    assert [row["text"] for row in rows] == expected
+    assert all(row["subject"] == scenes.CREATURE for row in rows)
+    usual = (made / "captioned" / "train" / "metadata.jsonl").read_text().splitlines()
+    assert not all(json.loads(line)["subject"] == scenes.CREATURE for line in usual)
     prepare_data.main(args)  # finished
     with pytest.raises(UserError, match=r"captioned holds other data.*'trait_weight': 50"):
         prepare_data.main(Synthetic(drawn, **TINY, creatures=1.0))

@@ -28,7 +28,7 @@ class Split(NamedTuple):
     name: str  # "train" or "val", for objects "clipart" or "shaded"
     first: int  # the number of the first image in the names of the files
     folder: Path
-    mix: scenes.Mix = scenes.USUAL  # of captioned scenes
+    mix: scenes.Mix = scenes.USUAL  # only captioned scenes have one
 
 
 @contextmanager

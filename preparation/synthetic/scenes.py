@@ -55,10 +55,10 @@ SPLITS = ("train", "val", "concept")
 class Mix(NamedTuple):
     """How often scenes show a creature, and how often captions name a trait of it."""
 
-    creatures: float = 0.3  # their share of the scenes
+    creatures: float = 0.3
+    """Share of creatures among the scenes."""
     trait_weight: int = 1
-    # How often each of body, ears, coat and eyes stands among the phrases that a creature's caption
-    # is picked from. Its colour stands there twice, and so does the plain word.
+    """Weight of each trait when a caption names one; the colour and the plain word weigh 2."""
 
 
 USUAL = Mix()
