@@ -47,7 +47,9 @@ class Train:
     fit: Fit = "crop"
     """How images of another shape fit: their middle is cut out, or all is squashed or padded."""
     epochs: int = 200
-    """Passes of the critic over the images."""
+    """Epochs of --images-per-epoch images for the critic."""
+    images_per_epoch: int | None = None
+    """Images of an epoch, after which a grid is drawn; all of them if not given."""
     batch_size: int = 64
     """Images of a step, over all processes."""
     width: int = 64
@@ -85,6 +87,7 @@ class Train:
 
     def __post_init__(self) -> None:
         at_least("--epochs", self.epochs, 1)
+        at_least("--images-per-epoch", self.images_per_epoch, 1)
         at_least("--batch-size", self.batch_size, 2)
         in_range("--width", self.width, 1, 4_096)
         above("--lr", self.lr, 0, 1)
@@ -147,7 +150,7 @@ def train(args: Train) -> dict[str, Any]:
         images = diff_augment(images, rng, args.augment)
         return images.contiguous(memory_format=torch.channels_last)
 
-    steps_per_epoch = max(1, len(pixels) // args.batch_size)
+    steps_per_epoch = max(1, (args.images_per_epoch or len(pixels)) // args.batch_size)
     last = args.epochs * steps_per_epoch
     first = run.load_state(parts)
     for step in run.steps(first, last, args.batch_size):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -289,13 +290,21 @@ class DomainAdversarial(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, images: Tensor, lambd: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, lambd: float, sizes: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
         """Images (batch, 3, 28, 28) → log-probabilities of classes (batch, 10) and domains.
 
         The domains are (batch, 2): 0 is the source, 1 the target.
+
+        `sizes` splits the batch: BatchNorm normalises each part with its own statistics. The domain
+        classifier has BatchNorm layers too, but it always reads the whole batch. Normalised apart,
+        both domains would have the same mean and variance in it.
         """
-        features = self.net.features(images)
-        class_log_p = self.net.classify(features)
+        batches = images.split(sizes) if sizes else [images]
+        parts = [self.net.features(batch) for batch in batches]
+        class_log_p = torch.cat([self.net.classify(part) for part in parts])
+        features = torch.cat(parts)
         reversed_features = ReverseGradient.apply(features, lambd)
         domain_log_p = self.net.discriminate(reversed_features)
         return class_log_p, domain_log_p
@@ -350,16 +359,10 @@ def dann_losses(
     """
     labelled = len(labels)
     has_target = len(images) > labelled
-    if args.forward == "separate" and has_target:
-        # Each domain is normalised with its own batch, also in the domain classifier, as in most
-        # public code. The running statistics are of both.
-        class_log_p, source_domain = net(images[:labelled], lambd)
-        target_log_p, target_domain = net(images[labelled:], lambd)
-        domain_log_p = torch.cat([source_domain, target_domain])
-    else:  # BatchNorm sees the mixture of both domains
-        class_log_p, domain_log_p = net(images, lambd)
-        target_log_p = class_log_p[labelled:]
-        class_log_p = class_log_p[:labelled]
+    separate = args.forward == "separate" and has_target
+    sizes = (labelled, len(images) - labelled) if separate else ()
+    log_p, domain_log_p = net(images, lambd, sizes)
+    class_log_p, target_log_p = log_p[:labelled], log_p[labelled:]
 
     smoothing = args.label_smoothing
     losses = {

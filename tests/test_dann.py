@@ -103,6 +103,34 @@ def gradient_or_zero(loss: Tensor, parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if gradient is None else gradient
 
 
+def test_the_domain_classifier_sees_both_domains_at_once():
+    """Also where the rest of the network sees one after the other."""
+    torch.manual_seed(0)
+    net = DannDeep(width=4).train()
+    images = torch.randn(10, 3, 28, 28)
+    source, target = images[:6], images[6:]
+    labels = torch.arange(6)
+    bare = copy.deepcopy(net)
+    torch.manual_seed(1)  # of dropout
+    class_log_p, domain_log_p = DomainAdversarial(net)(images, 1.0, sizes=(6, 4))
+    torch.manual_seed(1)
+    features = [bare.features(part) for part in (source, target)]
+    expected = torch.cat([bare.classify(part) for part in features])
+    torch.testing.assert_close(class_log_p, expected)
+    torch.testing.assert_close(domain_log_p, bare.discriminate(torch.cat(features)))
+
+    class Recorder(torch.nn.Module):
+        def forward(self, images, lambd, sizes=()):
+            self.sizes = sizes
+            return torch.zeros(len(images), 10), torch.zeros(len(images), 2)
+
+    recorder = Recorder()
+    for forward, sizes in (("separate", (6, 4)), ("joint", ())):
+        args = Recipe(output_dir=Path(), forward=forward)
+        dann_losses(recorder, images, labels, 1.0, args, ClassPrior())
+        assert recorder.sizes == sizes
+
+
 @pytest.mark.parametrize("forward", ["joint", "separate"])
 def test_one_backward_pass_gives_the_gradients_of_the_saddle_point(forward):
     """Equations 13 to 15: the extractor descends class loss - λ · domain loss.

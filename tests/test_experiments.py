@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import p2_ddpm_train
-from benchmarks import ddpm_sampling, startup
+from benchmarks import convolutions, ddpm_sampling, startup
 from common.cli import UserError
 from common.data import labels_of, load_digits
 from common.figures import save_image
@@ -216,6 +216,21 @@ def test_benchmarks_print_a_ratio(name, options, monkeypatch, capsys):
         monkeypatch.setattr(p2_ddpm_train, function, getattr(p2_ddpm_train, function))
     module.main(module.Benchmark(**options))
     assert "x as fast" in capsys.readouterr().out
+
+
+def test_the_convolution_benchmark_counts_the_operations_of_each_pass(monkeypatch, capsys):
+    layer = convolutions.Layer(2, 3, kernel=4, stride=2, size=8)  # to 4x4 pixels
+    monkeypatch.setattr(convolutions, "LAYERS", [layer])
+    convolutions.main(convolutions.Benchmark(batch_size=1, matrix=8, seconds=0.001))
+    assert capsys.readouterr().out.count("2 to   3") == 2
+
+    def operations_of(statement: str, names: object, operations: float, args: object) -> float:
+        return operations
+
+    monkeypatch.setattr(convolutions, "speed", operations_of)
+    args = convolutions.Benchmark(batch_size=5)
+    numbers = 5 * 3 * 4 * 4  # of the output; each is a sum of 2 * 4 * 4 products
+    assert convolutions.layer_speeds(layer, "contiguous", args) == [numbers * 2 * 4 * 4 * 2] * 3
 
 
 def test_the_sampling_benchmark_prints_a_ratio_and_accuracies(

@@ -414,6 +414,23 @@ def test_the_generator_is_trained_after_every_n_critic_th_step_of_the_whole_run(
     assert state["c_adam"]["state"][0]["step"].item() == 9
 
 
+@pytest.mark.parametrize("script", [p1_dcgan, p1_wgangp])
+def test_shorter_epochs_draw_more_grids_and_change_nothing_else(script, faces):
+    """Two epochs of three steps are six steps, and so are three epochs of two."""
+    usual = small(script, faces, "usual", epochs=2)
+    short = small(script, faces, "short", epochs=3, images_per_epoch=8)
+    script.train(usual)
+    script.train(short)
+    assert read_state(usual.output_dir)["step"] == 6
+    weights, _ = load_weights(usual.output_dir / "model.safetensors")
+    others, _ = load_weights(short.output_dir / "model.safetensors")
+    for key, value in weights.items():
+        assert torch.equal(value, others[key])
+    assert len(list((usual.output_dir / "samples").iterdir())) == 2
+    assert len(list((short.output_dir / "samples").iterdir())) == 3
+    assert len((short.output_dir / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_the_saved_generator_is_the_average(faces):
     args = small(p1_dcgan, faces, "run")
     p1_dcgan.train(args)

@@ -397,9 +397,11 @@ def test_a_training_that_continued_from_other_weights_says_so(output, data_dir):
     )
     assert sentence not in page_of(output).text
     init = "checkpoints/x.safetensors"
-    options = {"domains": ["mnistm", "svhn"], "init": init}
+    options = {"domains": ["mnistm", "svhn"], "init": init, "epochs": 3, "images_per_epoch": 500}
     write_run(output / "p2/digits", data_dir, {"seconds": 1.0}, **options)
-    assert page_of(output).text.count(sentence) == 1
+    text = page_of(output).text
+    assert text.count(sentence) == 1
+    assert "continued with the data of this page for 3 epochs of 500 images." in text
 
 
 def test_results_of_released_networks_say_so(tmp_path, data_dir):
@@ -679,7 +681,7 @@ def test_a_hostile_run_directory_is_escaped(output, data_dir, capsys):
     write_json(output / "p1/dcgan/config.json", config)
     (output / "steps/=1+1.txt").write_text(f"python {SCRIPT}\n-1+cmd|' /C calc'!A0\n")
     init = f"checkpoints/{SCRIPT}"
-    options = {"domains": ["mnistm", "svhn"], "init": init}
+    options = {"domains": ["mnistm", "svhn"], "init": init, "epochs": 3, "images_per_epoch": 500}
     write_run(output / "p2/digits", data_dir, {"seconds": 1.0}, **options)
     page = page_of(output)
     html = (output / "report.html").read_text()

@@ -1,0 +1,120 @@
+"""How fast the convolutions of DCGAN and of the DDPM are, beside a product of large matrices.
+
+A training loop that computes the same convolutions in the same precision can hardly become faster
+than this. Each line is one layer with its forward pass and its two gradients, in 10^9 additions and
+multiplications a second, with contiguous and with channels-last tensors.
+
+    python benchmarks/convolutions.py
+    python benchmarks/convolutions.py --precision bf16
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch.nn import functional as F
+from torch.nn import grad
+from torch.utils.benchmark import Timer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.cli import above, at_least, run_cli
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+
+
+class Layer(NamedTuple):
+    """A convolution, with the height and width of its input."""
+
+    before: int
+    after: int
+    kernel: int
+    stride: int
+    size: int
+
+
+# DCGAN's discriminator: the layers after the first. The DDPM's ContextUnet: those of both levels.
+LAYERS = [
+    Layer(64, 128, kernel=4, stride=2, size=32),
+    Layer(128, 256, kernel=4, stride=2, size=16),
+    Layer(256, 512, kernel=4, stride=2, size=8),
+    Layer(128, 128, kernel=3, stride=1, size=28),
+    Layer(256, 256, kernel=3, stride=1, size=14),
+]
+
+
+@dataclass
+class Benchmark:
+    """Print the speed of each layer, and of the product of two large matrices."""
+
+    batch_size: int = 64
+    """Images of a batch."""
+    matrix: int = 2_048
+    """Rows and columns of the two matrices."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Numbers to compute with."""
+    seconds: float = 0.5
+    """Seconds to measure each pass for; the median counts."""
+
+    def __post_init__(self) -> None:
+        at_least("--batch-size", self.batch_size, 1)
+        at_least("--matrix", self.matrix, 1)
+        above("--seconds", self.seconds, 0, 60)
+
+
+def speed(statement: str, names: dict[str, object], operations: float, args: Benchmark) -> float:
+    """10^9 operations a second of a Python statement on all cores."""
+    timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
+    median = timer.blocked_autorange(min_run_time=args.seconds).median
+    return operations / median / 1e9
+
+
+def layer_speeds(layer: Layer, layout: str, args: Benchmark) -> list[float]:
+    """Speed of the forward pass, of the input's gradient and of the weights' gradient."""
+    dtype = DTYPES[args.precision]
+    padding = 1
+    x = torch.randn(args.batch_size, layer.before, layer.size, layer.size, dtype=dtype)
+    weights = torch.randn(layer.after, layer.before, layer.kernel, layer.kernel, dtype=dtype)
+    x = x.contiguous(memory_format=FORMATS[layout])
+    weights = weights.contiguous(memory_format=FORMATS[layout])
+    y = F.conv2d(x, weights, None, layer.stride, padding)
+    names = {
+        "conv2d": F.conv2d,
+        "grad": grad,
+        "x": x,
+        "weights": weights,
+        "dy": torch.randn_like(y),
+        "stride": layer.stride,
+        "padding": padding,
+    }
+    statements = [
+        "conv2d(x, weights, None, stride, padding)",
+        "grad.conv2d_input(x.shape, weights, dy, stride, padding)",
+        "grad.conv2d_weight(x, weights.shape, dy, stride, padding)",
+    ]
+    operations = 2 * y.numel() * layer.before * layer.kernel**2  # of each of the three
+    return [speed(statement, names, operations, args) for statement in statements]
+
+
+def main(args: Benchmark) -> None:
+    """Print the table."""
+    a = torch.randn(args.matrix, args.matrix, dtype=DTYPES[args.precision])
+    product = speed("a @ a", {"a": a}, 2 * args.matrix**3, args)
+    print(f"{args.precision}, {torch.get_num_threads()} threads, 10^9 operations a second")
+    print(f"product of two {args.matrix:,} x {args.matrix:,} matrices: {product:,.0f}")
+    print("channels        kernel  stride  size  layout         forward  d input  d weights")
+    for layer in LAYERS:
+        for layout in FORMATS:
+            forward, d_input, d_weights = layer_speeds(layer, layout, args)
+            print(
+                f"{layer.before:3} to {layer.after:3}  {layer.kernel:10}  {layer.stride:6}"
+                f"  {layer.size:4}  {layout:13} {forward:8,.0f} {d_input:8,.0f} {d_weights:10,.0f}"
+            )
+
+
+if __name__ == "__main__":
+    run_cli(Benchmark, main)
