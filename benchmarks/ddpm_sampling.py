@@ -59,11 +59,11 @@ class Benchmark:
     """Domain to generate."""
     sampler: Sampler = "dpm-solver++"
     """Our sampler."""
-    steps: int = 12
+    steps: int = 9
     """Our sampler's steps."""
     guidance: float = 8.0
     """Our guidance w."""
-    interval: tuple[float, float] = (0.0, 0.5)
+    interval: tuple[float, float] = (0.1, 0.45)
     """The range of t / T in which ours is guided."""
     textbook_guidance: float = 2.0
     """Guidance w of the textbook sampler."""

@@ -399,7 +399,7 @@ def test_a_training_that_continued_from_other_weights_says_so(output, data_dir):
     init = "checkpoints/x.safetensors"
     options = {"domains": ["mnistm", "svhn"], "init": init, "epochs": 3, "images_per_epoch": 500}
     write_run(output / "p2/digits", data_dir, {"seconds": 1.0}, **options)
-    text = page_of(output).text
+    text = " ".join(page_of(output).text.split())
     assert text.count(sentence) == 1
     assert "continued with the data of this page for 3 epochs of 500 images." in text
 

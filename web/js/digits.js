@@ -7,7 +7,7 @@ import { clamp, dpmSolverStep, guide, imageOf } from "./samplers.js";
 
 const NET = "ddpm_digits";
 const SHAPE = [3, 28, 28];
-// What the card of the network, checkpoints/ddpm_digits.md, recommends for each domain.
+// Guidance for 12 steps; docs/ddpm.md says how it was chosen.
 const USUAL = { mnistm: { w: 8, upTo: 0.5 }, svhn: { w: 8, upTo: 0.3 } };
 
 /**
