@@ -49,7 +49,7 @@ class Train:
     epochs: int = 100
     """Epochs of --images-per-epoch images."""
     images_per_epoch: int | None = None
-    """Images of an epoch, after which a grid is drawn; all of them if not given."""
+    """Images in an epoch, after which a grid is drawn; all images once if not given."""
     batch_size: int = 64
     """Images of a step, over all processes."""
     width: int = 64

@@ -142,7 +142,7 @@ class Recipe:
     grey: bool = False
     """Let the deep network see the mean of the channels only, so that colour cannot matter."""
     forward: Literal["joint", "separate"] | None = None
-    """Whether BatchNorm sees both domains in one batch or each on its own."""
+    """Whether BatchNorm sees both domains in one batch; the domain classifier's always does."""
     infomax: bool = False
     """Add information maximisation on the target: certain of each image, balanced over all."""
     mcc: bool = False
@@ -298,8 +298,8 @@ class DomainAdversarial(nn.Module):
         The domains are (batch, 2): 0 is the source, 1 the target.
 
         `sizes` splits the batch: BatchNorm normalises each part with its own statistics. The domain
-        classifier has BatchNorm layers too, but it always reads the whole batch. Normalised apart,
-        both domains would have the same mean and variance in it.
+        classifier has BatchNorm layers too, but it always reads the whole batch. If it
+        normalised each domain on its own, both would have the same mean and variance there.
         """
         batches = images.split(sizes) if sizes else [images]
         parts = [self.net.features(batch) for batch in batches]

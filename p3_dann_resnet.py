@@ -120,7 +120,7 @@ class Recipe:
     views: int = 4
     """Augmented versions of each image whose frozen stages are computed once, with --frozen."""
     forward: Literal["joint", "separate"] = "joint"
-    """Whether BatchNorm sees both domains in one batch or each on its own."""
+    """Whether BatchNorm sees both domains in one batch; the domain classifier's always does."""
     infomax: bool = False
     """Add information maximisation on the target: certain of each image, balanced over all."""
     mcc: bool = False
@@ -295,8 +295,8 @@ class DomainAdversarial(nn.Module):
         None without a domain classifier.
 
         `sizes` splits the batch: BatchNorm normalises each part with its own statistics. The domain
-        classifier has BatchNorm layers too, but it always reads the whole batch. Normalised apart,
-        both domains would have the same mean and variance in it.
+        classifier has BatchNorm layers too, but it always reads the whole batch. If it
+        normalised each domain on its own, both would have the same mean and variance there.
         """
         parts = x.split(sizes) if sizes else [x]
         outputs = [self.net.upper(part) for part in parts]

@@ -1,8 +1,8 @@
 """How fast the convolutions of DCGAN and of the DDPM are, beside a product of large matrices.
 
-A training loop that computes the same convolutions in the same precision can hardly become faster
-than this. Each line is one layer with its forward pass and its two gradients, in 10^9 additions and
-multiplications a second, with contiguous and with channels-last tensors.
+Convolutions take most of the time of a training step, so they limit how fast it can become. Each
+line is one layer with its forward pass and its two gradients, in 10^9 additions and multiplications
+a second, with contiguous and with channels-last tensors.
 
     python benchmarks/convolutions.py
     python benchmarks/convolutions.py --precision bf16
@@ -17,7 +17,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch.nn import functional as F
-from torch.nn import grad
 from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -52,13 +51,13 @@ class Benchmark:
     """Print the speed of each layer, and of the product of two large matrices."""
 
     batch_size: int = 64
-    """Images of a batch."""
+    """Images in a batch."""
     matrix: int = 2_048
     """Rows and columns of the two matrices."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Numbers to compute with."""
+    """Number format to compute in."""
     seconds: float = 0.5
-    """Seconds to measure each pass for; the median counts."""
+    """Seconds for which each pass is measured; the median is printed."""
 
     def __post_init__(self) -> None:
         at_least("--batch-size", self.batch_size, 1)
@@ -82,19 +81,24 @@ def layer_speeds(layer: Layer, layout: str, args: Benchmark) -> list[float]:
     x = x.contiguous(memory_format=FORMATS[layout])
     weights = weights.contiguous(memory_format=FORMATS[layout])
     y = F.conv2d(x, weights, None, layer.stride, padding)
-    names = {
-        "conv2d": F.conv2d,
-        "grad": grad,
-        "x": x,
-        "weights": weights,
-        "dy": torch.randn_like(y),
-        "stride": layer.stride,
-        "padding": padding,
-    }
+    dy = torch.randn_like(y)
+
+    def forward() -> None:
+        F.conv2d(x, weights, None, layer.stride, padding)
+
+    def backward(wanted: list[bool]) -> None:  # the gradient of the input, weights, bias
+        torch.ops.aten.convolution_backward(
+            *(dy, x, weights, None),
+            *([layer.stride] * 2, [padding] * 2, [1, 1]),  # stride, padding, dilation
+            *(False, [0, 0], 1),  # not transposed, no output padding, one group
+            wanted,
+        )
+
+    names = {"forward": forward, "backward": backward}
     statements = [
-        "conv2d(x, weights, None, stride, padding)",
-        "grad.conv2d_input(x.shape, weights, dy, stride, padding)",
-        "grad.conv2d_weight(x, weights.shape, dy, stride, padding)",
+        "forward()",
+        "backward([True, False, False])",
+        "backward([False, True, False])",
     ]
     operations = 2 * y.numel() * layer.before * layer.kernel**2  # of each of the three
     return [speed(statement, names, operations, args) for statement in statements]

@@ -1,11 +1,11 @@
 r"""Digits a second: p2_ddpm_infer.py as it is released against the textbook sampler.
 
 Ours is p2_ddpm_infer.py with the sampler, steps and guidance of the graders' script for MNIST-M
-(grading/common.sh): 12 steps of DPM-Solver++, of which the later half is guided. Its tensors are
-channels_last, in the precision that --precision auto chooses. The textbook sampler is algorithm 2
-of DDPM over all T steps with noise of variance β, as in the public scripts, in fp32 with contiguous
-tensors. It is guided in every step, with a smaller w. Both have the same weights. Time is from
-noise to uint8 pixels, with the network loaded and after one step to warm up.
+(grading/common.sh): 9 steps of DPM-Solver++, guided where t / T is from 0.1 to 0.45. Its tensors
+are channels_last, in the precision that --precision auto chooses. The textbook sampler is algorithm
+2 of DDPM over all T steps with noise of variance β, as in the public scripts, in fp32 with
+contiguous tensors. It is guided in every step, with a smaller w. Both have the same weights. Time
+is from noise to uint8 pixels, with the network loaded and after one step to warm up.
 
 As T steps are slow, the textbook sampler makes fewer images (--textbook-images). On a CPU 20 images
 are as fast, each, as more would be. A GPU needs large batches, so there it makes as many as ours,

@@ -129,6 +129,8 @@ def test_the_domain_classifier_sees_both_domains_at_once():
         args = Recipe(output_dir=Path(), forward=forward)
         dann_losses(recorder, images, labels, 1.0, args, ClassPrior())
         assert recorder.sizes == sizes
+    dann_losses(recorder, source, labels, 1.0, replace(args, forward="separate"), ClassPrior())
+    assert recorder.sizes == ()
 
 
 @pytest.mark.parametrize("forward", ["joint", "separate"])

@@ -404,6 +404,12 @@ def test_a_training_that_continued_from_other_weights_says_so(output, data_dir):
     assert "continued with the data of this page for 3 epochs of 500 images." in text
 
 
+def test_a_training_from_random_weights_says_how_long_it_took(output, data_dir):
+    write_run(output / "p1/dcgan", data_dir, {"seconds": 1.0}, epochs=5, images_per_epoch=1_200)
+    text = " ".join(page_of(output).text.split())
+    assert "From random weights: DCGAN, trained here for 5 epochs of 1,200 images." in text
+
+
 def test_results_of_released_networks_say_so(tmp_path, data_dir):
     """They stand where nothing was made here, and never in the place of what was."""
     output = tmp_path / "shown"
@@ -681,7 +687,8 @@ def test_a_hostile_run_directory_is_escaped(output, data_dir, capsys):
     write_json(output / "p1/dcgan/config.json", config)
     (output / "steps/=1+1.txt").write_text(f"python {SCRIPT}\n-1+cmd|' /C calc'!A0\n")
     init = f"checkpoints/{SCRIPT}"
-    options = {"domains": ["mnistm", "svhn"], "init": init, "epochs": 3, "images_per_epoch": 500}
+    options = {"domains": ["mnistm", "svhn"], "init": init}
+    options |= {"epochs": SCRIPT, "images_per_epoch": SCRIPT}
     write_run(output / "p2/digits", data_dir, {"seconds": 1.0}, **options)
     page = page_of(output)
     html = (output / "report.html").read_text()
