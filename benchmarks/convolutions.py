@@ -17,7 +17,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch.nn import functional as F
-from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.cli import above, at_least, run_cli
@@ -67,6 +66,8 @@ class Benchmark:
 
 def speed(statement: str, names: dict[str, object], operations: float, args: Benchmark) -> float:
     """10^9 operations a second of a Python statement on all cores."""
+    from torch.utils.benchmark import Timer  # it may warn of CUDA when it is imported
+
     timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
     median = timer.blocked_autorange(min_run_time=args.seconds).median
     return operations / median / 1e9
