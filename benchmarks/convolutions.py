@@ -11,11 +11,13 @@ a second, with contiguous and with channels-last tensors.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -64,11 +66,11 @@ class Benchmark:
         above("--seconds", self.seconds, 0, 60)
 
 
-def speed(statement: str, names: dict[str, object], operations: float, args: Benchmark) -> float:
-    """10^9 operations a second of a Python statement on all cores."""
+def speed(run: Callable[[], object], operations: float, args: Benchmark) -> float:
+    """10^9 operations a second of a function that does `operations` of them, on all cores."""
     from torch.utils.benchmark import Timer  # it may warn of CUDA when it is imported
 
-    timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     median = timer.blocked_autorange(min_run_time=args.seconds).median
     return operations / median / 1e9
 
@@ -84,31 +86,37 @@ def layer_speeds(layer: Layer, layout: str, args: Benchmark) -> list[float]:
     y = F.conv2d(x, weights, None, layer.stride, padding)
     dy = torch.randn_like(y)
 
-    def forward() -> None:
-        F.conv2d(x, weights, None, layer.stride, padding)
+    def forward() -> Tensor:
+        return F.conv2d(x, weights, None, layer.stride, padding)
 
-    def backward(wanted: list[bool]) -> None:  # the gradient of the input, weights, bias
-        torch.ops.aten.convolution_backward(
-            *(dy, x, weights, None),
-            *([layer.stride] * 2, [padding] * 2, [1, 1]),  # stride, padding, dilation
-            *(False, [0, 0], 1),  # not transposed, no output padding, one group
-            wanted,
+    def backward(input_wanted: bool, weights_wanted: bool) -> tuple[Tensor | None, ...]:
+        return torch.ops.aten.convolution_backward(
+            grad_output=dy,
+            input=x,
+            weight=weights,
+            bias_sizes=None,
+            stride=[layer.stride, layer.stride],
+            padding=[padding, padding],
+            dilation=[1, 1],
+            transposed=False,
+            output_padding=[0, 0],
+            groups=1,
+            output_mask=[input_wanted, weights_wanted, False],
         )
 
-    names = {"forward": forward, "backward": backward}
-    statements = [
-        "forward()",
-        "backward([True, False, False])",
-        "backward([False, True, False])",
+    # Each of the three passes has as many.
+    operations = 2 * y.numel() * layer.before * layer.kernel**2
+    return [
+        speed(forward, operations, args),
+        speed(lambda: backward(True, False), operations, args),
+        speed(lambda: backward(False, True), operations, args),
     ]
-    operations = 2 * y.numel() * layer.before * layer.kernel**2  # of each of the three
-    return [speed(statement, names, operations, args) for statement in statements]
 
 
 def main(args: Benchmark) -> None:
     """Print the table."""
     a = torch.randn(args.matrix, args.matrix, dtype=DTYPES[args.precision])
-    product = speed("a @ a", {"a": a}, 2 * args.matrix**3, args)
+    product = speed(lambda: a @ a, 2 * args.matrix**3, args)
     print(f"{args.precision}, {torch.get_num_threads()} threads, 10^9 operations a second")
     print(f"product of two {args.matrix:,} x {args.matrix:,} matrices: {product:,.0f}")
     print("channels        kernel  stride  size  layout         forward  d input  d weights")

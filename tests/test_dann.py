@@ -111,7 +111,7 @@ def test_the_domain_classifier_sees_both_domains_at_once():
     source, target = images[:6], images[6:]
     labels = torch.arange(6)
     bare = copy.deepcopy(net)
-    torch.manual_seed(1)  # of dropout
+    torch.manual_seed(1)  # the same dropout in both
     class_log_p, domain_log_p = DomainAdversarial(net)(images, 1.0, sizes=(6, 4))
     torch.manual_seed(1)
     features = [bare.features(part) for part in (source, target)]

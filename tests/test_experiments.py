@@ -224,13 +224,23 @@ def test_the_convolution_benchmark_counts_the_operations_of_each_pass(monkeypatc
     convolutions.main(convolutions.Benchmark(batch_size=1, matrix=8, seconds=0.001))
     assert capsys.readouterr().out.count("2 to   3") == 2
 
-    def operations_of(statement: str, names: object, operations: float, args: object) -> float:
+    def operations_of(run: Callable, operations: float, args: object) -> float:
+        passes.append(run())
         return operations
+
+    passes = []
 
     monkeypatch.setattr(convolutions, "speed", operations_of)
     args = convolutions.Benchmark(batch_size=5)
-    numbers = 5 * 3 * 4 * 4  # of the output; each is a sum of 2 * 4 * 4 products
+    numbers = 5 * 3 * 4 * 4  # in the output, each a sum of 2 * 4 * 4 products
     assert convolutions.layer_speeds(layer, "contiguous", args) == [numbers * 2 * 4 * 4 * 2] * 3
+
+    y, of_input, of_weights = passes
+    assert y.shape == (5, 3, 4, 4)
+    assert of_input[0].shape == (5, 2, 8, 8)
+    assert of_input[1] is None
+    assert of_weights[0] is None
+    assert of_weights[1].shape == (3, 2, 4, 4)
 
 
 def test_the_sampling_benchmark_prints_a_ratio_and_accuracies(

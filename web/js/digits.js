@@ -7,7 +7,7 @@ import { clamp, dpmSolverStep, guide, imageOf } from "./samplers.js";
 
 const NET = "ddpm_digits";
 const SHAPE = [3, 28, 28];
-// Guidance for 12 steps; docs/ddpm.md says how it was chosen.
+// Guidance for 12 steps: docs/ddpm.md has a row for each domain.
 const USUAL = { mnistm: { w: 8, upTo: 0.5 }, svhn: { w: 8, upTo: 0.3 } };
 
 /**
