@@ -298,8 +298,8 @@ class DomainAdversarial(nn.Module):
         The domains are (batch, 2): 0 is the source, 1 the target.
 
         `sizes` splits the batch: BatchNorm normalises each part with its own statistics. The domain
-        classifier has BatchNorm layers too, but it always reads the whole batch. If it normalised each
-        domain on its own, both would have the same mean and variance there.
+        classifier has BatchNorm layers too, but it always reads the whole batch. If it normalised
+        each domain on its own, both would have the same mean and variance there.
         """
         batches = images.split(sizes) if sizes else [images]
         parts = [self.net.features(batch) for batch in batches]

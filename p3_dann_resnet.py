@@ -295,8 +295,8 @@ class DomainAdversarial(nn.Module):
         None without a domain classifier.
 
         `sizes` splits the batch: BatchNorm normalises each part with its own statistics. The domain
-        classifier has BatchNorm layers too, but it always reads the whole batch. If it normalised each
-        domain on its own, both would have the same mean and variance there.
+        classifier has BatchNorm layers too, but it always reads the whole batch. If it normalised
+        each domain on its own, both would have the same mean and variance there.
         """
         parts = x.split(sizes) if sizes else [x]
         outputs = [self.net.upper(part) for part in parts]
