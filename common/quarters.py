@@ -33,13 +33,16 @@ def quarter_of(t: Tensor, timesteps: int) -> Tensor:
 
 
 def end_epoch(run: Run, row: dict[str, Any], name: str, title: str) -> None:
-    """Log an epoch's row of metrics and draw the curves; `title` is that of the quarters' panel."""
+    """Log an epoch's row of metrics and draw the curves; `title` is that of the quarters' panel.
+
+    A quarter in which no image of the epoch fell has no loss: its value is None.
+    """
     if not run.is_main:
         return
     columns = [f"loss_{name}{number}" for number in range(QUARTERS)]
     for number, column in enumerate(columns):
         count = row.pop(f"count_{name}{number}")
-        row[column] /= max(count, 1e-9)
+        row[column] = row[column] / count if count > 0 else None
     run.log_metrics(row)
     run.log_row(row)
     panels = {

@@ -262,9 +262,11 @@ class Run:
             self.trackers.update(self.rows)
 
     def log_row(self, row: dict[str, Any]) -> None:
-        """Log a row of metrics in words, without its "step"."""
+        """Log a row of metrics in words, without its "step" and without values that are None."""
         words = [
-            f"{key.replace('_', ' ')} {value:.4g}" for key, value in row.items() if key != "step"
+            f"{key.replace('_', ' ')} {value:.4g}"
+            for key, value in row.items()
+            if key != "step" and value is not None
         ]
         self.log(", ".join(words))
 

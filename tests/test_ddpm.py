@@ -299,6 +299,8 @@ def test_training_resumes_bit_for_bit_within_an_epoch(net, data_dir, stop_in_ste
     assert [row["epoch"] for row in rows] == [1, 2]
     columns = {"loss", "loss_t0", "loss_t3", "gradient_norm", "learning_rate"}
     assert columns <= rows[0].keys()
+    assert rows[0]["loss_t0"] > 0
+    assert rows[0]["loss_t3"] is None  # with T = 2, t is in the first or the third
     grid = Image.open(cut.output_dir / "samples/epoch_0002.png")
     assert grid.size == (10 * 30 + 2, 10 * 30 + 2)
     assert Image.open(cut.output_dir / "figures/training.gif").n_frames == 2
