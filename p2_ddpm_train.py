@@ -74,6 +74,7 @@ from models.network import Network
 
 FACES = "faces"  # the domain that is a folder without labels
 FACE_SIZE = 64
+GRID_COLUMNS = 10  # images of each digit in a grid
 SIGNAL_LEFT = 0.01  # ᾱ_T above which there is a warning
 
 
@@ -142,6 +143,8 @@ class Train:
     """Decay of the averaged network, which is the one that is sampled and saved."""
     grid_every: int = 10
     """Epochs between grids of samples from fixed noise."""
+    grid_columns: int = GRID_COLUMNS
+    """Images of each digit in a grid, side by side; a grid of faces has 32 in all."""
     keep_every: int | None = None
     """Epochs between copies of the averaged network, epochs/0010.safetensors; none without it."""
     seed: int = 0
@@ -182,6 +185,7 @@ class Train:
         above("--min-snr", self.min_snr, 0, 1e6)
         below("--ema-decay", self.ema_decay, 0, 1)
         at_least("--grid-every", self.grid_every, 1)
+        in_range("--grid-columns", self.grid_columns, 1, 1_000)
         at_least("--keep-every", self.keep_every, 1)
         is_seed("--seed", self.seed)
 
@@ -201,6 +205,8 @@ class Train:
             raise UserError(f"--domains {domains}: faces have no digits; train them on their own")
         if self.balance_classes:
             raise UserError("--balance-classes: faces have no classes")
+        if self.grid_columns != GRID_COLUMNS:
+            raise UserError(f"--grid-columns {self.grid_columns}: is for digits; faces have none")
         if self.net != "ddim":
             raise UserError(f"--net {self.net}: is for 28x28 digits; take --net ddim for faces")
 
@@ -244,14 +250,14 @@ def train(args: Train) -> dict[str, Any]:
     adam = torch.optim.AdamW(trained, weight_decay=args.weight_decay, fused=True)
     net, adam = accelerator.prepare(bare_net, adam)
     parts = {"net": bare_net, "ema": ema, "adam": adam}
+    steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
+    last = args.epochs * steps_per_epoch
     faces = None
     if isinstance(bare_net, DdimUnet | LatentUnet) and not classes:
-        faces = FaceStates(bare_net, pixels[0], args.flip)
+        faces = FaceStates(bare_net, pixels[0], args.flip, last * args.batch_size)
         shape = bare_net.shape  # of the images, or of their latents
     config = config_of(args, bare_net, pixels[0].shape[2], schedule) | origin
 
-    steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
-    last = args.epochs * steps_per_epoch
     first = run.load_state(parts)
     warn_of_signal_left(run, schedule)
     for step in run.steps(first, last, args.batch_size):
@@ -291,7 +297,7 @@ def train(args: Train) -> dict[str, Any]:
             row |= run.epoch_means(steps_per_epoch)
             end_epoch(run, row, "t", "loss by quarter of t")
             if epoch % args.grid_every == 0 or epoch == args.epochs:
-                draw_samples(run, ema, schedule, shape, classes, epoch)
+                draw_samples(run, ema, schedule, shape, classes, epoch, args.grid_columns)
             if args.keep_every and epoch % args.keep_every == 0 and run.is_main:
                 save_net(run.dir / "epochs" / f"{epoch:04d}.safetensors", ema, config)
         if run.save_due() or epoch_ends:
@@ -517,11 +523,12 @@ def draw_samples(
     shape: tuple[int, ...],
     classes: int,
     epoch: int,
+    columns: int,
 ) -> None:
     """Draw a grid of samples from fixed noise with 25 steps of DDIM.
 
-    Ten of each class (a row), or 32 images without classes. `shape` is that of the noise of an
-    image, or of its latents.
+    A class has a row of `columns` images; without classes there are 32 images. `shape` is that of
+    the noise of an image, or of its latents.
     """
     if not run.is_main:
         return
@@ -529,8 +536,8 @@ def draw_samples(
     labels = None
     count = 32
     if classes:
-        labels = torch.arange(classes, device=device).repeat_interleave(10)
-        count = 10 * classes
+        labels = torch.arange(classes, device=device).repeat_interleave(columns)
+        count = columns * classes
     ema.eval()
     steps = spaced_steps(schedule.T, min(25, schedule.T))
     x = ImageNoise(0, range(count), shape, device)()
@@ -543,7 +550,7 @@ def draw_samples(
     if isinstance(ema, LatentUnet):
         x = ema.decode(x)
     file = run.dir / "samples" / f"epoch_{epoch:04d}.png"
-    save_grid(to_uint8(x), file, columns=10 if classes else 8)
+    save_grid(to_uint8(x), file, columns=columns if classes else 8)
 
 
 def main(args: Train) -> dict[str, Any]:

@@ -267,7 +267,9 @@ def train(args: Train) -> dict[str, Any]:
     torch.manual_seed(derive_seed(args.seed, "init"))
     bare_net = place(make_net(args), device)
     initial = load_init(args, bare_net) if args.init else None
-    states = FaceStates(bare_net, pixels, args.flip)
+    steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
+    last = args.epochs * steps_per_epoch
+    states = FaceStates(bare_net, pixels, args.flip, last * args.batch_size)
     levels = initial.levels if initial else measure_levels(states, args)
     config = bare_net.config | {
         "noise_levels": levels.to_config(),
@@ -282,8 +284,6 @@ def train(args: Train) -> dict[str, Any]:
     net, adam = accelerator.prepare(bare_net, adam)
     parts = {"net": bare_net, "ema": ema, "adam": adam}
 
-    steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
-    last = args.epochs * steps_per_epoch
     first = run.load_state(parts)
     log_levels(run, levels, bare_net.shape)
     for step in run.steps(first, last, args.batch_size):

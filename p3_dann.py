@@ -57,7 +57,8 @@ from common.data import (
     load_digits,
     load_folder,
     normalise,
-    take,
+    some_rows,
+    take_some,
 )
 from common.device import Device, Precision, make_accelerator, place
 from common.figures import mean_and_sd, save_csv, save_curves, save_table, save_tsne
@@ -153,6 +154,8 @@ class Recipe:
     """Decay of the averaged network, which is the one that is evaluated and saved."""
     select: Selection = "last"
     """Which epoch is the result. No choice uses labels of the target."""
+    measured_images: int | None = None
+    """Validation images of each domain that measure an epoch; by default all."""
 
     def __post_init__(self) -> None:
         at_least("--epochs", self.epochs, 1)
@@ -166,6 +169,7 @@ class Recipe:
         in_range("--tint", self.tint, 0, 1)
         below("--label-smoothing", self.label_smoothing, 0, 1)
         below("--ema-decay", self.ema_decay, 0, 1)
+        at_least("--measured-images", self.measured_images, 1)
 
 
 @dataclass(kw_only=True)
@@ -529,7 +533,7 @@ def load_data(args: Train) -> Data:
             if images.labels is None:
                 note_once(f"{domain}: val has no labels, so no accuracy is measured on it")
             else:
-                validation[domain] = images
+                validation[domain] = take_some(images, args.measured_images)
     return Data(labelled, target.pixels, validation)
 
 
@@ -542,10 +546,10 @@ def end_epoch(
     """
     if not run.is_main:
         return
-    source = data.validation[args.source]
-    source = take(source, some_rows(len(source.names)))
+    most = args.measured_images or MOST_MEASURED
+    source = take_some(data.validation[args.source], most)
     row["source_accuracy"] = accuracy(ema, source, run.accelerator)
-    unlabelled = data.target_pixels[some_rows(len(data.target_pixels))]
+    unlabelled = data.target_pixels[some_rows(len(data.target_pixels), most)]
     row |= all_criteria(scores_of(ema, unlabelled, run.accelerator).float().softmax(1))
     for domain, images in data.validation.items():
         if domain != args.source:
@@ -570,11 +574,6 @@ def end_epoch(
             f"warning: the domain accuracy is {domain_accuracy:.0%}: "
             "the domain classifier collapsed, or is nearly always right"
         )
-
-
-def some_rows(count: int) -> Tensor:
-    """The numbers of at most MOST_MEASURED of `count` images, always the same ones."""
-    return torch.randperm(count, generator=make_rng(0, "criteria"))[:MOST_MEASURED]
 
 
 def finish(run: Run, args: Train, chosen: Network, validation: dict[str, Images]) -> None:

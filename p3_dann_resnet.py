@@ -43,7 +43,15 @@ from common.cli import (
     run_cli,
     two_domains,
 )
-from common.data import DIGIT_SIZE, Images, draw_batch, labels_of, load_folder
+from common.data import (
+    DIGIT_SIZE,
+    Images,
+    draw_batch,
+    labels_of,
+    load_folder,
+    some_rows,
+    take_some,
+)
 from common.device import Device, Precision, make_accelerator
 from common.device import place as put_on
 from common.domains import (
@@ -86,7 +94,7 @@ PUBLISHED = {
 DIGITS_SIZE = 32
 PHOTOS_SIZE = 224
 MOST_UNLABELLED = 5_000  # images of the target that the criteria read
-STATISTICS_BATCHES = 40  # batches that give the averaged network its BatchNorm statistics
+STATISTICS_BATCHES = 40  # most batches that give the averaged network BatchNorm statistics
 
 
 @dataclass(kw_only=True)
@@ -127,6 +135,8 @@ class Recipe:
     """Add minimum class confusion on the target."""
     select: Selection = "last"
     """Which epoch is the result. No choice uses labels of the target."""
+    measured_images: int | None = None
+    """Validation images of each domain that measure an epoch; by default all."""
     augment: bool = True
     """Turn, zoom and shift digits; crop and mirror photographs."""
     epochs: int = 20
@@ -172,6 +182,7 @@ class Recipe:
         in_range("--lambda-max", self.lambda_max, 0, 1_000)
         below("--label-smoothing", self.label_smoothing, 0, 1)
         below("--ema-decay", self.ema_decay, 0, 1)
+        at_least("--measured-images", self.measured_images, 1)
         if self.frozen and self.weights is None:
             raise UserError(f"--frozen {self.frozen}: needs --weights; random stages learn nothing")
 
@@ -463,6 +474,10 @@ def train(args: Train) -> dict[str, Any]:
     if run.result is not None:
         return run.result if run.is_main else {}
     data = load_data(args, args.output_dir.parent / "cache")
+    data = data._replace(
+        source_val=take_some(data.source_val, args.measured_images),
+        target_val=take_some(data.target_val, args.measured_images),
+    )
     labels = labels_of(data.source).to(device)
 
     torch.manual_seed(derive_seed(args.seed, "init"))
@@ -478,7 +493,7 @@ def train(args: Train) -> dict[str, Any]:
         key = (args.seed, "target")
         target = Inputs(bare_net, data.target.pixels.to(device), augment, args.views, key)
         images_per_step = 2 * args.batch_size
-    measured = measured_inputs(ema, data, device) if run.is_main else {}
+    measured = measured_inputs(ema, data, device, args) if run.is_main else {}
     optimizer = torch.optim.SGD(
         parameter_groups(bare_net, args.weights is not None),
         lr=args.lr,
@@ -531,7 +546,7 @@ def train(args: Train) -> dict[str, Any]:
             row |= run.epoch_means(steps_per_epoch)
             run.check_weights(step + 1, parts)
             if run.is_main:
-                set_statistics(ema, source, target, args)
+                set_statistics(ema, source, target, steps_per_epoch, args)
             end_epoch(run, args, ema, chosen, measured, data, row)
         if run.save_due() or epoch_ends:
             run.save_state(step + 1, parts)
@@ -541,12 +556,15 @@ def train(args: Train) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def set_statistics(ema: AdaptationNet, source: Inputs, target: Inputs | None, args: Recipe) -> None:
+def set_statistics(
+    ema: AdaptationNet, source: Inputs, target: Inputs | None, steps_per_epoch: int, args: Recipe
+) -> None:
     """Give the averaged network BatchNorm statistics of its own, from training images.
 
     The running statistics of training are those of the last weights, not of the averaged ones
     (Izmailov et al., 2018, section 3, https://arxiv.org/abs/1803.05407). Both domains count alike,
-    and are mixed or apart as in training. No label is used.
+    and are mixed or apart as in training. No label is used. A short epoch is not followed by more
+    batches than it had itself.
     """
     layers = []
     for module in ema.modules():
@@ -556,7 +574,7 @@ def set_statistics(ema: AdaptationNet, source: Inputs, target: Inputs | None, ar
             module.momentum = None  # the mean over all batches
     ema.train()
     rng = make_rng(0, "statistics", device=source.pixels.device)
-    for _ in range(STATISTICS_BATCHES):
+    for _ in range(min(STATISTICS_BATCHES, steps_per_epoch)):
         parts = []
         for inputs in (source, target):
             if inputs is not None:
@@ -571,16 +589,17 @@ def set_statistics(ema: AdaptationNet, source: Inputs, target: Inputs | None, ar
         module.momentum = momentum
 
 
-def measured_inputs(net: AdaptationNet, data: Domains, device: torch.device) -> dict[str, Inputs]:
+def measured_inputs(
+    net: AdaptationNet, data: Domains, device: torch.device, args: Train
+) -> dict[str, Inputs]:
     """What each epoch is measured on: source and target validation images, unlabelled ones.
 
     For photographs the last two are the same images, which are then measured once.
     """
     pixels = {"source": data.source_val.pixels, "target": data.target_val.pixels}
-    unlabelled = data.target.pixels
-    if unlabelled is not data.target_val.pixels:
-        rows = torch.randperm(len(unlabelled), generator=make_rng(0, "criteria"))[:MOST_UNLABELLED]
-        pixels["unlabelled"] = unlabelled[rows]
+    if args.source_dir is None:
+        most = args.measured_images or MOST_UNLABELLED
+        pixels["unlabelled"] = data.target.pixels[some_rows(len(data.target.pixels), most)]
     return {name: Inputs(net, some.to(device), "none") for name, some in pixels.items()}
 
 

@@ -497,6 +497,9 @@ class Runner:
                 if step.remove_outdated and again:
                     self.remove(step)
                 continue
+            if step.checks_data and self.everything_again:  # drawn just now, so nothing is wrong
+                self.remember(step, command, 0)
+                continue
             if not again and not step.always and self.is_done(step, command):
                 if not self.plan.dry_run:  # which prints commands alone
                     say(f"= {step.name}: done already: {self.places.path(step.makes)}", prefix)
@@ -548,7 +551,7 @@ class Runner:
         seconds = round(time.monotonic() - start)
         if status == 0:
             if not step.always:
-                atomic_write(self.note(step), f"{as_text(command)}\n{seconds}\n")
+                self.remember(step, command, seconds)
             say(f"= {step.name}: {seconds} s: {self.places.path(step.makes)}", prefix)
             return Result(step.name, "done", seconds)
         if self.processes.stopping:
@@ -565,6 +568,11 @@ class Runner:
     def note(self, step: Step) -> Path:
         """The file with the command that made a step's file, and its seconds."""
         return self.plan.output_dir / "steps" / f"{step.name}.txt"
+
+    def remember(self, step: Step, command: list[str], seconds: int) -> None:
+        """Note that a step is done; a dry run notes nothing."""
+        if not self.plan.dry_run:
+            atomic_write(self.note(step), f"{as_text(command)}\n{seconds}\n")
 
     def is_done(self, step: Step, command: Sequence[str]) -> bool:
         """Whether this very command made what the step makes."""

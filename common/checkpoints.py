@@ -25,7 +25,7 @@ from common.cli import UserError
 from common.files import atomic_write
 from common.metadata import MetadataError, check_config, read_config
 from common.pickles import Stub
-from models.network import Network
+from models.network import Network, shapes_only
 
 # Keys under which published checkpoints keep their weights. Averaged ones come first.
 AVERAGED = "ema"
@@ -81,7 +81,7 @@ def build_net(
     try:
         if not arguments:
             arguments = kind.arguments_of(weights)
-        with torch.device("meta"):  # shapes without numbers
+        with shapes_only():
             expected = kind(**arguments).state_dict()
     except BAD_SIZES:
         raise UserError(f"{where}: is not a {kind.__name__}") from None

@@ -56,6 +56,18 @@ def take(images: Images, rows: torch.Tensor) -> Images:
     return Images(images.pixels[rows], labels_of(images)[rows], names)
 
 
+def some_rows(count: int, most: int) -> torch.Tensor:
+    """The rows, int64, of at most `most` of `count` images at random, always the same ones."""
+    return torch.randperm(count, generator=make_rng(0, "criteria"))[:most]
+
+
+def take_some(images: Images, most: int | None) -> Images:
+    """At most `most` of the labelled images at random, always the same ones; by default all."""
+    if most is None:
+        return images
+    return take(images, some_rows(len(images.names), most))
+
+
 # Pixels
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,25 +201,32 @@ def load_labelled(
 class FaceStates:
     """The clean states x_0 of a diffusion over images: normalised pixels, or latents.
 
-    Pixels stay uint8 until they are drawn. Latents are encoded once, on `net`'s device.
+    Latents are encoded once, before the training. In a run that draws fewer images than there are
+    to encode, they are encoded when they are drawn.
     """
 
-    def __init__(self, net: FaceNet, pixels: Tensor, flip: bool) -> None:
-        """`pixels` are uint8 (n, 3, height, width). `flip` mirrors with probability one half."""
+    def __init__(self, net: FaceNet, pixels: Tensor, flip: bool, draws: int) -> None:
+        """`pixels` are uint8 (n, 3, height, width), on `net`'s device.
+
+        `flip` mirrors with probability one half. `draws` is how many images the run draws in all.
+        """
+        self.pixels = pixels
         self.flip = flip
         self.count = len(pixels)
-        self.pixels: Tensor | None = pixels
-        self.latents = torch.empty(0)
-        if isinstance(net, LatentUnet):
-            self.pixels = None
-            versions = [pixels, pixels.flip(3)] if flip else [pixels]
-            self.latents = torch.stack([encode_all(net, version) for version in versions])
+        self.encoder = net if isinstance(net, LatentUnet) else None
+        self.latents: Tensor | None = None  # (1 or 2 for mirrored ones, n, channels, height, width)
+        versions = 2 if flip else 1
+        if self.encoder is not None and draws >= versions * self.count:
+            latents = [self._encode_all(pixels)]
+            if flip:
+                latents.append(self._encode_all(pixels.flip(3)))
+            self.latents = torch.stack(latents)
 
     def draw(self, rows: Tensor, rng: torch.Generator) -> Tensor:
         """x_0 of some rows (batch,): float32 (batch, channels, height, width)."""
-        if self.pixels is not None:
+        if self.latents is None:
             images = normalise(self.pixels[rows])
-            return mirror_some(images, rng) if self.flip else images
+            return self._encode(mirror_some(images, rng) if self.flip else images)
         version = torch.zeros_like(rows)  # 0, or 1 for a mirrored image
         if self.flip:
             version = (torch.rand(len(rows), generator=rng, device=rows.device) < 0.5).long()
@@ -227,24 +234,28 @@ class FaceStates:
 
     def sample(self, count: int, rng: torch.Generator) -> Tensor:
         """At most `count` different clean states at random, not mirrored, float32."""
-        rows = torch.randperm(self.count, generator=rng)[:count]
-        if self.pixels is None:
-            return self.latents[0, rows.to(self.latents.device)]
-        return normalise(self.pixels[rows.to(self.pixels.device)])
+        rows = torch.randperm(self.count, generator=rng)[:count].to(self.pixels.device)
+        if self.latents is not None:
+            return self.latents[0, rows]
+        return self._encode_all(self.pixels[rows])
+
+    def _encode_all(self, pixels: Tensor) -> Tensor:
+        """The states of many images uint8 (n, 3, height, width), some at a time."""
+        batches: Iterable[Tensor] = pixels.split(AT_A_TIME)
+        if self.encoder is not None:
+            batches = show_progress(batches, len(batches), "encoding, batches")
+        return torch.cat([self._encode(normalise(some)) for some in batches])
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Tensor:
+        """The states of images (batch, 3, height, width) in [-1, 1]."""
+        return images if self.encoder is None else self.encoder.encode(images)
 
 
 def mirror_some(images: Tensor, rng: torch.Generator) -> Tensor:
     """Mirror each image (batch, channels, height, width) with probability one half."""
     mirrored = torch.rand(len(images), generator=rng, device=images.device) < 0.5
     return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-
-
-@torch.inference_mode()
-def encode_all(net: LatentUnet, pixels: Tensor) -> Tensor:
-    """Latents (n, *net.shape) of images uint8 (n, 3, height, width)."""
-    batches = pixels.split(AT_A_TIME)
-    shown = show_progress(batches, len(batches), "encoding, batches")
-    return torch.cat([net.encode(normalise(some)) for some in shown])
 
 
 def face_names(count: int) -> list[str]:

@@ -32,6 +32,7 @@ class Step:
     seconds: dict[str, int] = field(default_factory=dict)
     leaves: Sequence[str] = ()
     draws_data: bool = False
+    checks_data: bool = False
     remove_outdated: bool = False
     always: bool = False
 
@@ -80,7 +81,7 @@ TABLES = {
 STEP_FIELDS = {
     **dict.fromkeys(("name", "part", "script", "arguments", "makes", "optional"), is_text),
     **dict.fromkeys(("needs", "unless", "profiles", "leaves"), is_texts),
-    **dict.fromkeys(("draws_data", "remove_outdated", "always"), is_flag),
+    **dict.fromkeys(("draws_data", "checks_data", "remove_outdated", "always"), is_flag),
     "options": lambda value: is_table_of(value, is_text),
     "seconds": lambda value: is_table_of(value, is_seconds),
 }

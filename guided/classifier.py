@@ -111,7 +111,10 @@ def train_classifier(args: TrainClassifier) -> dict[str, Any]:
     schedule = start.schedule
     images, labels = load_labelled(args.data_dir, start.size, args.attributes, args.output_dir)
     labels = labels.to(device)
-    states = FaceStates(place(start.net, device), images.pixels.to(device), args.flip)
+    steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
+    last = args.epochs * steps_per_epoch
+    encoder = place(start.net, device)
+    states = FaceStates(encoder, images.pixels.to(device), args.flip, last * args.batch_size)
     own_names = set(split_faces(images.names).guidance)  # the other images are the evaluator's
     is_own = torch.tensor([name in own_names for name in images.names])
     own = is_own.nonzero().flatten().to(device)  # rows
@@ -125,8 +128,6 @@ def train_classifier(args: TrainClassifier) -> dict[str, Any]:
     parts = {"net": bare_net, "ema": ema, "adam": adam}
     weights = positive_weights(labels[own], args.largest_weight)
 
-    steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
-    last = args.epochs * steps_per_epoch
     first = run.load_state(parts)
     for step in run.steps(first, last, args.batch_size):
         net.train()
@@ -219,19 +220,20 @@ def accuracy_by_quarter(
     """
     net.eval()
     device = rows.device
-    found = []
-    truth = labels[rows] == 1
-    for number in range(QUARTERS):
-        rng = make_rng(0, "quarter", number, device=device)
-        low = number * schedule.T // QUARTERS + 1
-        high = (number + 1) * schedule.T // QUARTERS + 1
-        guesses = []
-        for some in rows.split(500):
-            x0 = states.draw(some, rng)
+    rng = make_rng(0, "quarters", device=device)
+    guesses: list[list[Tensor]] = [[] for _ in range(QUARTERS)]
+    for some in rows.split(500):
+        x0 = states.draw(some, rng)
+        for number in range(QUARTERS):
+            low = number * schedule.T // QUARTERS + 1
+            high = (number + 1) * schedule.T // QUARTERS + 1
             t = torch.randint(low, max(high, low + 1), (len(x0),), generator=rng, device=device)
             x_t = schedule.q_sample(x0, t, torch.randn(x0.shape, generator=rng, device=device))
-            guesses.append(net(x_t, schedule.time(t, net)) > 0)
-        guess = torch.cat(guesses)
+            guesses[number].append(net(x_t, schedule.time(t, net)) > 0)
+    found = []
+    truth = labels[rows] == 1
+    for of_quarter in guesses:
+        guess = torch.cat(of_quarter)
         hits_of_present = (guess & truth).sum(0) / truth.sum(0)
         hits_of_absent = (~guess & ~truth).sum(0) / (~truth).sum(0)
         found.append(50 * (hits_of_present + hits_of_absent).nanmean().item())

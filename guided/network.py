@@ -9,7 +9,6 @@ begins as it was.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +70,8 @@ class Train:
     """Decay of the averaged network, which is the one that is sampled and saved."""
     grid_every: int = 10
     """Epochs between grids of samples from fixed noise, a row for each attribute."""
+    grid_columns: int = 8
+    """Noises of such a grid, one in each column."""
     seed: int = 0
     """Seed of the new weights, order and noise."""
     device: Device = "auto"
@@ -93,6 +94,7 @@ class Train:
         above("--clip", self.clip, 0, 1e6)
         below("--ema-decay", self.ema_decay, 0, 1)
         at_least("--grid-every", self.grid_every, 1)
+        in_range("--grid-columns", self.grid_columns, 1, 1_000)
         is_seed("--seed", self.seed)
 
 
@@ -117,11 +119,12 @@ def train(args: Train) -> dict[str, Any]:
     adam = torch.optim.AdamW(trained, weight_decay=args.weight_decay, fused=True)
     net, adam = accelerator.prepare(bare_net, adam)
     parts = {"net": bare_net, "ema": ema, "adam": adam}
-    states = FaceStates(bare_net, images.pixels.to(device), args.flip)
     labels = labels.to(device)
 
     steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
     last = args.epochs * steps_per_epoch
+    draws = last * args.batch_size
+    states = FaceStates(bare_net, images.pixels.to(device), args.flip, draws)
     first = run.load_state(parts)
     of_each = {
         "shares": shares_of(args.attributes, labels),
@@ -155,7 +158,7 @@ def train(args: Train) -> dict[str, Any]:
             row |= run.epoch_means(steps_per_epoch)
             end_epoch(run, row, "t", "loss by quarter of t")
             if epoch % args.grid_every == 0 or epoch == args.epochs:
-                draw_samples(run, ema, start, args.attributes, epoch)
+                draw_samples(run, ema, start, args, epoch)
         if run.save_due() or epoch_ends:
             run.save_state(step + 1, parts)
     if run.is_main:
@@ -255,17 +258,16 @@ def config_of(args: Train, net: FaceNet, start: FaceModel) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def draw_samples(
-    run: Run, ema: FaceNet, start: FaceModel, names: Sequence[str], epoch: int
-) -> None:
-    """Draw a grid of samples with 25 steps of DDIM: a row for each attribute, the same 8 noises."""
+def draw_samples(run: Run, ema: FaceNet, start: FaceModel, args: Train, epoch: int) -> None:
+    """Draw a grid of samples with 25 steps of DDIM: a row for each attribute, the same noises."""
     if not run.is_main:
         return
     device = run.accelerator.device
     schedule = start.schedule
     ema.eval()
-    asked = torch.eye(len(names), device=device).repeat_interleave(8, dim=0)
-    x = ImageNoise(0, range(8), ema.shape, device)().repeat(len(names), 1, 1, 1)
+    rows, columns = len(args.attributes), args.grid_columns
+    asked = torch.eye(rows, device=device).repeat_interleave(columns, dim=0)
+    x = ImageNoise(0, range(columns), ema.shape, device)().repeat(rows, 1, 1, 1)
     steps = spaced_steps(schedule.T, min(25, schedule.T), start.sampling["spacing"])
     with run.accelerator.autocast():
         pairs = step_pairs(steps)
@@ -274,4 +276,4 @@ def draw_samples(
             x0 = clamp_x0(schedule.x0_from_eps(x, t, eps), start.sampling["clamp"])
             x = ddim_step(schedule, x0, eps, t, previous)
         pixels = to_uint8(ema.decode(x))
-    save_grid(pixels, run.dir / "samples" / f"epoch_{epoch:04d}.png", columns=8)
+    save_grid(pixels, run.dir / "samples" / f"epoch_{epoch:04d}.png", columns)

@@ -22,6 +22,7 @@ from common.device import Device, Precision, choose_device, has_fast_bf16
 from diffusion.schedule import Schedule
 from inversion.sampling import TextToImageModel
 from inversion.tokens import VOCABULARY, Tokenizer
+from models.network import shapes_only
 from models.stable_diffusion.model import PREFIXES, StableDiffusion
 from models.text_to_image import TextToImage
 
@@ -126,7 +127,7 @@ def build_stable_diffusion(path: Path, weights: dict[str, Tensor]) -> StableDiff
     Raises UserError that names the first key that is missing, unexpected or of another shape.
     """
     weights = dict(weights)
-    with torch.device("meta"):
+    with shapes_only():
         net = StableDiffusion()
     parts = {name: getattr(net, name) for name in PREFIXES}
     for name, prefix in PREFIXES.items():

@@ -24,8 +24,8 @@ class Sinusoid(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        exponents = torch.arange(0, channels, 2) * (-math.log(10000) / channels)
-        self.register_buffer("inv_freq", torch.exp(exponents))
+        frequencies = [10_000 ** (-channel / channels) for channel in range(0, channels, 2)]
+        self.register_buffer("inv_freq", torch.tensor(frequencies))
 
     def forward(self, t: Tensor) -> Tensor:
         """(batch,) → (batch, channels)."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from models.gan import GENERATORS, Critic, Discriminator
 from models.nets import NETS
+from models.network import shapes_only
 from reporting.output import Output
 from reporting.tables import METHODS
 
@@ -19,7 +19,7 @@ def network_of(output: Output, run: str, what: str) -> tuple[str, str] | None:
     if "net" not in config:
         return None
     try:
-        with torch.device("meta"):  # no memory for the weights
+        with shapes_only():
             if config["net"] == "clip":
                 import open_clip
 
@@ -53,7 +53,7 @@ def gan_networks(output: Output) -> list[tuple[str, str]]:
 def both_players(method: str, arguments: dict[str, Any]) -> list[nn.Module]:
     """The generator and its opponent, without memory for the weights."""
     width = arguments["width"]
-    with torch.device("meta"):
+    with shapes_only():
         generator = GENERATORS[arguments.get("net", "generator")](width=width)
         if method == "dcgan":
             return [generator, Discriminator(width)]

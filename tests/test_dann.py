@@ -351,6 +351,23 @@ def test_training_learns_and_records_every_epoch(data_dir):
     assert result["oracle_best_accuracy"]["usps"] == max(recorded)
 
 
+def test_fewer_images_can_measure_an_epoch(data_dir, monkeypatch):
+    seen = []
+    accuracy = p3_dann.accuracy
+
+    def spy(net, images, accelerator):
+        seen.append(len(images.names))
+        return accuracy(net, images, accelerator)
+
+    monkeypatch.setattr(p3_dann, "accuracy", spy)
+    train(small(data_dir, "all"))
+    assert max(seen) > 5
+    seen.clear()
+    train(small(data_dir, "few", measured_images=5))
+    assert set(seen) == {5}
+    assert same_weights(data_dir.parent / "all", data_dir.parent / "few")
+
+
 @pytest.mark.parametrize("criterion", ["source_accuracy", "corr_c"])
 def test_the_selected_epoch_is_the_first_with_the_largest_value(data_dir, criterion):
     args = small(data_dir, "run", epochs=6, lr=3e-3, target="usps", select=criterion)

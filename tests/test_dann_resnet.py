@@ -387,6 +387,24 @@ def test_a_run_resumes_bit_for_bit(data_dir, stop_in_step_1, place):
     assert (whole.output_dir / "figures" / "curves.png").exists()
 
 
+def test_fewer_images_can_measure_an_epoch(data_dir, monkeypatch):
+    seen = []
+    measure = p3_dann_resnet.probabilities
+
+    def spy(net, inputs, accelerator):
+        seen.append(len(inputs))
+        return measure(net, inputs, accelerator)
+
+    monkeypatch.setattr(p3_dann_resnet, "probabilities", spy)
+    everything, few = small(data_dir, "all"), small(data_dir, "few", measured_images=5)
+    train(everything)
+    assert min(seen) > 5
+    seen.clear()
+    train(few)
+    assert seen == 6 * [5]  # two domains and the unlabelled images, after two epochs
+    assert same(everything, few)
+
+
 def test_a_run_resumes_with_the_chosen_epoch(data_dir, stop_in_step_1, monkeypatch):
     """The first epoch is chosen, and the run stops after it."""
     monkeypatch.setattr(p3_dann_resnet, "selected_epoch", lambda rows, selection: rows[0])
@@ -399,7 +417,7 @@ def test_a_run_resumes_with_the_chosen_epoch(data_dir, stop_in_step_1, monkeypat
     assert same(whole, broken)
 
 
-def test_the_averaged_network_has_statistics_of_its_own():
+def test_the_averaged_network_has_statistics_of_its_own(monkeypatch):
     """They are those of training images, and the layers are left as they were."""
     net = tiny_net("backbone")
     pixels = torch.randint(256, (50, 3, 16, 16), dtype=torch.uint8)
@@ -407,7 +425,11 @@ def test_the_averaged_network_has_statistics_of_its_own():
     for module in net.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.running_mean.fill_(7.0)
-    set_statistics(net, inputs, None, Recipe(output_dir=Path(), batch_size=50))
+    batches = []
+    draw = inputs.draw
+    monkeypatch.setattr(inputs, "draw", lambda *args: batches.append(1) or draw(*args))
+    set_statistics(net, inputs, None, 30, Recipe(output_dir=Path(), batch_size=50))
+    assert len(batches) == 30
     first = net.backbone.bn1
     maps = net.backbone.conv1(net.lower(pixels.float() / 127.5 - 1))
     torch.testing.assert_close(first.running_mean, maps.mean((0, 2, 3)), atol=0.02, rtol=0.1)

@@ -18,7 +18,7 @@ from common.checkpoints import load_net, load_weights
 from common.cli import UserError
 from common.data import Images, normalise, shuffled, to_uint8
 from common.device import make_accelerator
-from common.faces import make_face_net
+from common.faces import FaceStates, make_face_net
 from common.rng import ImageNoise, derive_seed, make_rng
 from diffusion.noise_levels import NoiseLevels
 from diffusion.schedule import Schedule
@@ -283,7 +283,7 @@ def test_a_score_based_model_that_does_not_fit_is_refused(
 @pytest.mark.parametrize("net", ["context", "attention", "ddim"])
 def test_training_resumes_bit_for_bit_within_an_epoch(net, data_dir, stop_in_step_1):
     # One domain and two steps of noise: the grids of samples take most of the time.
-    options = {"net": net, "domains": ("mnistm",), "timesteps": 2}
+    options = {"net": net, "domains": ("mnistm",), "timesteps": 2, "grid_columns": 3}
     if net == "ddim":
         options |= {"patch": 2, "blocks": 1}
     whole = small(data_dir, "whole", **options)
@@ -302,7 +302,7 @@ def test_training_resumes_bit_for_bit_within_an_epoch(net, data_dir, stop_in_ste
     assert rows[0]["loss_t0"] > 0
     assert rows[0]["loss_t3"] is None  # with T = 2, t is in the first or the third
     grid = Image.open(cut.output_dir / "samples/epoch_0002.png")
-    assert grid.size == (10 * 30 + 2, 10 * 30 + 2)
+    assert grid.size == (3 * 30 + 2, 10 * 30 + 2)
     assert Image.open(cut.output_dir / "figures/training.gif").n_frames == 2
 
 
@@ -418,6 +418,32 @@ def test_latents_and_those_of_mirrored_faces_are_learned(faces_dir, autoencoder,
     save_net(other, autoencoder)
     with pytest.raises(UserError, match="has another autoencoder than --autoencoder"):
         train(dataclasses.replace(again, output_dir=args.output_dir.parent / "third"))
+
+
+def test_latents_are_the_same_if_they_are_encoded_when_they_are_drawn(
+    faces_dir, autoencoder, monkeypatch
+):
+    net = make_face_net(16, 32, 1, autoencoder=autoencoder)
+    pixels = load_data(small_faces(faces_dir, "run"))[0].pixels
+    encoded = []
+    encode = LatentUnet.encode
+
+    def spy(net, images):
+        encoded.append(len(images))
+        return encode(net, images)
+
+    monkeypatch.setattr(LatentUnet, "encode", spy)
+    before = FaceStates(net, pixels, flip=True, draws=2 * len(pixels))
+    assert encoded == [len(pixels), len(pixels)]
+    encoded.clear()
+    when_drawn = FaceStates(net, pixels, flip=True, draws=2 * len(pixels) - 1)
+    assert not encoded
+    rows = torch.tensor([3, 0, 3, 1])
+    drawn = [states.draw(rows, make_rng("draw")) for states in (before, when_drawn)]
+    torch.testing.assert_close(*drawn)
+    samples = [states.sample(5, make_rng("sample")) for states in (before, when_drawn)]
+    torch.testing.assert_close(*samples)
+    assert encoded == [4, 5]
 
 
 def test_two_processes_train_faces(faces_dir, autoencoder):

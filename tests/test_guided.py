@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import p2_ddpm_infer
@@ -92,6 +93,7 @@ def small(data_dir: Path, init: Path, name: str, **options) -> Train:
         "images_per_epoch": 8,
         "batch_size": 4,
         "grid_every": 1,
+        "grid_columns": 3,
     }
     return Train(**CPU | defaults | options)
 
@@ -164,6 +166,8 @@ def test_training_resumes_bit_for_bit(data_dir, unconditional, stop_in_step_1):
         assert torch.equal(value, other[name]), name
     assert config["attributes"] == list(NAMES)
     assert one["unet.attributes.last.weight"].any()  # it starts from zeros
+    grid = Image.open(whole.output_dir / "samples/epoch_0002.png")
+    assert grid.size == (3 * 18 + 2, 2 * 18 + 2)
     shares = (whole.output_dir / "log.txt").read_text()
     assert "Bald 42.9 % (weight 1.08), Smiling 28.6 % (weight 1.32)" in shares
     # A trained network can be trained further, with the same attributes.

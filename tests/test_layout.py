@@ -96,3 +96,25 @@ def test_importing_a_script_does_nothing_and_imports_no_heavy_package(tmp_path):
 
 def test_importing_an_experiment_benchmark_or_tool_does_nothing(tmp_path):
     import_all(other_scripts(), set(), tmp_path)
+
+
+# Loads networks of all the kinds that are released.
+LOAD_ALL = """
+import sys
+from pathlib import Path
+
+from common.checkpoints import load_net
+from models.nets import NETS
+
+for file in sys.argv[1:]:
+    load_net(Path(file), NETS)
+sys.exit(any(name in sys.modules for name in ("torch._dynamo", "sympy")))
+"""
+
+
+def test_loading_a_network_does_not_wait_for_torchs_compiler():
+    """Importing it takes two to three seconds."""
+    names = ("dann_svhn", "dann_resnet_mnist", "dcgan_faces", "ddpm_faces", "text_to_image")
+    files = [str(ROOT / f"checkpoints/{name}.safetensors") for name in names]
+    done = subprocess.run([sys.executable, "-c", LOAD_ALL, *files], cwd=ROOT, check=False)
+    assert done.returncode == 0

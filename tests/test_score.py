@@ -356,7 +356,7 @@ def test_training_measures_its_levels_and_keeps_them(parametrization, faces_dir,
     result = train(args)
     assert math.isfinite(result["loss"])
     weights, config = load_weights(args.output_dir / "model.safetensors")
-    pixels = FaceStates(make_face_net(16, 32, 1, 4), load(faces_dir), flip=False).sample(
+    pixels = FaceStates(make_face_net(16, 32, 1, 4), load(faces_dir), False, draws=6).sample(
         6, make_rng("rows")
     )
     distances = torch.cdist(pixels.flatten(1), pixels.flatten(1))

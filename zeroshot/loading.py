@@ -18,6 +18,7 @@ from common.cli import UserError
 from common.data import list_images
 from common.json_files import read_object
 from common.names import is_hidden, is_label
+from models.network import shapes_only
 
 OPENAI = "ViT-B-32, openai"  # the weights that the course uses
 # Entries that only OpenAI's own files have.
@@ -175,7 +176,7 @@ def build_openai(weights: dict[str, Tensor], checkpoint: Path | None) -> Clip:
     import open_clip
 
     build = open_clip.model.build_model_from_openai_state_dict
-    with torch.device("meta"):  # shapes without numbers, so that no sizes can fill the memory
+    with shapes_only():  # so that no sizes can fill the memory
         build({key: value.to("meta") for key, value in weights.items()}, cast_dtype=torch.float32)
     net = build(weights, cast_dtype=torch.float32)
     net = net.float()
@@ -188,7 +189,7 @@ def build_own(weights: dict[str, Tensor], config: dict[str, Any], checkpoint: Pa
     """A CLIP from a file of `pretrain`."""
     import open_clip
 
-    with torch.device("meta"):  # shapes without numbers, so that no sizes can fill the memory
+    with shapes_only():  # so that no sizes can fill the memory
         expected = open_clip.CLIP(**config["arguments"]).state_dict()
     misfit = first_misfit(expected, weights)
     if misfit:
