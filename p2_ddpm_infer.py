@@ -399,13 +399,17 @@ def file_name(digit: int, number: int) -> str:
     return f"{digit}_{number:03d}.png"
 
 
-def draw_plots(model: Model, domain: str, folder: Path, args: Generate) -> None:
-    """Draw the 10x10 grid (rows are digits, columns noises), the reverse process and its film."""
-    digits, numbers = in_batches(10, batch_size=100)[0]  # all of them
+def draw_plots(model: Model, domain: str, per_class: int, folder: Path, args: Generate) -> None:
+    """Draw a grid (rows are digits, columns noises), the reverse process and its film.
+
+    The grid has the first images of each digit: ten, or `per_class` if that is less.
+    """
+    columns = min(10, per_class)
+    digits, numbers = in_batches(columns, batch_size=100)[0]  # all of them
     sampling = sample_digits(model, domain, digits, numbers, args.guidance, args)
     total = len(model.steps) + 1
     states = list(show_progress(sampling, total, f"{domain}, grid, steps"))
-    draw_digits(states, model.schedule.T, domain, folder)
+    draw_digits(states, columns, model.schedule.T, domain, folder)
     if args.guidance_sweep:
         draw_guidance_sweep(model, domain, folder, args)
 
@@ -486,7 +490,7 @@ def main(args: Generate) -> None:
     for domain, folder in folders.items():
         print(f"{domain}: {10 * per_class:,} digits: {folder}")
         if args.plots_dir is not None:
-            draw_plots(model, domain, args.plots_dir, args)
+            draw_plots(model, domain, per_class, args.plots_dir, args)
 
 
 def refuse_plots_among_images(plots_dir: Path, folders: list[Path]) -> None:

@@ -161,16 +161,18 @@ class Sample(Sampling):
 
 @dataclass(kw_only=True)
 class Grid(Sampling):
-    """Draw ten faces for each attribute, and ten faces at several strengths of the guidance.
+    """Draw faces for each attribute, and faces at several strengths of the guidance.
 
-    Every row of attributes.png starts from the same ten noises, and so does every column of
-    scales.png, whose attribute is the first.
+    Every row of attributes.png starts from the same noises, and so does every row of scales.png,
+    whose attribute is the first.
     """
 
     attributes: tuple[str, ...] = ()
     """NAME=1 or NAME=-1, a row for each; NAME=1 for all that are known, if not given."""
     scales: tuple[float, ...] = SCALES
     """Strengths of the guidance in scales.png; with both they are the first one's."""
+    columns: int = 10
+    """Noises that the faces start from, one in each column."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -178,6 +180,7 @@ class Grid(Sampling):
         each_once("--scales", self.scales)
         for scale in self.scales:
             in_range("--scales", scale, 0, 1_000)
+        in_range("--columns", self.columns, 1, 100)
 
 
 # Sampling
@@ -477,11 +480,12 @@ def grid(args: Grid) -> None:
     asked = read_request(args.attributes) or all_known(model, args)
     real = check_request(model, asked, args)
     make_output_dir(args.output_dir)
-    columns = [f"noise {number}" for number in range(10)]
+    numbers = range(args.columns)
+    columns = [f"noise {number}" for number in numbers]
     rows = []
     for item in show_progress(asked, len(asked), "attributes"):
-        request = make_request(model, [item], range(10), args, real)
-        rows.append(last_pixels(model, request, range(10), args))
+        request = make_request(model, [item], numbers, args, real)
+        rows.append(last_pixels(model, request, numbers, args))
     how = f"the others: {args.others}; {args.sampler}, {args.steps} steps, seed {args.seed}"
     strengths = strengths_of(args)
     strength = {
@@ -502,8 +506,8 @@ def grid(args: Grid) -> None:
     for scale in show_progress(args.scales, len(args.scales), "scales"):
         scales = (scale, strengths.classifier) if args.guidance == "both" else (scale,)
         scaled = dataclasses.replace(args, scale=scales)
-        request = make_request(model, [first], range(10), scaled, real)
-        strips.append(last_pixels(model, request, range(10), scaled))
+        request = make_request(model, [first], numbers, scaled, real)
+        strips.append(last_pixels(model, request, numbers, scaled))
     about = f"guidance: {args.guidance}; {how}"
     if args.guidance == "both":
         about = f"guidance: free, and the classifier's {strengths.classifier:g}; {how}"

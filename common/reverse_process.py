@@ -35,13 +35,15 @@ class Digits(NamedTuple):
     pixels: Tensor
 
 
-def draw_digits(states: Sequence[Digits], timesteps: int, domain: str, folder: Path) -> None:
-    """Draw the grid of ten digits a row, the film of its states, and six states of the first."""
-    save_grid(states[-1].pixels, folder / f"{domain}_grid.png", columns=10)
+def draw_digits(
+    states: Sequence[Digits], columns: int, timesteps: int, domain: str, folder: Path
+) -> None:
+    """Draw the grid of the digits, the film of its states, and six states of the first digit."""
+    save_grid(states[-1].pixels, folder / f"{domain}_grid.png", columns)
 
     stride = math.ceil(len(states) / 50)  # at most 50 frames, and the last state
     shown = [*states[:-1:stride], states[-1]]
-    frames = [grid_of(state.pixels, 10) for state in shown]
+    frames = [grid_of(state.pixels, columns) for state in shown]
     save_gif(frames, folder / f"{domain}_reverse.gif", 150)
 
     six = evenly_spread(states, timesteps)

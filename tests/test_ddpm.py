@@ -590,7 +590,10 @@ def test_the_files_are_those_that_graders_read(checkpoint, tmp_path):
         p2_ddpm_infer.main(dataclasses.replace(args, per_class=2))
 
 
-def test_one_domain_goes_into_the_folder_itself_with_its_plots_elsewhere(data_dir, tmp_path):
+@pytest.mark.parametrize(("per_class", "columns"), [(1, 1), (12, 10)])
+def test_one_domain_goes_into_the_folder_itself_with_its_plots_elsewhere(
+    data_dir, tmp_path, per_class, columns
+):
     training = small(data_dir, "trained", epochs=1)
     train(training)
     plots = tmp_path / "plots"
@@ -598,14 +601,15 @@ def test_one_domain_goes_into_the_folder_itself_with_its_plots_elsewhere(data_di
         training.output_dir / "model.safetensors",
         tmp_path / "out",
         domains=("mnistm",),
-        per_class=1,
+        per_class=per_class,
         plots_dir=plots,
         guidance_sweep=(0.0, 2.0),
     )
     p2_ddpm_infer.main(args)
     names = sorted(path.name for path in args.output_dir.iterdir())
-    assert names == [f"{digit}_001.png" for digit in range(10)]
-    assert Image.open(plots / "mnistm_grid.png").size == (10 * 30 + 2, 10 * 30 + 2)
+    numbers = range(1, per_class + 1)
+    assert names == [f"{digit}_{number:03d}.png" for digit in range(10) for number in numbers]
+    assert Image.open(plots / "mnistm_grid.png").size == (columns * 30 + 2, 10 * 30 + 2)
     assert Image.open(plots / "mnistm_reverse.gif").n_frames == 4
     for name in ("mnistm_reverse.png", "mnistm_guidance.png"):
         assert Image.open(plots / name).size[0] > 500
