@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from common.attributes import TEN_ATTRIBUTES, positive_weights, shares_of, split_faces
 from common.cli import above, at_least, below, each_once, in_range, is_seed
-from common.data import draw_batch
+from common.data import draw_batch, some_rows
 from common.device import Device, Precision, make_accelerator, place
 from common.faces import FaceNet, FaceStates, digest_of_states, load_face_model, load_labelled
 from common.figures import save_curves
@@ -77,6 +77,8 @@ class TrainClassifier:
     """Largest norm of the gradient."""
     ema_decay: float = 0.999
     """Decay of the averaged network, which is the one that is saved."""
+    measured_images: int | None = None
+    """Images, kept aside, that measure an epoch; by default all that are kept aside."""
     seed: int = 1
     """Seed of initialisation, order and noise."""
     device: Device = "auto"
@@ -97,6 +99,7 @@ class TrainClassifier:
         in_range("--weight-decay", self.weight_decay, 0, 100)
         above("--clip", self.clip, 0, 1e6)
         below("--ema-decay", self.ema_decay, 0, 1)
+        at_least("--measured-images", self.measured_images, 1)
         is_seed("--seed", self.seed)
 
 
@@ -118,7 +121,8 @@ def train_classifier(args: TrainClassifier) -> dict[str, Any]:
     own_names = set(split_faces(images.names).guidance)  # the other images are the evaluator's
     is_own = torch.tensor([name in own_names for name in images.names])
     own = is_own.nonzero().flatten().to(device)  # rows
-    others = (~is_own).nonzero().flatten().to(device)
+    others = (~is_own).nonzero().flatten()
+    others = others[some_rows(len(others), args.measured_images or len(others))].to(device)
 
     torch.manual_seed(derive_seed(args.seed, "init"))
     bare_net = place(make_classifier(args, start.net), device)

@@ -1,5 +1,10 @@
 """common/figures.py: plots."""
 
+import numpy as np
+import pytest
+import torch
+from torchvision.utils import make_grid
+
 from common import figures
 
 
@@ -30,3 +35,11 @@ def test_the_same_figure_gives_the_same_bytes(tmp_path, monkeypatch):
         figures.save_figure(figure, tmp_path / date, formats=("png", "pdf"))
         found.append([(tmp_path / f"{date}.{suffix}").read_bytes() for suffix in ("png", "pdf")])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("count", "columns"), [(7, 3), (2, 8), (6, 6)])
+def test_a_grid_is_that_of_torchvision(count, columns):
+    pixels = torch.randint(256, (count, 3, 5, 4), dtype=torch.uint8)
+    theirs = make_grid(pixels, nrow=columns, pad_value=255)
+    ours = torch.from_numpy(np.array(figures.grid_of(pixels, columns))).permute(2, 0, 1)
+    assert torch.equal(ours, theirs)

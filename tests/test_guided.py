@@ -202,6 +202,13 @@ def test_the_classifier_resumes_bit_for_bit_and_leaves_the_last_images_alone(
     assert config["trained_on"] == ["000", "001", "002", "003", "004"]
     result = json.loads((whole.output_dir / "result.json").read_text())
     assert all(0 <= result[f"accuracy_t{number}"] <= 100 for number in range(4))
+    measured = [rows for rows in seen if len(rows) != 4]
+    assert all(sorted(rows.tolist()) == [5, 6] for rows in measured)
+    seen.clear()
+    few = small_classifier(data_dir, unconditional, "few", measured_images=1)
+    train_classifier(few)
+    measured = [rows for rows in seen if len(rows) != 4]
+    assert [len(rows) for rows in measured] == [1, 1]  # after each epoch
 
 
 def test_a_classifier_learns_what_a_bright_image_is(tmp_path, monkeypatch):
