@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+import contextlib
+import queue
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,19 +19,27 @@ from common.progress import show_progress
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-LOCAL = threading.local()  # each thread's own face detector
+IMAGES_A_THREAD = 300  # that are found in the time that a detector takes to be made
+FREE: queue.SimpleQueue[Any] = queue.SimpleQueue()  # detectors that no thread uses now
 
 
-def face_detector() -> Any:
-    """Dlib's frontal HOG detector, one for each thread.
+@contextlib.contextmanager
+def face_detector() -> Iterator[Any]:
+    """Dlib's frontal HOG detector, for one thread at a time.
 
-    It releases Python's global lock while it looks, but it can serve only one thread.
+    It releases Python's global lock while it looks. It takes nearly a second to be made, so it is
+    kept for the next use.
     """
-    if not hasattr(LOCAL, "detector"):
+    try:
+        detector = FREE.get_nowait()
+    except queue.Empty:
         import dlib
 
-        LOCAL.detector = dlib.get_frontal_face_detector()
-    return LOCAL.detector
+        detector = dlib.get_frontal_face_detector()
+    try:
+        yield detector
+    finally:
+        FREE.put(detector)
 
 
 def count_faces(path: Path) -> int | None:
@@ -38,19 +48,21 @@ def count_faces(path: Path) -> int | None:
         image = decode_image(path).transpose(1, 2, 0)  # → (height, width, 3)
     except UserError:
         return None
-    return len(face_detector()(np.ascontiguousarray(image), 1))
+    with face_detector() as detector:
+        return len(detector(np.ascontiguousarray(image), 1))
 
 
 def face_rate(folder: Path, workers: int, accelerator: Accelerator | None = None) -> dict[str, Any]:
     """How many images of a folder (and its sub-folders) show no, one and several faces.
 
     "one_face_percent" is the rate of images with exactly one. Unreadable files are listed and are
-    not part of it. The processes of `accelerator` share the images, and each gets all results.
-    Raises UserError if no file can be read.
+    not part of it. At most `workers` threads look at the images. The processes of `accelerator`
+    share them, and each gets all results. Raises UserError if no file can be read.
     """
     paths = list_images(folder, recursive=True)
     mine = my_share(paths, accelerator)
-    with ThreadPoolExecutor(workers) as pool:
+    threads = min(workers, 1 + len(mine) // IMAGES_A_THREAD)
+    with ThreadPoolExecutor(threads) as pool:
         counts = pool.map(count_faces, mine)
         found = list(show_progress(counts, len(mine), f"{folder}, images"))
     found = gather_shares(found, accelerator)

@@ -167,7 +167,8 @@ def find_faces(photo: Image.Image) -> list[Box]:
     small.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     scale = photo.width / small.width
     pixels = np.asarray(small)
-    found = face_detector()(pixels, 0) or face_detector()(pixels, 1)  # at twice the size
+    with face_detector() as detector:
+        found = detector(pixels, 0) or detector(pixels, 1)  # at twice the size
     return [Box(box.left() * scale, box.top() * scale, box.width() * scale) for box in found]
 
 

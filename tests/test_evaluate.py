@@ -432,8 +432,9 @@ def test_result_json(tmp_path):
 # Faces
 
 
-def test_exactly_one_face_counts(tmp_path, drawn, capsys):
+def test_exactly_one_face_counts(tmp_path, drawn, capsys, monkeypatch):
     """Each of the drawn faces 0 to 7 is found; two side by side are two faces, noise is none."""
+    monkeypatch.setattr("metrics.faces.IMAGES_A_THREAD", 1)  # so that there are several threads
     folder = save_images(tmp_path / "images", drawn[:5])
     Image.fromarray(drawn[5]).convert("L").save(folder / "grey.png")
     Image.fromarray(drawn[6]).save(folder / "compressed.JPG", quality=95)
