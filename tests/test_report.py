@@ -412,6 +412,16 @@ def test_a_training_from_random_weights_says_how_long_it_took(output):
     assert "From random weights: DCGAN, trained here for 5 epochs of 1,200 images." in text
 
 
+def test_accuracies_on_some_images_say_on_how_many(output):
+    sentence = "The accuracies are those of at most 1,500 validation images of each domain."
+    assert sentence not in page_of(output).text
+    file = output / "p3/svhn-deep-dann-seed0/config.json"
+    config = json.loads(file.read_text())
+    config["arguments"]["measured_images"] = 1_500
+    write_json(file, config)
+    assert page_of(output).text.count(sentence) == 1
+
+
 def test_results_of_released_networks_say_so(tmp_path, data_dir):
     """They stand where nothing was made here, and never in the place of what was."""
     output = tmp_path / "shown"
@@ -646,7 +656,7 @@ def test_a_page_of_one_finished_part_names_the_others_with_a_reason(tmp_path):
     assert not page.images
     assert page.verdict("accuracy, MNIST-M") == "not measured: not run"
     assert "Not run: the first 32 faces of DCGAN." in page.text
-    assert "Not run: MNIST-M digits, ten by ten." in page.text
+    assert "Not run: MNIST-M digits." in page.text
     with (tmp_path / "report/missing.csv").open(newline="") as file:
         missing: dict[str, Any] = dict(csv.reader(file))
     error = missing["mean squared error to the given images, 0 to 255"]
