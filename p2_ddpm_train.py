@@ -144,7 +144,7 @@ class Train:
     grid_every: int = 10
     """Epochs between grids of samples from fixed noise."""
     grid_columns: int = GRID_COLUMNS
-    """Images of each digit in a grid, side by side; a grid of faces has 32 in all."""
+    """Images of each digit, side by side, in a grid of samples; one of faces always has 32."""
     keep_every: int | None = None
     """Epochs between copies of the averaged network, epochs/0010.safetensors; none without it."""
     seed: int = 0
@@ -206,7 +206,9 @@ class Train:
         if self.balance_classes:
             raise UserError("--balance-classes: faces have no classes")
         if self.grid_columns != GRID_COLUMNS:
-            raise UserError(f"--grid-columns {self.grid_columns}: is for digits; faces have none")
+            raise UserError(
+                f"--grid-columns {self.grid_columns}: is for digits; a grid of faces has rows of 8"
+            )
         if self.net != "ddim":
             raise UserError(f"--net {self.net}: is for 28x28 digits; take --net ddim for faces")
 

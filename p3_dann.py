@@ -155,7 +155,7 @@ class Recipe:
     select: Selection = "last"
     """Which epoch is the result. No choice uses labels of the target."""
     measured_images: int | None = None
-    """Validation images of each domain that measure an epoch; by default all."""
+    """Most images of a set that is measured; by default all, or 2,000 where an epoch is chosen."""
 
     def __post_init__(self) -> None:
         at_least("--epochs", self.epochs, 1)

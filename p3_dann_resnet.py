@@ -94,7 +94,8 @@ PUBLISHED = {
 DIGITS_SIZE = 32
 PHOTOS_SIZE = 224
 MOST_UNLABELLED = 5_000  # images of the target that the criteria read
-STATISTICS_BATCHES = 40  # most batches that give the averaged network BatchNorm statistics
+# At most; the averaged network gets its BatchNorm statistics from them.
+STATISTICS_BATCHES = 40
 
 
 @dataclass(kw_only=True)
@@ -136,7 +137,7 @@ class Recipe:
     select: Selection = "last"
     """Which epoch is the result. No choice uses labels of the target."""
     measured_images: int | None = None
-    """Validation images of each domain that measure an epoch; by default all."""
+    """Most images of a set that is measured; by default all, or 5,000 unlabelled ones."""
     augment: bool = True
     """Turn, zoom and shift digits; crop and mirror photographs."""
     epochs: int = 20
@@ -563,8 +564,8 @@ def set_statistics(
 
     The running statistics of training are those of the last weights, not of the averaged ones
     (Izmailov et al., 2018, section 3, https://arxiv.org/abs/1803.05407). Both domains count alike,
-    and are mixed or apart as in training. No label is used. A short epoch is not followed by more
-    batches than it had itself.
+    and are mixed or apart as in training. No label is used. As many
+    batches are read as an epoch has steps, at most 40, so that short epochs stay short.
     """
     layers = []
     for module in ema.modules():

@@ -497,7 +497,7 @@ class Runner:
                 if step.remove_outdated and again:
                     self.remove(step)
                 continue
-            if step.checks_data and self.everything_again:  # drawn just now, so nothing is wrong
+            if step.checks_data and self.everything_again:  # just drawn: nothing to find
                 self.remember(step, command, 0)
                 continue
             if not again and not step.always and self.is_done(step, command):

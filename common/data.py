@@ -56,13 +56,13 @@ def take(images: Images, rows: torch.Tensor) -> Images:
     return Images(images.pixels[rows], labels_of(images)[rows], names)
 
 
-def some_rows(count: int, most: int) -> torch.Tensor:
-    """The rows, int64, of at most `most` of `count` images at random, always the same ones."""
+def some_rows(count: int, most: int | None) -> torch.Tensor:
+    """At most `most` of the rows 0 … count - 1 in a random but fixed order, int64; all for None."""
     return torch.randperm(count, generator=make_rng(0, "criteria"))[:most]
 
 
 def take_some(images: Images, most: int | None) -> Images:
-    """At most `most` of the labelled images at random, always the same ones; by default all."""
+    """At most `most` of the labelled images, drawn at random but always the same; all for None."""
     if most is None:
         return images
     return take(images, some_rows(len(images.names), most))

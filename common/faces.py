@@ -221,6 +221,7 @@ class FaceStates:
             if flip:
                 latents.append(self._encode_all(pixels.flip(3)))
             self.latents = torch.stack(latents)
+            self.pixels = pixels.new_empty(0)  # needed no more; it still says the device
 
     def draw(self, rows: Tensor, rng: torch.Generator) -> Tensor:
         """x_0 of some rows (batch,): float32 (batch, channels, height, width)."""

@@ -48,14 +48,15 @@ def image_of(pixels: torch.Tensor) -> Image.Image:
 def grid_of(pixels: torch.Tensor, columns: int) -> Image.Image:
     """uint8 images (n, 3, height, width) as one PIL image, filled row by row, on white.
 
-    torchvision's `make_grid` does the same, but takes three seconds to import.
+    torchvision's `make_grid` draws the same grid of two or more images, but takes three seconds to
+    import.
     """
     count, _, height, width = pixels.shape
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     across, down = width + GAP, height + GAP
     grid = Image.new("RGB", (columns * across + GAP, rows * down + GAP), "white")
-    for number, image in enumerate(pixels):
+    for number, image in enumerate(pixels.cpu()):
         row, column = divmod(number, columns)
         grid.paste(image_of(image), (GAP + column * across, GAP + row * down))
     return grid

@@ -78,7 +78,7 @@ class TrainClassifier:
     ema_decay: float = 0.999
     """Decay of the averaged network, which is the one that is saved."""
     measured_images: int | None = None
-    """Images, kept aside, that measure an epoch; by default all that are kept aside."""
+    """Images kept aside from training that measure an epoch; by default all of them."""
     seed: int = 1
     """Seed of initialisation, order and noise."""
     device: Device = "auto"
@@ -116,13 +116,13 @@ def train_classifier(args: TrainClassifier) -> dict[str, Any]:
     labels = labels.to(device)
     steps_per_epoch = max(1, args.images_per_epoch // args.batch_size)
     last = args.epochs * steps_per_epoch
-    encoder = place(start.net, device)
-    states = FaceStates(encoder, images.pixels.to(device), args.flip, last * args.batch_size)
     own_names = set(split_faces(images.names).guidance)  # the other images are the evaluator's
     is_own = torch.tensor([name in own_names for name in images.names])
     own = is_own.nonzero().flatten().to(device)  # rows
     others = (~is_own).nonzero().flatten()
-    others = others[some_rows(len(others), args.measured_images or len(others))].to(device)
+    others = others[some_rows(len(others), args.measured_images)].to(device)
+    draws = last * args.batch_size + args.epochs * QUARTERS * len(others)
+    states = FaceStates(place(start.net, device), images.pixels.to(device), args.flip, draws)
 
     torch.manual_seed(derive_seed(args.seed, "init"))
     bare_net = place(make_classifier(args, start.net), device)
@@ -224,20 +224,19 @@ def accuracy_by_quarter(
     """
     net.eval()
     device = rows.device
-    rng = make_rng(0, "quarters", device=device)
-    guesses: list[list[Tensor]] = [[] for _ in range(QUARTERS)]
-    for some in rows.split(500):
-        x0 = states.draw(some, rng)
-        for number in range(QUARTERS):
-            low = number * schedule.T // QUARTERS + 1
-            high = (number + 1) * schedule.T // QUARTERS + 1
-            t = torch.randint(low, max(high, low + 1), (len(x0),), generator=rng, device=device)
-            x_t = schedule.q_sample(x0, t, torch.randn(x0.shape, generator=rng, device=device))
-            guesses[number].append(net(x_t, schedule.time(t, net)) > 0)
     found = []
     truth = labels[rows] == 1
-    for of_quarter in guesses:
-        guess = torch.cat(of_quarter)
+    for number in range(QUARTERS):
+        rng = make_rng(0, "quarter", number, device=device)
+        low = number * schedule.T // QUARTERS + 1
+        high = (number + 1) * schedule.T // QUARTERS + 1
+        guesses = []
+        for some in rows.split(500):
+            x0 = states.draw(some, rng)
+            t = torch.randint(low, max(high, low + 1), (len(x0),), generator=rng, device=device)
+            x_t = schedule.q_sample(x0, t, torch.randn(x0.shape, generator=rng, device=device))
+            guesses.append(net(x_t, schedule.time(t, net)) > 0)
+        guess = torch.cat(guesses)
         hits_of_present = (guess & truth).sum(0) / truth.sum(0)
         hits_of_absent = (~guess & ~truth).sum(0) / (~truth).sum(0)
         found.append(50 * (hits_of_present + hits_of_absent).nanmean().item())

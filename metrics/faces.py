@@ -19,7 +19,9 @@ from common.progress import show_progress
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-IMAGES_A_THREAD = 300  # that are found in the time that a detector takes to be made
+# One more thread for so many images: a detector looks through 300 of 64x64 pixels, or fewer larger
+# ones, in the time that another one takes to be made.
+IMAGES_A_THREAD = 100
 FREE: queue.SimpleQueue[Any] = queue.SimpleQueue()  # detectors that no thread uses now
 
 

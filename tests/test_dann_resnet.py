@@ -469,6 +469,22 @@ def photographs(tmp_path: Path) -> dict[str, Path]:
     }
 
 
+def test_fewer_photographs_are_measured_once(photographs, tmp_path, monkeypatch):
+    """The unlabelled images are the target's: there is no third measurement."""
+    seen = []
+    measure = p3_dann_resnet.probabilities
+
+    def spy(net, inputs, accelerator):
+        seen.append(len(inputs))
+        return measure(net, inputs, accelerator)
+
+    monkeypatch.setattr(p3_dann_resnet, "probabilities", spy)
+    options = {"size": 16, "epochs": 1, "images_per_epoch": 16, "batch_size": 8}
+    options["measured_images"] = 2
+    train(Train(output_dir=tmp_path / "run", **TINY | options | photographs))
+    assert seen == [2, 2]
+
+
 def test_the_folder_of_a_target_image_only_measures(photographs, tmp_path):
     """Two images that change places between classes leave the weights as they are."""
     options = {"size": 16, "epochs": 1, "images_per_epoch": 8, "batch_size": 8, "mcc": True}

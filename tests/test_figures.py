@@ -43,3 +43,7 @@ def test_a_grid_is_that_of_torchvision(count, columns):
     theirs = make_grid(pixels, nrow=columns, pad_value=255)
     ours = torch.from_numpy(np.array(figures.grid_of(pixels, columns))).permute(2, 0, 1)
     assert torch.equal(ours, theirs)
+
+
+def test_a_grid_of_one_image_has_a_border_too():
+    assert figures.grid_of(torch.zeros(1, 3, 5, 4, dtype=torch.uint8), 8).size == (4 + 4, 5 + 4)
