@@ -564,8 +564,8 @@ def set_statistics(
 
     The running statistics of training are those of the last weights, not of the averaged ones
     (Izmailov et al., 2018, section 3, https://arxiv.org/abs/1803.05407). Both domains count alike,
-    and are mixed or apart as in training. No label is used. As many
-    batches are read as an epoch has steps, at most 40, so that short epochs stay short.
+    and are mixed or apart as in training. No label is used. As many batches are read as an epoch
+    has steps, at most 40, so that short epochs stay short.
     """
     layers = []
     for module in ema.modules():

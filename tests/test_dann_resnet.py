@@ -387,21 +387,27 @@ def test_a_run_resumes_bit_for_bit(data_dir, stop_in_step_1, place):
     assert (whole.output_dir / "figures" / "curves.png").exists()
 
 
-def test_fewer_images_can_measure_an_epoch(data_dir, monkeypatch):
-    seen = []
+@pytest.fixture
+def measured(monkeypatch) -> list[int]:
+    """The number of images of every measurement."""
+    counts = []
     measure = p3_dann_resnet.probabilities
 
     def spy(net, inputs, accelerator):
-        seen.append(len(inputs))
+        counts.append(len(inputs))
         return measure(net, inputs, accelerator)
 
     monkeypatch.setattr(p3_dann_resnet, "probabilities", spy)
+    return counts
+
+
+def test_fewer_images_can_measure_an_epoch(data_dir, measured):
     everything, few = small(data_dir, "all"), small(data_dir, "few", measured_images=5)
     train(everything)
-    assert min(seen) > 5
-    seen.clear()
+    assert min(measured) > 5
+    measured.clear()
     train(few)
-    assert seen == 6 * [5]  # two domains and the unlabelled images, after two epochs
+    assert measured == 6 * [5]  # two domains and the unlabelled images, after two epochs
     assert same(everything, few)
 
 
@@ -469,20 +475,12 @@ def photographs(tmp_path: Path) -> dict[str, Path]:
     }
 
 
-def test_fewer_photographs_are_measured_once(photographs, tmp_path, monkeypatch):
+def test_fewer_photographs_are_measured_once(photographs, tmp_path, measured):
     """The unlabelled images are the target's: there is no third measurement."""
-    seen = []
-    measure = p3_dann_resnet.probabilities
-
-    def spy(net, inputs, accelerator):
-        seen.append(len(inputs))
-        return measure(net, inputs, accelerator)
-
-    monkeypatch.setattr(p3_dann_resnet, "probabilities", spy)
     options = {"size": 16, "epochs": 1, "images_per_epoch": 16, "batch_size": 8}
     options["measured_images"] = 2
     train(Train(output_dir=tmp_path / "run", **TINY | options | photographs))
-    assert seen == [2, 2]
+    assert measured == [2, 2]
 
 
 def test_the_folder_of_a_target_image_only_measures(photographs, tmp_path):
